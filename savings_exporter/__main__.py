@@ -1,0 +1,5 @@
+"""``python -m savings_exporter``."""
+
+from savings_exporter.cli import main
+
+main()

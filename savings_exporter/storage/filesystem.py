@@ -1,0 +1,275 @@
+"""The only module that touches the disk. Every function is one step and raises plain ``OSError``."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+from savings_exporter.storage.steps import DIR_FSYNC_UNSUPPORTED
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_CLOSE_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
+_TEMPORARY = ".tmp"
+_NEW_FILE_MODE = 0o600
+
+
+class Identity(NamedTuple):
+    """What tells one version of a file from another without reading it."""
+
+    device: int
+    inode: int
+    modified_ns: int
+    size: int
+
+
+class DirectoryFsyncUnsupportedError(Exception):
+    """This filesystem has no directory fsync: a fact about it, not a failure."""
+
+
+def resolved(path: str) -> str:
+    """The file that a path means: absolute, symlinks followed, so that a link is never replaced by a file."""
+    return os.path.realpath(path)
+
+
+def identity(path: str) -> Identity | None:
+    """The file's identity, or None when there is no file."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", path)
+    return Identity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def is_directory(path: str) -> bool:
+    """Whether the path is a directory (also through a symlink)."""
+    return os.path.isdir(path)
+
+
+def read(path: str) -> tuple[bytes, Identity]:
+    """The whole file, and the identity of what was read."""
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        return file.read(), Identity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def create_temporary(path: str, like: str) -> int:
+    """Open a new temporary file beside the file it will replace, with that file's mode and, if we may, its owner.
+
+    A new file is for its owner's eyes only.
+    """
+    descriptor = os.open(
+        path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _CLOSE_ON_EXEC | _BINARY, _NEW_FILE_MODE
+    )
+    try:
+        with suppress(FileNotFoundError):
+            status = os.stat(like)
+            if sys.platform != "win32":
+                # Only root may give a file away, and a tool run once as root must not lock the service out.
+                with suppress(PermissionError):
+                    os.fchown(descriptor, status.st_uid, status.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+    except BaseException:
+        close(descriptor)
+        raise
+    return descriptor
+
+
+def temporary_name(path: str) -> str:
+    """A new name for a temporary file beside ``path``."""
+    directory, name = os.path.split(path)
+    return os.path.join(directory, f".{name}.{secrets.token_hex(6)}{_TEMPORARY}")
+
+
+def unused_name(path: str, suffix: str) -> str:
+    """A name beside ``path`` that nothing has, to keep a file aside under."""
+    return f"{path}.{suffix}-{secrets.token_hex(6)}"
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write every byte, however many calls it takes."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def fsync_file(descriptor: int) -> None:
+    """Have the file's data on the disk, not only in a cache of it.
+
+    On macOS ``fsync`` does not empty the drive's cache; ``F_FULLFSYNC`` does, where the filesystem has it
+    (Apple's manual page of fsync(2)).
+    """
+    full_sync = getattr(fcntl, "F_FULLFSYNC", None) if sys.platform != "win32" else None
+    if full_sync is not None:
+        with suppress(OSError):
+            fcntl.fcntl(descriptor, full_sync)
+            return
+    os.fsync(descriptor)
+
+
+def fsync_directory(path: str) -> None:
+    """Have the directory's entries on the disk.
+
+    Raises:
+        DirectoryFsyncUnsupportedError: the platform or the filesystem has no such thing.
+        OSError: it failed. EROFS is a failure too: ext4 says so when it has given up after an error.
+    """
+    if os.name == "nt":
+        raise DirectoryFsyncUnsupportedError("Windows has no directory fsync")
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _CLOSE_ON_EXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in DIR_FSYNC_UNSUPPORTED or (error.errno == errno.EBADF and _is_open_directory(descriptor)):
+            raise DirectoryFsyncUnsupportedError(os.strerror(error.errno)) from error
+        raise
+    finally:
+        close(descriptor)
+
+
+def fsync_path(path: str) -> None:
+    """Sync a file by its name."""
+    descriptor = os.open(path, os.O_RDWR | _NO_FOLLOW | _CLOSE_ON_EXEC | _BINARY)
+    try:
+        fsync_file(descriptor)
+    finally:
+        close(descriptor)
+
+
+def keep_copy(path: str, kept: str) -> None:
+    """Give a file a second name, which then stays with this version when ``path`` is replaced.
+
+    Where there are no hard links, the bytes are copied. Either way the second name is never without a whole file.
+    """
+    temporary = temporary_name(kept)
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise
+            _copy(path, temporary)
+        os.rename(temporary, kept) if os.name != "nt" else os.replace(temporary, kept)
+    except BaseException:
+        discard(temporary)
+        raise
+    # rename() does nothing when both names are links to one file already (POSIX), and leaves the first one.
+    discard(temporary)
+
+
+def replace(temporary: str, path: str) -> None:
+    """Give the new file the old one's name, at once for every reader."""
+    os.replace(temporary, path)
+
+
+def probe(path: str) -> None:
+    """Open a file by its name, and nothing else.
+
+    After XFS has shut down, an fsync of a directory may still succeed, while an open fails with EIO.
+    """
+    close(os.open(path, os.O_RDONLY | _CLOSE_ON_EXEC | _BINARY))
+
+
+def discard(path: str) -> None:
+    """Remove a file that nobody needs. That it stays is no harm, so this never fails."""
+    with suppress(OSError):
+        os.unlink(path)
+
+
+def close(descriptor: int) -> None:
+    """Close a descriptor. Its data is either synced already or not to be used, so an error says nothing new."""
+    with suppress(OSError):
+        os.close(descriptor)
+
+
+def rename(path: str, new: str) -> None:
+    """Give a file another name."""
+    os.rename(path, new)
+
+
+def temporaries(path: str) -> list[str]:
+    """Temporary files that were made for ``path`` or for a file kept beside it."""
+    directory, name = os.path.split(path)
+    return [
+        os.path.join(directory, entry)
+        for entry in os.listdir(directory)
+        if entry.startswith(f".{name}.") and entry.endswith(_TEMPORARY)
+    ]
+
+
+def make_directories(path: str) -> None:
+    """Make a directory and those above it, durably; nothing happens to those that exist."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for directory in reversed(missing):
+        with suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+        with suppress(DirectoryFsyncUnsupportedError):
+            fsync_directory(os.path.dirname(directory))
+
+
+def open_lock(path: str) -> int:
+    """Open the lock file, making it if it is not there. Nobody ever renames or removes it."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW | _CLOSE_ON_EXEC, _NEW_FILE_MODE)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Take the lock if it is free. It goes with the open file, so a killed process lets go of it."""
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
+    return True
+
+
+def unlock(descriptor: int) -> None:
+    """Let go of the lock."""
+    with suppress(OSError):
+        if sys.platform == "win32":
+            msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _is_open_directory(descriptor: int) -> bool:
+    try:
+        return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+    except OSError:
+        return False
+
+
+def _copy(path: str, copy: str) -> None:
+    with _opened(create_temporary(copy, like=path)) as descriptor:
+        data, _ = read(path)
+        write_all(descriptor, data)
+        fsync_file(descriptor)
+
+
+@contextmanager
+def _opened(descriptor: int) -> Iterator[int]:
+    try:
+        yield descriptor
+    finally:
+        close(descriptor)
