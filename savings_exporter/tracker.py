@@ -110,6 +110,7 @@ class SavingsTracker:
 
         # Guards everything below; never held while the disk is at work.
         self._changed = threading.Condition()
+        self._durable = self._store.state
         self._open = _Batch(self._changed)
         self._sealed: _Batch | None = None
         self._saves_begun = 0
@@ -205,7 +206,10 @@ class SavingsTracker:
         """The durable totals now, with what other processes saved."""
         self._store.refresh()
         with self._changed:
-            ledger: Ledger = self._store.ledger
+            if self._sealed is None:
+                self._durable = self._store.state
+            # While a save runs its records are still pending, even if it has just succeeded.
+            ledger, saved_at, document_bytes = self._durable
             pending_records, pending_tokens = self._pending()
             return Snapshot(
                 sequence=ledger.sequence,
@@ -214,8 +218,8 @@ class SavingsTracker:
                 projects=dict(ledger.projects),
                 by_provider_model=dict(ledger.by_provider_model),
                 history=ledger.history,
-                saved_at=self._store.saved_at,
-                document_bytes=self._store.size,
+                saved_at=saved_at,
+                document_bytes=document_bytes,
                 pending_records=pending_records,
                 pending_tokens=pending_tokens,
             )
@@ -348,7 +352,8 @@ class SavingsTracker:
         if self._failure is not None:
             logger.info("%s: saving works again; %d records are durable now", self._path, batch.delta.records)
         self._failure, self._retries = None, 0
-        batch.settle(durable_from=self._store.ledger.sequence - batch.delta.records)
+        self._durable = self._store.state
+        batch.settle(durable_from=self._durable.ledger.sequence - batch.delta.records)
 
     def _failed(self, batch: _Batch, failure: BaseException) -> None:
         batch.absorb(self._open, self._store.ledger, self._limits)

@@ -21,6 +21,7 @@ else:
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _CLOSE_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
+IS_WINDOWS = sys.platform == "win32"
 _TEMPORARY = ".tmp"
 _NEW_FILE_MODE = 0o600
 
@@ -129,7 +130,7 @@ def fsync_directory(path: str) -> None:
         DirectoryFsyncUnsupportedError: the platform or the filesystem has no such thing.
         OSError: it failed. EROFS is a failure too: ext4 says so when it has given up after an error.
     """
-    if os.name == "nt":
+    if IS_WINDOWS:
         raise DirectoryFsyncUnsupportedError("Windows has no directory fsync")
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _CLOSE_ON_EXEC)
     try:
@@ -164,7 +165,7 @@ def keep_copy(path: str, kept: str) -> None:
             if error.errno in (errno.ENOENT, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                 raise
             _copy(path, temporary)
-        os.rename(temporary, kept) if os.name != "nt" else os.replace(temporary, kept)
+        _rename_over(temporary, kept)
     except BaseException:
         discard(temporary)
         raise
@@ -251,6 +252,10 @@ def unlock(descriptor: int) -> None:
             msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
         else:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+# On POSIX rename() replaces, on Windows it refuses to.
+_rename_over = os.replace if sys.platform == "win32" else os.rename
 
 
 def _is_open_directory(descriptor: int) -> bool:

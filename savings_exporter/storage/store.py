@@ -10,6 +10,7 @@ import secrets
 import threading
 import time
 from datetime import datetime, timezone
+from typing import NamedTuple
 
 import msgspec
 
@@ -25,6 +26,14 @@ logger = logging.getLogger(__name__)
 # How long to wait for another process to finish its save before calling it a failure and trying again later.
 _LOCK_PATIENCE_SECONDS = 2.0
 _LOCK_POLL_SECONDS = 0.002
+
+
+class State(NamedTuple):
+    """What a store holds: durable totals, when they were saved (by any process; None when never), in how many bytes."""
+
+    ledger: Ledger
+    saved_at: datetime | None
+    document_bytes: int
 
 
 class Store:
@@ -61,16 +70,13 @@ class Store:
         return self._document.ledger
 
     @property
-    def saved_at(self) -> datetime | None:
-        """When the document was last saved, also by an earlier process; None when it never was."""
-        if self._document.saved_at is None and self._identity is not None:
-            return datetime.fromtimestamp(self._identity.modified_ns / 1e9, timezone.utc)
-        return self._document.saved_at
-
-    @property
-    def size(self) -> int:
-        """The document's size in bytes, 0 while there is none."""
-        return self._identity.size if self._identity else 0
+    def state(self) -> State:
+        """What is durable, and when and how large it was saved, as one consistent piece."""
+        document, identity = self._document, self._identity
+        saved_at = document.saved_at
+        if saved_at is None and identity is not None:
+            saved_at = datetime.fromtimestamp(identity.modified_ns / 1e9, timezone.utc)
+        return State(document.ledger, saved_at, identity.size if identity else 0)
 
     @property
     def exists(self) -> bool:
