@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -167,9 +168,11 @@ class Service:
 
 
 @contextmanager
-def running(*arguments: str, env: dict[str, str] | None = None, prefix: tuple[str, ...] = ()) -> Iterator[Service]:
-    """A ``savings-exporter`` command on a free port of the loopback, killed at the end if it still runs."""
-    command = [*prefix, sys.executable, "-m", "savings_exporter", *arguments, "--web.listen-address", "127.0.0.1:0"]
+def running(
+    *arguments: str, env: dict[str, str] | None = None, address: str = "127.0.0.1:0"
+) -> Iterator[Service]:
+    """A ``savings-exporter`` command, by default on a free port of the loopback, killed at the end if it still runs."""
+    command = [sys.executable, "-m", "savings_exporter", *arguments, "--web.listen-address", address]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
     )
@@ -186,6 +189,14 @@ def running(*arguments: str, env: dict[str, str] | None = None, prefix: tuple[st
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def eventually(condition: Callable[[], Any], what: str) -> Any:

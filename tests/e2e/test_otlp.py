@@ -1,0 +1,126 @@
+"""A real OTLP receiver gets the spans of the running service."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import Service, free_port, running
+
+pytestmark = pytest.mark.needs("oteltap")
+
+STEPS = ["savings.save.write", "savings.save.fsync_file", "savings.save.replace", "savings.save.fsync_dir"]
+ERROR = 2  # opentelemetry.proto.trace.v1.Status.STATUS_CODE_ERROR
+
+
+def received(store: Path, while_serving: Any) -> list[Any]:
+    """The spans that a receiver gets from a service, from its start to its end, in the order of their beginning."""
+    from oteltap import OtelTapHttpProtobufReceiver, OtelTapHttpProtobufReceiverSettings
+
+    port = free_port()
+
+    def serve() -> None:
+        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}", "OTEL_BSP_SCHEDULE_DELAY": "100"}
+        with running("serve", "--store", str(store), env=env) as service:
+            while_serving(service)
+            assert service.stop()[0] == 0
+
+    async def receive() -> list[Any]:
+        spans: list[Any] = []
+        settings = OtelTapHttpProtobufReceiverSettings(http_port=port)
+        async with OtelTapHttpProtobufReceiver(settings) as receiver:
+
+            async def collect() -> None:
+                async for span in receiver.stream_traces():
+                    spans.append(span)
+
+            collecting = asyncio.ensure_future(collect())
+            await asyncio.to_thread(serve)
+            # The service flushed before it ended, so all is received; what remains is to take it from the queue.
+            while True:
+                seen = len(spans)
+                await asyncio.sleep(1)
+                if seen == len(spans) and seen:
+                    break
+            collecting.cancel()
+        return sorted(spans, key=lambda span: span.start_time_unix_nano)
+
+    return asyncio.run(asyncio.wait_for(receive(), 120))
+
+
+def attributes(span: Any) -> dict[str, Any]:
+    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in span.attributes}
+
+
+def children(spans: list[Any], parent: Any) -> list[Any]:
+    return [span for span in spans if span.parent_span_id == parent.span_id]
+
+
+def test_a_save_arrives_as_one_span_with_its_four_steps_in_order(store_path: Path) -> None:
+    def post(service: Service) -> None:
+        assert service.post({"model": "m", "tokens_saved": 4096})[0] == 200
+
+    spans = received(store_path, post)
+    (save,) = [span for span in spans if span.name == "savings.save"]
+    assert [span.name for span in children(spans, save)] == STEPS
+    assert len(spans) == 5
+    assert attributes(save)["savings.records"] == 1
+    assert attributes(save)["savings.sequence"] == 1
+    assert attributes(save)["file.size"] == store_path.stat().st_size
+    for earlier, later in zip(children(spans, save), children(spans, save)[1:], strict=False):
+        assert earlier.end_time_unix_nano <= later.start_time_unix_nano
+
+
+@contextmanager
+def failing_once(service: Service, directory: Path) -> Iterator[None]:
+    """Let the kernel answer the running service's next fsync of a directory with EIO."""
+    command = ["strace", "-f", "-p", str(service.process.pid), "-e", "trace=fsync", "-P", str(directory)]
+    command += ["-e", "inject=fsync:error=EIO:when=1", "-o", os.devnull]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        assert strace.stderr is not None
+        assert "attached" in strace.stderr.readline()
+        try:
+            yield
+        finally:
+            strace.send_signal(signal.SIGINT)
+
+
+@pytest.mark.needs("strace")
+def test_an_injected_failure_arrives_as_an_error(store_path: Path) -> None:
+    def post(service: Service) -> None:
+        assert service.post({"model": "m", "tokens_saved": 1})[0] == 200
+        with failing_once(service, store_path.parent):
+            status, answer = service.post({"model": "m", "tokens_saved": 10})
+            assert (status, answer["durable"]) == (202, False)
+        metrics = service.metrics()
+        assert metrics['savings_fsync_failures_total{target="directory"}'] == 1
+        assert metrics['savings_save_failures_total{error="EIO",step="fsync_dir"}'] == 1
+
+    spans = received(store_path, post)
+    saves = [span for span in spans if span.name == "savings.save"]
+    (failed,) = [save for save in saves if save.status.code == ERROR]
+    assert attributes(failed)["error.type"] == "EIO"
+    steps = children(spans, failed)
+    assert [step.name for step in steps] == STEPS
+    assert [step.status.code for step in steps] == [0, 0, 0, ERROR]
+    assert attributes(steps[3])["error.type"] == "EIO"
+    assert [event.name for event in steps[3].events] == ["exception"]
+    assert attributes(saves[-1])["savings.sequence"] == 2
+    assert saves[-1].status.code == 0
+
+
+def test_nothing_is_sent_unless_it_is_asked_for(store_path: Path) -> None:
+    """Without the variables there is no exporter: a service with tracing switched off says nothing about one."""
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "true"}
+    with running("serve", "--store", str(store_path), env=env) as service:
+        assert service.post({"model": "m", "tokens_saved": 1})[0] == 200
+        status, _, err = service.stop()
+    assert (status, "9" in err and "export" in err.lower()) == (0, False)
