@@ -431,10 +431,13 @@ class _Batch:
         later._joined = (self, self.delta.records)
         self.delta.absorb(later.delta, ledger, limits)
         self._waiting += later._waiting
+        later.delta = Delta()  # receipts may keep the batch for long; they need no sums
 
     def settle(self, durable_from: int | None) -> None:
         """A save ended: durable with the sequence numbers after ``durable_from``, or not durable yet (None)."""
         self._durable_from = durable_from
+        if durable_from is not None:
+            self.delta = Delta()
         waiting, self._waiting = self._waiting, []
         for loop, future in waiting:
             with suppress(RuntimeError):  # the loop may be closed by now

@@ -168,9 +168,7 @@ class Service:
 
 
 @contextmanager
-def running(
-    *arguments: str, env: dict[str, str] | None = None, address: str = "127.0.0.1:0"
-) -> Iterator[Service]:
+def running(*arguments: str, env: dict[str, str] | None = None, address: str = "127.0.0.1:0") -> Iterator[Service]:
     """A ``savings-exporter`` command, by default on a free port of the loopback, killed at the end if it still runs."""
     command = [sys.executable, "-m", "savings_exporter", *arguments, "--web.listen-address", address]
     process = subprocess.Popen(

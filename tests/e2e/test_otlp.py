@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,10 +118,16 @@ def test_an_injected_failure_arrives_as_an_error(store_path: Path) -> None:
     assert saves[-1].status.code == 0
 
 
-def test_nothing_is_sent_unless_it_is_asked_for(store_path: Path) -> None:
-    """Without the variables there is no exporter: a service with tracing switched off says nothing about one."""
-    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "true"}
-    with running("serve", "--store", str(store_path), env=env) as service:
-        assert service.post({"model": "m", "tokens_saved": 1})[0] == 200
-        status, _, err = service.stop()
-    assert (status, "9" in err and "export" in err.lower()) == (0, False)
+@pytest.mark.needs("strace")
+@pytest.mark.parametrize(
+    "env", [{}, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "true"}]
+)
+def test_nothing_is_sent_unless_it_is_asked_for(store_path: Path, tmp_path: Path, variables: str) -> None:
+    log = tmp_path / "connections"
+    program = [sys.executable, "-m", "savings_exporter", "record", "--store", str(store_path)]
+    subprocess.run(
+        ["strace", "-f", "-e", "trace=connect", "-o", str(log), *program, "--model", "m", "--tokens-saved", "1"],
+        env={**os.environ, **dict(variable.split("=", 1) for variable in variables.split())},
+        check=True,
+    )
+    assert "AF_INET" not in log.read_text()
