@@ -33,6 +33,9 @@ _CHECKSUM = re.compile(rb'"checksum": "(sha256:[0-9a-f]{64})"')
 # Headroom takes money that can only be gained as zero or more, but lets savings go below zero.
 _SIGNED_AMOUNTS = frozenset({"compression_savings_usd", "compression_savings_list_usd"})
 
+# Beyond this no number is a count of tokens, and sums of such numbers would leave the range of a float.
+_LARGEST_NUMBER = 2**63 - 1
+
 # What a point of history calls the counts and amounts of the lifetime totals.
 _POINT_KEYS = {
     "tokens_saved": "total_tokens_saved",
@@ -233,12 +236,12 @@ def _totals(raw: Any, where: str, problems: list[str]) -> Totals:
 
 
 def _number(value: Any, kind: Callable[[Any], Any], where: str, problems: list[str], *, signed: bool) -> Any:
-    """A number as Headroom reads it: numeric text counts, and what is no finite number is zero, not an error."""
+    """A number as Headroom reads it: numeric text counts, and what cannot be one is zero, not an error."""
     try:
         number = kind(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= _LARGEST_NUMBER:
         problems.append(f"{where} is not a number: {_shown(value)}")
         return kind(0)
     return number if signed else max(number, kind(0))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta, timezone
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -24,6 +25,7 @@ OTHER_PAIR: Pair = (OTHER, OTHER)
 # Money is kept to a billionth of a dollar. Rounding each sum there makes it the exact decimal sum (up to nine
 # million dollars), whatever the order of the additions, and keeps 0.1 + 0.2 from being written as 0.30000000000000004.
 _USD_DIGITS = 9
+_USD_UNITS = 10**_USD_DIGITS
 
 Name = TypeVar("Name", str, Pair)
 
@@ -130,60 +132,109 @@ class Delta:
 
     def __init__(self) -> None:
         self.records = 0
-        self.lifetime = Totals()
-        self.by_model: dict[str, Totals] = {}
-        self.projects: dict[str, Totals] = {}
-        self.by_provider_model: dict[Pair, Totals] = {}
-        self.newest: datetime | None = None
+        self._lifetime = _Sum()
+        self._models = _Group(OTHER)
+        self._projects = _Group(OTHER)
+        self._pairs = _Group(OTHER_PAIR)
+
+    @property
+    def lifetime(self) -> Totals:
+        """The totals of all records."""
+        return self._lifetime.totals()
+
+    @property
+    def by_model(self) -> dict[str, Totals]:
+        """The totals of each model."""
+        return self._models.totals()
+
+    @property
+    def projects(self) -> dict[str, Totals]:
+        """The totals of each project."""
+        return self._projects.totals()
+
+    @property
+    def by_provider_model(self) -> dict[Pair, Totals]:
+        """The totals of each provider and model."""
+        return self._pairs.totals()
+
+    @property
+    def newest(self) -> datetime | None:
+        """The newest record's timestamp."""
+        return self._lifetime.newest
 
     def add(self, record: SavingsRecord, ledger: Ledger, limits: Limits) -> None:
         """Count one record in. ``ledger`` says which names are taken already, so that those are kept apart."""
-        totals = totals_of(record)
-        pair = (record.provider or UNKNOWN, record.model)
+        numbers, moment, model = _numbers_of(record), record.timestamp, record.model
+        pair = (record.provider or UNKNOWN, model)
         self.records += 1
-        self.lifetime += totals
-        _add(self.by_model, record.model, totals, ledger.by_model, OTHER, limits.max_models)
-        _add(self.by_provider_model, pair, totals, ledger.by_provider_model, OTHER_PAIR, limits.max_models)
+        self._lifetime.add(numbers, moment)
+        self._models.sum_of(model, ledger.by_model, limits.max_models).add(numbers, moment)
+        self._pairs.sum_of(pair, ledger.by_provider_model, limits.max_models).add(numbers, moment)
         if record.project is not None:
-            _add(self.projects, record.project, totals, ledger.projects, OTHER, limits.max_projects)
-        if record.timestamp is not None and (self.newest is None or record.timestamp > self.newest):
-            self.newest = record.timestamp
+            self._projects.sum_of(record.project, ledger.projects, limits.max_projects).add(numbers, moment)
 
     def absorb(self, later: Delta, ledger: Ledger, limits: Limits) -> None:
         """Count another delta's records in, after this one's."""
         self.records += later.records
-        self.lifetime += later.lifetime
-        for model, totals in later.by_model.items():
-            _add(self.by_model, model, totals, ledger.by_model, OTHER, limits.max_models)
-        for pair, totals in later.by_provider_model.items():
-            _add(self.by_provider_model, pair, totals, ledger.by_provider_model, OTHER_PAIR, limits.max_models)
-        for project, totals in later.projects.items():
-            _add(self.projects, project, totals, ledger.projects, OTHER, limits.max_projects)
-        self.newest = max((moment for moment in (self.newest, later.newest) if moment), default=None)
+        self._lifetime.add(later._lifetime.numbers, later._lifetime.newest)
+        self._models.absorb(later._models, ledger.by_model, limits.max_models)
+        self._pairs.absorb(later._pairs, ledger.by_provider_model, limits.max_models)
+        self._projects.absorb(later._projects, ledger.projects, limits.max_projects)
 
 
-def totals_of(record: SavingsRecord) -> Totals:
-    """What one record adds to every total it belongs to.
+class _Sum:
+    """Totals that grow in place, because a new ``Totals`` for every record and name costs ten times as much.
 
-    The caller's ``savings_usd`` has no list price beside it, so it counts as its own list price, as
-    Headroom counts a request without a cache breakdown.
+    ``numbers`` are the counts, then the amounts in billionths of a dollar: whole numbers, so that the sum is exact.
     """
-    savings_usd = record.savings_usd or 0.0
-    return Totals(
-        requests=1,
-        tokens_saved=record.tokens_saved,
-        tool_tokens_saved=record.tool_search_saved,
-        output_tokens_saved=record.output_tokens_saved,
-        cache_read_tokens=record.cache_read_tokens,
-        cache_write_tokens=record.cache_write_tokens,
-        uncached_input_tokens=record.uncached_input_tokens,
-        total_input_tokens=record.input_tokens,
-        total_output_tokens=record.output_tokens,
-        compression_savings_usd=savings_usd,
-        compression_savings_list_usd=savings_usd,
-        total_input_cost_usd=record.input_cost_usd or 0.0,
-        last_activity_at=iso_utc(record.timestamp) if record.timestamp else None,
-    )
+
+    __slots__ = ("newest", "numbers")
+
+    def __init__(self) -> None:
+        self.numbers = [0] * (len(COUNTS) + len(AMOUNTS))
+        self.newest: datetime | None = None
+
+    def add(self, numbers: Iterable[int], moment: datetime | None) -> None:
+        self.numbers = list(map(operator.add, self.numbers, numbers))
+        if moment is not None and (self.newest is None or moment > self.newest):
+            self.newest = moment
+
+    def totals(self) -> Totals:
+        counts = dict(zip(COUNTS, self.numbers, strict=False))
+        amounts = {name: number / _USD_UNITS for name, number in zip(AMOUNTS, self.numbers[len(COUNTS) :], strict=True)}
+        return Totals(**counts, **amounts, last_activity_at=iso_utc(self.newest) if self.newest else None)
+
+
+class _Group(Generic[Name]):
+    """Sums by name, with a bound on the names that these and the ledger's make together."""
+
+    def __init__(self, other: Name) -> None:
+        self._other: Name = other
+        self._sums: dict[Name, _Sum] = {}
+        self._taken: Mapping[Name, Totals] = {}
+        self._names = 0
+
+    def sum_of(self, name: Name, taken: Mapping[Name, Totals], limit: int) -> _Sum:
+        """The sum that a record of this name belongs to."""
+        if taken is not self._taken:
+            self._taken = taken
+            self._names = len((taken.keys() | self._sums.keys()) - {self._other})
+        found = self._sums.get(name)
+        if found is not None:
+            return found
+        if name not in taken and name != self._other:
+            if self._names >= limit:
+                return self.sum_of(self._other, taken, limit)
+            self._names += 1
+        self._sums[name] = found = _Sum()
+        return found
+
+    def absorb(self, later: _Group[Name], taken: Mapping[Name, Totals], limit: int) -> None:
+        for name, part in later._sums.items():
+            self.sum_of(name, taken, limit).add(part.numbers, part.newest)
+
+    def totals(self) -> dict[Name, Totals]:
+        return {name: part.totals() for name, part in self._sums.items()}
 
 
 def total_of(parts: Iterable[Totals]) -> Totals:
@@ -242,23 +293,40 @@ def _with_point(
     return thinned((*history, point), now)
 
 
-def _add(
-    into: dict[Name, Totals], name: Name, totals: Totals, taken: Mapping[Name, Totals], other: Name, limit: int
-) -> None:
-    if name not in into and name not in taken and _names(into, taken, other) >= limit:
-        name = other
-    into[name] = into[name] + totals if name in into else totals
+def _numbers_of(record: SavingsRecord) -> tuple[int, ...]:
+    """One record as the numbers of a sum.
 
-
-def _names(into: Mapping[Name, Totals], taken: Mapping[Name, Totals], other: Name) -> int:
-    new = sum(1 for name in into if name not in taken)
-    return len(taken) + new - (other in into or other in taken)
+    The caller's ``savings_usd`` has no list price beside it, so it counts as its own list price, as
+    Headroom counts a request without a cache breakdown.
+    """
+    saved = round(record.savings_usd * _USD_UNITS) if record.savings_usd else 0
+    cost = round(record.input_cost_usd * _USD_UNITS) if record.input_cost_usd else 0
+    return (
+        1,  # requests
+        record.tokens_saved,
+        record.tool_search_saved,
+        record.output_tokens_saved,
+        record.cache_read_tokens,
+        record.cache_write_tokens,
+        record.uncached_input_tokens,
+        record.input_tokens,
+        record.output_tokens,
+        saved,  # compression_savings_usd
+        saved,  # compression_savings_list_usd
+        0,  # tool_schema_savings_usd
+        0,  # cache_savings_usd
+        0,  # output_savings_usd
+        cost,  # total_input_cost_usd
+        0,  # total_output_cost_usd
+    )
 
 
 def _merged(old: Mapping[Name, Totals], delta: Mapping[Name, Totals], other: Name, limit: int) -> Mapping[Name, Totals]:
     merged = dict(old)
-    for name, totals in delta.items():
-        _add(merged, name, totals, {}, other, limit)
+    for new_name, totals in delta.items():
+        is_beyond = new_name not in merged and len(merged) - (other in merged) >= limit
+        name = other if is_beyond else new_name
+        merged[name] = merged[name] + totals if name in merged else totals
     return merged
 
 
