@@ -183,7 +183,7 @@ def _token_count(field: str, value: Any) -> int:
     except TypeError:
         raise TypeError(f"{field} must be an integer, not {type(value).__name__}") from None
     if count < 0:
-        raise ValueError(f"{field} must not be negative, got {count}")
+        raise ValueError(f"{field} must not be negative")
     if count > MAX_TOKENS:
         raise ValueError(f"{field} must be at most {MAX_TOKENS}, got a larger number")
     return count
