@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support import Faults, eventually, samples
 
 from savings_exporter import Receipt, SavingsRecord, SavingsTracker
 from savings_exporter.telemetry.metrics import SavingsCollector
+from support import Faults, eventually, samples
 
 
 @pytest.fixture

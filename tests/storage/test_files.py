@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import DATA, run_cli
 
 from savings_exporter import SavingsTracker, StoreError
+from support import DATA, run_cli
 
 
 @pytest.fixture

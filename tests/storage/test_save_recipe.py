@@ -17,11 +17,11 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
-from support import ERRNOS, Faults, samples
 
 from savings_exporter import SavingsTracker
 from savings_exporter.storage import filesystem
 from savings_exporter.telemetry.metrics import SavingsCollector
+from support import ERRNOS, Faults, samples
 
 STEPS = ("write", "fsync_file", "replace", "fsync_dir")
 SAVED: dict[str, Any] = {"model": "claude-sonnet-4-5", "provider": "anthropic", "tokens_saved": 4096}
