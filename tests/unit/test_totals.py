@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -69,7 +70,7 @@ def without_history(ledger: Ledger) -> Ledger:
 
 def split(records: Sequence[SavingsRecord], cuts: Iterable[int]) -> list[Sequence[SavingsRecord]]:
     edges = sorted({0, len(records), *(cut for cut in cuts if cut < len(records))})
-    return [records[start:end] for start, end in zip(edges[:-1], edges[1:], strict=True)]
+    return [records[start:end] for start, end in pairwise(edges)]
 
 
 def one(model: str = "m", *, saved: int = 1, at: datetime = NOW, project: str | None = None) -> SavingsRecord:
