@@ -22,10 +22,9 @@ Pair = tuple[str, str]
 
 OTHER_PAIR: Pair = (OTHER, OTHER)
 
-# Money is kept to a billionth of a dollar. Rounding each sum there makes it the exact decimal sum (up to nine
-# million dollars), whatever the order of the additions, and keeps 0.1 + 0.2 from being written as 0.30000000000000004.
-_USD_DIGITS = 9
-_USD_UNITS = 10**_USD_DIGITS
+# Money is kept to a billionth of a dollar and added in whole billionths: the sum is the exact decimal sum (up to nine
+# million dollars, where a float's digits end), whatever the order, and 0.1 + 0.2 is not written as 0.30000000000000004.
+_USD_UNITS = 10**9
 
 Name = TypeVar("Name", str, Pair)
 
@@ -58,14 +57,14 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
     def __add__(self, other: Totals) -> Totals:
         sums = {name: getattr(self, name) + getattr(other, name) for name in COUNTS}
         for name in AMOUNTS:
-            sums[name] = round(getattr(self, name) + getattr(other, name), _USD_DIGITS)
+            sums[name] = (_units(getattr(self, name)) + _units(getattr(other, name))) / _USD_UNITS
         return Totals(**sums, last_activity_at=_later(self.last_activity_at, other.last_activity_at))
 
     def beyond(self, part: Totals) -> Totals:
         """What these totals hold and ``part`` of them does not; no count below zero."""
         rest = {name: max(getattr(self, name) - getattr(part, name), 0) for name in COUNTS}
         for name in AMOUNTS:
-            rest[name] = round(getattr(self, name) - getattr(part, name), _USD_DIGITS)
+            rest[name] = (_units(getattr(self, name)) - _units(getattr(part, name))) / _USD_UNITS
         return Totals(**rest, last_activity_at=self.last_activity_at)
 
     @property
@@ -200,9 +199,10 @@ class _Sum:
             self.newest = moment
 
     def totals(self) -> Totals:
-        counts = dict(zip(COUNTS, self.numbers, strict=False))
-        amounts = {name: number / _USD_UNITS for name, number in zip(AMOUNTS, self.numbers[len(COUNTS) :], strict=True)}
-        return Totals(**counts, **amounts, last_activity_at=iso_utc(self.newest) if self.newest else None)
+        values: dict[str, Any] = dict(zip(COUNTS, self.numbers, strict=False))
+        for name, units in zip(AMOUNTS, self.numbers[len(COUNTS) :], strict=True):
+            values[name] = units / _USD_UNITS
+        return Totals(**values, last_activity_at=iso_utc(self.newest) if self.newest else None)
 
 
 class _Group(Generic[Name]):
@@ -299,8 +299,8 @@ def _numbers_of(record: SavingsRecord) -> tuple[int, ...]:
     The caller's ``savings_usd`` has no list price beside it, so it counts as its own list price, as
     Headroom counts a request without a cache breakdown.
     """
-    saved = round(record.savings_usd * _USD_UNITS) if record.savings_usd else 0
-    cost = round(record.input_cost_usd * _USD_UNITS) if record.input_cost_usd else 0
+    saved = _units(record.savings_usd) if record.savings_usd else 0
+    cost = _units(record.input_cost_usd) if record.input_cost_usd else 0
     return (
         1,  # requests
         record.tokens_saved,
@@ -319,6 +319,10 @@ def _numbers_of(record: SavingsRecord) -> tuple[int, ...]:
         cost,  # total_input_cost_usd
         0,  # total_output_cost_usd
     )
+
+
+def _units(usd: float) -> int:
+    return round(usd * _USD_UNITS)
 
 
 def _merged(old: Mapping[Name, Totals], delta: Mapping[Name, Totals], other: Name, limit: int) -> Mapping[Name, Totals]:
