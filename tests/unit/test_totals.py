@@ -141,6 +141,14 @@ def test_money_is_exact_to_a_billionth(records: list[SavingsRecord]) -> None:
     assert counted(Ledger(), records).lifetime.compression_savings_usd == float(exact)
 
 
+@given(st.lists(st.integers(-(10**15), 10**15), max_size=8))
+def test_money_stays_exact_in_millions_of_dollars(billionths: list[int]) -> None:
+    parts = [Totals(compression_savings_usd=number / 1e9) for number in billionths]
+    assert total_of(parts).compression_savings_usd == sum(billionths) / 1e9
+    whole = total_of([*parts, Totals(compression_savings_usd=0.25)])
+    assert whole.beyond(total_of(parts)).compression_savings_usd == 0.25
+
+
 @given(many_records, st.lists(st.integers(0, 30)), st.integers(1, 6))
 def test_deltas_that_join_are_as_one_delta(records: list[SavingsRecord], cuts: list[int], limit: int) -> None:
     limits = Limits(max_models=limit, max_projects=limit)

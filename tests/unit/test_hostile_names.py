@@ -1,0 +1,118 @@
+"""Names come from clients. A million records with the worst of them cost neither memory nor a single token."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from savings_exporter import SavingsRecord, SavingsTracker
+from savings_exporter.telemetry.metrics import SavingsCollector
+from savings_exporter.totals import OTHER, OTHER_PAIR, Delta, Ledger, Limits, total_of
+from support import WAIT_SECONDS, Faults, parsed
+
+LIMIT = 50
+DIFFERENT = 10_000
+
+_SHAPES = (
+    "plain-{}",
+    "new\nline\r{}",
+    'quo"te\\{}\\',
+    '{}"}} 1\nsavings_tokens_saved_total{{model="forged"}} 9e9\n#',
+    "\u202egnp.{}",
+    "\ud800{}\udfff",
+    "\x00\x1b[31m{}\x7f",
+    "%25252525{}%250a%2522",
+    "{}" + "é" * 10_000,
+    "{{}}'{}\u2028\u0085\ufeff",
+)
+NAMES = ["", "other", "unknown", " ", "\x00", *(_SHAPES[n % len(_SHAPES)].format(n) for n in range(DIFFERENT - 5))]
+
+
+def hostile_records(count: int) -> list[SavingsRecord]:
+    """As many records, each name of a model with another one of a project, saving 0, 1, 2, ... tokens."""
+    return [
+        SavingsRecord(
+            model=NAMES[n % DIFFERENT],
+            project=NAMES[n * 7 % DIFFERENT],
+            provider=NAMES[n * 13 % DIFFERENT],
+            tokens_saved=n,
+            input_tokens=2 * n,
+            savings_usd=n / 1000,
+        )
+        for n in range(count)
+    ]
+
+
+def exposition_of(tracker: SavingsTracker) -> str:
+    registry = CollectorRegistry()
+    registry.register(SavingsCollector(tracker))
+    return generate_latest(registry).decode()
+
+
+def assert_bounded_and_exact(tracker: SavingsTracker, records: list[SavingsRecord], times: int) -> None:
+    snapshot = tracker.snapshot()
+    assert snapshot.lifetime.requests == len(records) * times
+    assert snapshot.lifetime.tokens_saved == sum(record.tokens_saved for record in records) * times
+    assert snapshot.lifetime.compression_savings_usd == sum(record.tokens_saved for record in records) * times / 1000
+    assert len(snapshot.by_model.keys() - {OTHER}) == LIMIT
+    assert len(snapshot.projects.keys() - {OTHER}) == LIMIT
+    assert len(snapshot.by_provider_model.keys() - {OTHER_PAIR}) == LIMIT
+    assert total_of(snapshot.by_model.values()) == snapshot.lifetime
+    assert total_of(snapshot.by_provider_model.values()) == snapshot.lifetime
+    of_projects = [record for record in records if record.project is not None]
+    assert total_of(snapshot.projects.values()).requests == len(of_projects) * times
+    assert total_of(snapshot.projects.values()).tokens_saved == sum(r.tokens_saved for r in of_projects) * times
+
+    seen = parsed(exposition_of(tracker))
+    of_models = {name: value for name, value in seen.items() if name.startswith("savings_tokens_saved_total{")}
+    assert sum(of_models.values()) == snapshot.lifetime.tokens_saved
+    assert len(of_models) <= LIMIT + 2
+    assert 'savings_tokens_saved_total{model="forged"}' not in seen
+
+
+def test_a_million_records_with_hostile_names_stay_bounded_and_exact(store_path: Path) -> None:
+    records = hostile_records(DIFFERENT)
+    with SavingsTracker(store_path, max_models=LIMIT, max_projects=LIMIT) as tracker:
+        for _ in range(100):
+            tracker.record_many(records, wait=False)
+        assert tracker.flush()
+        assert_bounded_and_exact(tracker, records, times=100)
+    assert store_path.stat().st_size < 200_000
+    with SavingsTracker(store_path, max_models=LIMIT, max_projects=LIMIT) as tracker:
+        assert_bounded_and_exact(tracker, records, times=100)
+
+
+def test_records_that_wait_for_a_bad_disk_stay_bounded_too(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = hostile_records(DIFFERENT)
+    with SavingsTracker(store_path, max_models=LIMIT, max_projects=LIMIT) as tracker:
+        faults = Faults(monkeypatch)
+        faults.fail("fsync_file", errno.EIO)
+        for _ in range(5):
+            assert not tracker.record_many(records)
+        assert tracker.snapshot().pending_records == 5 * DIFFERENT
+        faults.mend()
+        assert tracker.flush(WAIT_SECONDS)
+        assert_bounded_and_exact(tracker, records, times=5)
+
+
+def test_what_waits_does_not_grow_with_the_number_of_names() -> None:
+    limits = Limits(max_models=LIMIT, max_projects=LIMIT)
+    delta, ledger = Delta(), Ledger()
+    for record in hostile_records(DIFFERENT):
+        delta.add(record, ledger, limits)
+    assert len(delta.by_model.keys() - {OTHER}) == LIMIT
+    assert len(delta.projects.keys() - {OTHER}) == LIMIT
+    assert len(delta.by_provider_model.keys() - {OTHER_PAIR}) == LIMIT
+
+
+@pytest.mark.needs("prometheus")
+def test_promtool_finds_nothing_wrong_with_hostile_names(store_path: Path) -> None:
+    with SavingsTracker(store_path) as tracker:
+        tracker.record_many(hostile_records(DIFFERENT))
+        exposition = exposition_of(tracker)
+    checked = subprocess.run(["promtool", "check", "metrics"], input=exposition.encode(), capture_output=True)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
