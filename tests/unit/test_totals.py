@@ -227,6 +227,7 @@ def test_names_that_another_process_took_meanwhile_are_not_told_apart_beyond_the
     delta = delta_of([one("a"), one("b")], Ledger(), limits)
     elsewhere = counted(Ledger(), [one("c"), one("d")], limits)
     delta.add(one("e"), elsewhere, limits)
+    assert delta.by_model.keys() == {"a", "b", OTHER}
     ledger = elsewhere.plus(delta, limits, NOW)
     assert {name: totals.requests for name, totals in ledger.by_model.items()} == {"c": 1, "d": 1, OTHER: 3}
 
