@@ -102,7 +102,7 @@ class SavingsTracker:
                 raise ValueError(f"{name} must be at least 1, got {limit}")
         if not save_interval > 0:
             raise ValueError(f"save_interval must be more than 0 seconds, got {save_interval}")
-        self._path = os.path.expanduser(path) if path is not None else default_path()
+        self._path = os.path.expanduser(path) if path is not None else _made_default_path()
         self._limits = Limits(max_models=max_models, max_projects=max_projects)
         self.save_metrics = SaveMetrics()
         observer = Observers([SaveTracing(tracer_provider), self.save_metrics])
@@ -452,17 +452,18 @@ class _Batch:
 
 
 def default_path() -> str:
-    """The default store, in a directory that is made if needed.
+    """The default store, in the user's state directory. Makes nothing."""
+    return str(platformdirs.user_state_path("savings-exporter", appauthor=False) / DOCUMENT_NAME)
 
-    Raises:
-        StoreError: the directory cannot be made.
-    """
-    directory = platformdirs.user_state_path("savings-exporter", appauthor=False)
+
+def _made_default_path() -> str:
+    path = default_path()
     try:
-        filesystem.make_directories(str(directory))
+        filesystem.make_directories(os.path.dirname(path))
     except OSError as error:
+        directory = os.path.dirname(path)
         raise StoreError(f"{directory}: cannot be made: {error.strerror}; name a store with --store PATH") from None
-    return str(directory / DOCUMENT_NAME)
+    return path
 
 
 def _finish(future: asyncio.Future[None]) -> None:

@@ -92,6 +92,17 @@ class SavingsCollector(Collector):
         yield from self._tracker.save_metrics.collect()
 
 
+class WatchCollector(Collector):
+    """Collects the totals of a file that another program saves."""
+
+    def __init__(self, watched: Source) -> None:
+        self._watched = watched
+
+    def collect(self) -> Iterator[Metric]:
+        """The families of the totals."""
+        yield from totals_families(self._watched)
+
+
 class SaveMetrics:
     """Observes a store and counts what happens to its saves."""
 

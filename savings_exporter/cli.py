@@ -1,0 +1,345 @@
+"""The command line: thin, one line of error a mistake, exit status 0, 1 (it failed) or 2 (wrong usage)."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+import tempfile
+from contextlib import ExitStack
+from datetime import datetime
+from importlib.metadata import version
+from typing import Annotated, Any, Literal, NoReturn
+
+import click
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from savings_exporter.errors import StoreError
+from savings_exporter.headroom import WatchedFile
+from savings_exporter.records import SavingsRecord
+from savings_exporter.service import server, settings, views
+from savings_exporter.service.app import SAVINGS_PATH, Service
+from savings_exporter.service.demo import DemoTraffic
+from savings_exporter.storage.steps import Observers
+from savings_exporter.storage.store import inspect, repair
+from savings_exporter.telemetry.metrics import SavingsCollector, WatchCollector
+from savings_exporter.totals import Totals
+from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker, Snapshot, default_path
+
+_BAR_WIDTH = 24
+
+app = typer.Typer(
+    name="savings-exporter",
+    help="Keeps the LLM tokens you saved, durably, and shows every step of it.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class CommandError(Exception):
+    """What was asked for failed; the message is the line to print."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"savings-exporter {version('savings-exporter')}")
+        raise typer.Exit
+
+
+def _address(text: str) -> str:
+    try:
+        settings.listen_address(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
+
+def _metrics_path(text: str) -> str:
+    if not text.startswith("/") or text == "/" or "{" in text:
+        raise typer.BadParameter(f"{text!r} must begin with / and name more than that")
+    return text
+
+
+Store = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="PATH",
+        envvar="SAVINGS_EXPORTER_STORE",
+        help="The document. Default: in the user's state directory.",
+    ),
+]
+ListenAddress = Annotated[
+    str,
+    typer.Option(
+        "--web.listen-address",
+        metavar="HOST:PORT",
+        envvar="SAVINGS_EXPORTER_WEB_LISTEN_ADDRESS",
+        callback=_address,
+        help="Where to listen; port 0 takes a free one.",
+    ),
+]
+TelemetryPath = Annotated[
+    str,
+    typer.Option(
+        "--web.telemetry-path",
+        metavar="PATH",
+        envvar="SAVINGS_EXPORTER_WEB_TELEMETRY_PATH",
+        callback=_metrics_path,
+        help="Where the metrics are.",
+    ),
+]
+WebConfigFile = Annotated[
+    str | None,
+    typer.Option(
+        "--web.config.file",
+        metavar="PATH",
+        envvar="SAVINGS_EXPORTER_WEB_CONFIG_FILE",
+        help="YAML with tls_server_config (cert_file, key_file) and authorization (credentials_file).",
+    ),
+]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"],
+    typer.Option("--log.level", envvar="SAVINGS_EXPORTER_LOG_LEVEL", help="What to log to standard error."),
+]
+LogFormat = Annotated[
+    Literal["logfmt", "json"],
+    typer.Option("--log.format", envvar="SAVINGS_EXPORTER_LOG_FORMAT", help="How to log it."),
+]
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def serve(
+    store: Store = None,
+    listen_address: ListenAddress = "127.0.0.1:9478",
+    telemetry_path: TelemetryPath = "/metrics",
+    web_config_file: WebConfigFile = None,
+    log_level: LogLevel = "info",
+    log_format: LogFormat = "logfmt",
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Feed made-up traffic, into a store that is thrown away at the end.")
+    ] = False,
+) -> None:
+    """Keep the savings that proxies POST, and show them to Prometheus."""
+    settings.configure_logging(log_level, log_format)
+    config = settings.web_config(web_config_file)
+    token = config.token()
+    with ExitStack() as stack:
+        listener = stack.enter_context(server.listen(*settings.listen_address(listen_address)))
+        url = server.url_of(listener, tls=config.tls_server_config is not None)
+        provider = settings.tracer_provider()
+        if provider is not None:
+            stack.callback(provider.shutdown)
+        if demo and store is None:
+            store = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), DOCUMENT_NAME)
+        tracker = SavingsTracker(store, tracer_provider=provider)
+        stack.callback(tracker.close)
+        if demo:
+            if tracker.snapshot().lifetime != Totals():
+                raise click.UsageError(f"{tracker.storage_path} holds savings, and --demo would mix made-up ones in")
+            stack.enter_context(DemoTraffic(tracker))
+        service = Service(tracker, SavingsCollector(tracker), telemetry_path=telemetry_path, token=token)
+        _announce("keeps made-up savings" if demo else "keeps savings", tracker.storage_path, url, _first_saving(url))
+        server.run(service, listener, config.tls_server_config)
+        reason = tracker.health().reason
+        if not tracker.close():
+            raise CommandError(f"stopped, but {reason}")
+
+
+@app.command()
+def watch(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A proxy_savings.json that another program writes.")],
+    listen_address: ListenAddress = "127.0.0.1:9478",
+    telemetry_path: TelemetryPath = "/metrics",
+    web_config_file: WebConfigFile = None,
+    log_level: LogLevel = "info",
+    log_format: LogFormat = "logfmt",
+) -> None:
+    """Show the totals of a file that another program owns, Headroom's included. Never writes to it."""
+    settings.configure_logging(log_level, log_format)
+    config = settings.web_config(web_config_file)
+    token = config.token()
+    watched = WatchedFile(path)
+    with server.listen(*settings.listen_address(listen_address)) as listener:
+        service = Service(watched, WatchCollector(watched), telemetry_path=telemetry_path, token=token)
+        url = server.url_of(listener, tls=config.tls_server_config is not None)
+        _announce("watches", watched.storage_path, url, f"metrics: {url}{telemetry_path}")
+        server.run(service, listener, config.tls_server_config)
+
+
+@app.command()
+def record(
+    model: Annotated[str, typer.Option(help="The model that was asked.")],
+    tokens_saved: Annotated[int, typer.Option(help="Input tokens that compression saved.")],
+    input_tokens: Annotated[int, typer.Option(help="Input tokens that were sent.")] = 0,
+    tool_search_saved: Annotated[int, typer.Option(help="Input tokens that deferred tool schemas saved.")] = 0,
+    output_tokens_saved: Annotated[int, typer.Option(help="Output tokens that were saved.")] = 0,
+    output_tokens: Annotated[int, typer.Option(help="Output tokens that came back.")] = 0,
+    provider: Annotated[str | None, typer.Option(help="Who runs the model.")] = None,
+    agent: Annotated[str | None, typer.Option(help="The agent that asked.")] = None,
+    project: Annotated[str | None, typer.Option(help="The project it asked for.")] = None,
+    cache_read_tokens: Annotated[int, typer.Option(help="Input tokens read from a prompt cache.")] = 0,
+    cache_write_tokens: Annotated[int, typer.Option(help="Input tokens written to a prompt cache.")] = 0,
+    uncached_input_tokens: Annotated[int, typer.Option(help="Input tokens neither read nor written there.")] = 0,
+    timestamp: Annotated[str | None, typer.Option(help="When, ISO 8601. Default: now.")] = None,
+    savings_usd: Annotated[float | None, typer.Option(help="US dollars saved; may be negative.")] = None,
+    input_cost_usd: Annotated[float | None, typer.Option(help="US dollars paid for input.")] = None,
+    store: Store = None,
+) -> None:
+    """Record one saving in a store, also while a service keeps it."""
+    arguments: dict[str, Any] = {name: value for name, value in locals().items() if name != "store"}
+    settings.be_quiet()
+    try:
+        saving = SavingsRecord(**arguments)
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error)) from None
+    provider_of_spans = settings.tracer_provider()
+    try:
+        with SavingsTracker(store, tracer_provider=provider_of_spans) as tracker:
+            receipt = tracker.record_many([saving])
+            reason = tracker.health().reason
+            if not receipt.durable:
+                raise CommandError(reason or f"{tracker.storage_path}: could not be saved")
+            print(f"record {receipt.sequence}: {tracker.snapshot().lifetime.tokens_saved} tokens saved so far")
+    finally:
+        if provider_of_spans is not None:
+            provider_of_spans.shutdown()
+
+
+@app.command()
+def show(
+    store: Store = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+) -> None:
+    """Print a store's totals. Only reads; a document of Headroom's will do."""
+    settings.be_quiet()
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv are one too many")
+    path = store if store is not None else default_path()
+    if not os.path.exists(path):
+        raise CommandError(
+            f"{path}: there are no savings yet; record the first with: savings-exporter record --model NAME "
+            "--tokens-saved N"
+        )
+    watched = WatchedFile(path)
+    snapshot = watched.snapshot()
+    if as_json:
+        content = views.as_json(snapshot, watched.health(), watched.storage_path)
+        print(msgspec.json.format(msgspec.json.encode(content)).decode())
+    elif as_csv:
+        rows = list(views.as_rows(snapshot))
+        writer = csv.DictWriter(sys.stdout, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        _print_tables(snapshot, watched.storage_path)
+
+
+@app.command()
+def verify(
+    store: Store = None,
+    mend: Annotated[
+        bool, typer.Option("--repair", help="Go back to the save before a damaged document, which is kept aside.")
+    ] = False,
+) -> None:
+    """Say what a store holds and what is wrong with it; exit 1 when something is."""
+    settings.be_quiet()
+    path = store if store is not None else default_path()
+    if mend:
+        print(repair(path, Observers([])))
+        return
+    found = inspect(path)
+    if found.ledger is not None:
+        tokens, saved_at = found.ledger.lifetime.tokens_saved, found.saved_at
+        print(f"{path}: {tokens} tokens saved in {found.ledger.sequence} records{_saved(saved_at)}")
+    if found.problems:
+        raise CommandError("; ".join(found.problems))
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its status."""
+    try:
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "savings-exporter"
+        _exit(2, f"{' '.join(error.format_message().split())} See: {command} --help")
+    except (CommandError, StoreError, settings.SettingsError) as error:
+        _exit(1, str(error))
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _exit(1, f"{error.filename or ''}: {error.strerror or error}".lstrip(": "))
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _exit(status: int, line: str) -> NoReturn:
+    print(f"savings-exporter: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _announce(what: str, path: str, url: str, more: str) -> None:
+    print(f"savings-exporter {version('savings-exporter')} {what} in {path}, on {url}; {more}", flush=True)
+
+
+def _first_saving(url: str) -> str:
+    body = '{"model": "claude-sonnet-4-5", "input_tokens": 12000, "tokens_saved": 4096}'
+    return f"record one: curl -H 'Content-Type: application/json' -d '{body}' {url}{SAVINGS_PATH}"
+
+
+def _saved(moment: datetime | None) -> str:
+    return f", saved {moment:%Y-%m-%d %H:%M:%S} UTC" if moment else ""
+
+
+def _print_tables(snapshot: Snapshot, path: str) -> None:
+    console = Console(highlight=False)
+    lifetime = snapshot.lifetime
+    console.print(
+        Text(
+            f"{lifetime.tokens_saved:,} tokens saved in {lifetime.requests:,} requests, "
+            f"{lifetime.tool_tokens_saved:,} more by deferred tool schemas: {lifetime.savings_percent} % of the input, "
+            f"{lifetime.compression_savings_usd:,.2f} US dollars"
+        )
+    )
+    for kind, group in (("model", snapshot.by_model), ("project", snapshot.projects)):
+        rows = views.ranked(group)
+        if not rows:
+            continue
+        largest = max(totals.headline_tokens_saved for _, totals in rows)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column(kind, overflow="fold")
+        for heading in ("tokens saved", "of input", "requests", "US dollars"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True, width=_BAR_WIDTH)
+        for name, totals in rows:
+            table.add_row(
+                Text(name),
+                f"{totals.headline_tokens_saved:,}",
+                f"{totals.savings_percent} %",
+                f"{totals.requests:,}",
+                f"{totals.compression_savings_usd:,.2f}",
+                Text(views.bar(totals.headline_tokens_saved, largest, _BAR_WIDTH), style="green"),
+            )
+        console.print()
+        console.print(table)
+    console.print()
+    console.print(Text(f"{path}{_saved(snapshot.saved_at)}", style="dim"), soft_wrap=True)

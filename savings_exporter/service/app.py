@@ -1,0 +1,248 @@
+"""The HTTP application: savings in, metrics and totals out. Every error is ``application/problem+json`` (RFC 9457)."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from savings_exporter.headroom import WatchedFile
+from savings_exporter.records import SavingsRecord
+from savings_exporter.service import status_page
+from savings_exporter.service.views import as_json
+from savings_exporter.tracker import SavingsTracker
+
+logger = logging.getLogger(__name__)
+
+SAVINGS_PATH = "/v1/savings"
+HEALTHY_PATH, READY_PATH = "/-/healthy", "/-/ready"
+
+MAX_BODY_BYTES = 8 * 1024 * 1024
+MAX_RECORDS = 10_000
+MAX_POSTS_IN_FLIGHT = 1_000
+
+# The rest of a body that is too large is read and dropped, because a client that is cut off while it sends does not
+# get to see why. Beyond this it is cut off all the same.
+_MAX_DROPPED_BYTES = 256 * 1024 * 1024
+
+_RETRY_AFTER_SECONDS = "5"
+
+# The status page runs nothing and loads nothing, whatever name a client has made up.
+_PAGE_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+
+_json = msgspec.json.Encoder()
+
+
+class _Batch(msgspec.Struct, forbid_unknown_fields=True):
+    records: list[SavingsRecord]
+
+
+class Service:
+    """The routes over one source of totals; only a tracker takes savings.
+
+    ``stopping`` is set when the service begins to stop: what is in flight is answered, and new savings are refused,
+    so that nothing is accepted that could not be saved any more.
+    """
+
+    def __init__(
+        self,
+        source: SavingsTracker | WatchedFile,
+        collector: Collector,
+        *,
+        telemetry_path: str = "/metrics",
+        token: str | None = None,
+    ) -> None:
+        self._source = source
+        self._registry = CollectorRegistry()
+        self._registry.register(collector)
+        self._telemetry_path = telemetry_path
+        self._posts_in_flight = 0
+        self.stopping = False
+        methods = ["GET", "POST"] if isinstance(source, SavingsTracker) else ["GET"]
+        self.app = Starlette(
+            routes=[
+                Route(telemetry_path, self._metrics),
+                Route(SAVINGS_PATH, self._savings, methods=methods),
+                Route(HEALTHY_PATH, self._healthy),
+                Route(READY_PATH, self._ready),
+                Route("/", self._status_page),
+            ],
+            middleware=[Middleware(_BearerToken, token=token)] if token else [],
+            exception_handlers={
+                HTTPException: _http_problem,
+                _RefusedError: _refused_problem,
+                Exception: _unexpected_problem,
+            },
+        )
+
+    async def _metrics(self, request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(await run_in_threadpool(encode, self._registry), headers={"Content-Type": content_type})
+
+    async def _savings(self, request: Request) -> Response:
+        if request.method == "POST" and isinstance(self._source, SavingsTracker):
+            return await self._record(request, self._source)
+        source = self._source
+        snapshot = await run_in_threadpool(source.snapshot)
+        return _json_response(as_json(snapshot, source.health(), source.storage_path))
+
+    async def _healthy(self, _request: Request) -> Response:
+        """Whether savings can be kept. Not a reason to restart the process: that would lose what is pending."""
+        # A watched file is looked at when somebody asks for its totals, and this asks whether that would work.
+        await run_in_threadpool(self._source.snapshot)
+        health = self._source.health()
+        if not health.healthy:
+            raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, health.reason or "the store is degraded")
+        return PlainTextResponse("healthy\n")
+
+    async def _ready(self, _request: Request) -> Response:
+        """Whether requests are taken, also while the store is degraded."""
+        if self.stopping:
+            raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "the service is stopping", retry=True)
+        return PlainTextResponse("ready\n")
+
+    async def _status_page(self, request: Request) -> Response:
+        source, prefix = self._source, request.scope.get("root_path", "")
+        snapshot = await run_in_threadpool(source.snapshot)
+        page = status_page.render(
+            snapshot, source.health(), source.storage_path, prefix + self._telemetry_path, prefix + SAVINGS_PATH
+        )
+        return HTMLResponse(page, headers=_PAGE_HEADERS)
+
+    async def _record(self, request: Request, tracker: SavingsTracker) -> Response:
+        if self._posts_in_flight >= MAX_POSTS_IN_FLIGHT:
+            raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests are being answered", retry=True)
+        self._posts_in_flight += 1
+        try:
+            records = _records(request, await _body(request))
+            if self.stopping:
+                raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "the service is stopping", retry=True)
+            receipt = await tracker.record_many_async(records)
+        finally:
+            self._posts_in_flight -= 1
+        answer = {"sequence": receipt.sequence, "accepted": len(records), "durable": receipt.durable}
+        return _json_response(answer, HTTPStatus.OK if answer["durable"] else HTTPStatus.ACCEPTED)
+
+
+class _RefusedError(Exception):
+    def __init__(self, status: HTTPStatus, detail: str, *, field: str | None = None, retry: bool = False) -> None:
+        self.status = status
+        self.detail = detail
+        self.field = field
+        self.retry = retry
+
+
+class _BearerToken:
+    """Lets only callers with the token through; liveness and readiness are for everybody."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in (HEALTHY_PATH, READY_PATH):
+            shown = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(shown, self._expected):
+                response = _problem(HTTPStatus.UNAUTHORIZED, "a bearer token is needed, and this is not the one")
+                response.headers["WWW-Authenticate"] = "Bearer"
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+async def _body(request: Request) -> bytes:
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= MAX_BODY_BYTES:
+            chunks.append(chunk)
+        else:
+            chunks.clear()
+        if size > _MAX_DROPPED_BYTES:
+            break
+    if size > MAX_BODY_BYTES:
+        raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is larger than {MAX_BODY_BYTES} bytes")
+    return b"".join(chunks)
+
+
+def _records(request: Request, body: bytes) -> list[SavingsRecord]:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the Content-Type must be application/json")
+    if "idempotency-key" in request.headers:
+        # Ignoring it would count a retry twice, which is what the client means to prevent.
+        raise _RefusedError(
+            HTTPStatus.UNPROCESSABLE_ENTITY,
+            "idempotency keys are not supported by this version; an answer 202 needs no retry",
+            field="Idempotency-Key",
+        )
+    try:
+        parsed = msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from None
+    try:
+        if not isinstance(parsed, dict) or "records" not in parsed:
+            return [msgspec.json.decode(body, type=SavingsRecord)]
+        records = msgspec.json.decode(body, type=_Batch).records
+    except msgspec.ValidationError as error:
+        raise _RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, str(error), field=_field(str(error))) from None
+    if not 1 <= len(records) <= MAX_RECORDS:
+        detail = f"records must hold 1 to {MAX_RECORDS} records, and holds {len(records)}"
+        raise _RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, detail, field="records")
+    return records
+
+
+def _field(message: str) -> str:
+    """The field that a validation error is about, such as ``records[3].model``; the body itself is ``$``."""
+    path = re.search(r" - at `\$\.?(.*)`$", message)
+    named = re.match(r"(?:Object (?:missing required|contains unknown) field `(.*?)`|(\w+) must )", message)
+    parts = [path[1] if path else "", (named[1] or named[2]) if named else ""]
+    return ".".join(part for part in parts if part) or "$"
+
+
+def _json_response(content: Any, status: HTTPStatus = HTTPStatus.OK) -> Response:
+    return Response(_json.encode(content), status, media_type="application/json")
+
+
+def _problem(status: HTTPStatus, detail: str, field: str | None = None) -> Response:
+    body = {"title": status.phrase, "status": int(status), "detail": detail}
+    if field is not None:
+        body["field"] = field
+    return Response(_json.encode(body), status, media_type="application/problem+json")
+
+
+async def _refused_problem(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, _RefusedError)
+    response = _problem(error.status, error.detail, error.field)
+    if error.retry:
+        response.headers["Retry-After"] = _RETRY_AFTER_SECONDS
+    return response
+
+
+async def _http_problem(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    response = _problem(HTTPStatus(error.status_code), error.detail)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _unexpected_problem(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response()  # nobody is there to read it
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "the request failed; the service's log says why")

@@ -1,0 +1,185 @@
+"""What the commands are told from outside: addresses, the web configuration file, logging, tracing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import ssl
+import sys
+from datetime import datetime, timezone
+from typing import Any
+
+import msgspec
+import yaml
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+
+
+class SettingsError(Exception):
+    """A setting is wrong. The message names it and says what it should be."""
+
+
+class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the service's certificate and its key are, as PEM files."""
+
+    cert_file: str
+    key_file: str
+
+
+class Authorization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the bearer token that callers must show is kept."""
+
+    credentials_file: str
+
+
+class WebConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file given by ``--web.config.file``; its terms are those of Prometheus's own configuration."""
+
+    tls_server_config: Tls | None = None
+    authorization: Authorization | None = None
+
+    def token(self) -> str | None:
+        """The bearer token, or None when none is asked for."""
+        if self.authorization is None:
+            return None
+        path = self.authorization.credentials_file
+        try:
+            with open(path, encoding="utf-8") as file:
+                token = file.read().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{path}: authorization.credentials_file cannot be read: {_why(error)}") from None
+        if not token:
+            raise SettingsError(f"{path}: authorization.credentials_file holds no token")
+        return token
+
+
+def web_config(path: str | None) -> WebConfig:
+    """Read and check the web configuration file; paths in it are relative to it.
+
+    Raises:
+        SettingsError: it cannot be read, or a field of it is wrong.
+    """
+    if path is None:
+        return WebConfig()
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = msgspec.convert(yaml.safe_load(file) or {}, WebConfig)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read: {_why(error)}") from None
+    except (yaml.YAMLError, msgspec.ValidationError) as error:
+        raise SettingsError(f"{path}: {' '.join(str(error).split())}") from None
+    config = _beside(config, os.path.dirname(os.path.abspath(path)))
+    if config.tls_server_config is not None:
+        _check_certificate(path, config.tls_server_config)
+    return config
+
+
+def listen_address(text: str) -> tuple[str, int]:
+    """``HOST:PORT``, ``[IPV6]:PORT`` or ``:PORT`` (all addresses) as a host and a port.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        colon = ""
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{text!r} is not HOST:PORT")
+    return host, int(port)
+
+
+def configure_logging(level: str, log_format: str) -> None:
+    """Log to standard error, one line an event, as ``logfmt`` or ``json``."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LineFormatter(as_json=log_format == "json"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    if level != "debug":
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def be_quiet() -> None:
+    """Log nothing: the command itself says in one line what went wrong."""
+    logging.basicConfig(handlers=[logging.NullHandler()], force=True)
+
+
+def tracer_provider() -> TracerProvider | None:
+    """A provider that exports as the standard ``OTEL_*`` variables say, or None when they ask for nothing.
+
+    Raises:
+        SettingsError: they ask for something that is not there.
+    """
+    exporter = _span_exporter()
+    if exporter is None:
+        return None
+    if "service.name=" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
+        os.environ.setdefault("OTEL_SERVICE_NAME", "savings-exporter")
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider
+
+
+def _span_exporter() -> SpanExporter | None:
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return None
+    has_endpoint = any(
+        os.environ.get(name) for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    )
+    wanted = os.environ.get("OTEL_TRACES_EXPORTER", "").strip() or ("otlp" if has_endpoint else "none")
+    if wanted == "none":
+        return None
+    if wanted == "otlp":
+        return OTLPSpanExporter()
+    if wanted == "console":
+        return ConsoleSpanExporter(out=sys.stderr)
+    raise SettingsError(f"OTEL_TRACES_EXPORTER is {wanted!r}; otlp, console and none are there")
+
+
+def _beside(config: WebConfig, directory: str) -> WebConfig:
+    def absolute(part: Any) -> Any:
+        if part is None:
+            return None
+        paths = {name: os.path.join(directory, path) for name, path in msgspec.structs.asdict(part).items()}
+        return type(part)(**paths)
+
+    return WebConfig(absolute(config.tls_server_config), absolute(config.authorization))
+
+
+def _check_certificate(path: str, tls: Tls) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert_file, tls.key_file)
+    except OSError as error:  # ssl.SSLError is one
+        raise SettingsError(f"{path}: tls_server_config: the certificate cannot be used: {_why(error)}") from None
+
+
+def _why(error: Exception) -> str:
+    filename = getattr(error, "filename", None)
+    return f"{getattr(error, 'strerror', None) or error}" + (f": {filename}" if filename else "")
+
+
+class _LineFormatter(logging.Formatter):
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__()
+        self._as_json = as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "ts": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "msg": record.getMessage(),
+        }
+        if record.exc_info and record.exc_info[1] is not None:
+            error = record.exc_info[1]
+            fields["error"] = f"{type(error).__name__}: {error}"
+        if self._as_json:
+            return json.dumps(fields)
+        return " ".join(f"{key}={_logfmt(value)}" for key, value in fields.items())
+
+
+def _logfmt(value: str) -> str:
+    plain = value.isascii() and value.isprintable() and not set(value) & set(' "=\\')
+    return value if plain and value else json.dumps(value)

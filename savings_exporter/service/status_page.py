@@ -1,0 +1,84 @@
+"""The status page: one HTML document, nothing loaded from anywhere, readable without JavaScript."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+
+from savings_exporter.service.views import bar, ranked
+from savings_exporter.totals import Totals
+from savings_exporter.tracker import Health, Snapshot
+
+_MOST_ROWS = 25
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="refresh" content="10">
+<title>{tokens} tokens saved</title>
+<style>
+:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }}
+body {{ margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }}
+.total {{ font-size: 3rem; font-weight: 600; line-height: 1.1; margin: 0; font-variant-numeric: tabular-nums; }}
+.bad {{ background: #b3261e; color: #fff; padding: .5rem 1rem; border-radius: .25rem; }}
+table {{ border-collapse: collapse; width: 100%; margin: 0 0 2rem; }}
+th, td {{ padding: .25rem .5rem; text-align: right; font-variant-numeric: tabular-nums; }}
+th:first-child, td:first-child {{ text-align: left; overflow-wrap: anywhere; }}
+td.bar {{ text-align: left; color: #2e7d32; font-family: monospace; white-space: pre; }}
+caption {{ text-align: left; font-weight: 600; font-size: 1.2rem; }}
+tr + tr {{ border-top: 1px solid #8884; }}
+</style>
+</head>
+<body>
+<h1>savings-exporter</h1>
+{trouble}
+<p class="total">{tokens}</p>
+<p>tokens saved by compression in {requests} requests, {tools} more by deferred tool schemas:
+{percent} % of the input. {dollars} US dollars saved. {pending}</p>
+{models}
+{projects}
+<p><small>{path} &middot; saved {saved_at} &middot; <a href="{metrics}">metrics</a> &middot;
+<a href="{savings}">JSON</a></small></p>
+</body>
+</html>
+"""
+
+
+def render(snapshot: Snapshot, health: Health, storage_path: str, metrics_path: str, savings_path: str) -> str:
+    """The page for a snapshot."""
+    lifetime = snapshot.lifetime
+    return _PAGE.format(
+        tokens=f"{lifetime.tokens_saved:,}",
+        requests=f"{lifetime.requests:,}",
+        tools=f"{lifetime.tool_tokens_saved:,}",
+        percent=lifetime.savings_percent,
+        dollars=f"{lifetime.compression_savings_usd:,.2f}",
+        pending=f"{snapshot.pending_records:,} records are not durable yet." if snapshot.pending_records else "",
+        trouble="" if health.healthy else f'<p class="bad" role="alert">{escape(health.reason or "")}</p>',
+        models=_table("By model", snapshot.by_model),
+        projects=_table("By project", snapshot.projects),
+        path=escape(storage_path),
+        saved_at=f"{snapshot.saved_at:%Y-%m-%d %H:%M:%S} UTC" if snapshot.saved_at else "never",
+        metrics=escape(metrics_path),
+        savings=escape(savings_path),
+    )
+
+
+def _table(caption: str, group: Mapping[str, Totals]) -> str:
+    rows = ranked(group)
+    if not rows:
+        return ""
+    largest = max(totals.headline_tokens_saved for _, totals in rows)
+    cells = "".join(
+        f"<tr><td>{escape(name)}</td><td>{totals.headline_tokens_saved:,}</td><td>{totals.savings_percent} %</td>"
+        f"<td>{totals.requests:,}</td><td>{totals.compression_savings_usd:,.2f}</td>"
+        f'<td class="bar">{bar(totals.headline_tokens_saved, largest, 20)}</td></tr>'
+        for name, totals in rows[:_MOST_ROWS]
+    )
+    more = f"<p>and {len(rows) - _MOST_ROWS} more</p>" if len(rows) > _MOST_ROWS else ""
+    return (
+        f"<table><caption>{caption}</caption><tr><th>name</th><th>tokens saved</th><th>of input</th>"
+        f"<th>requests</th><th>US dollars</th><th></th></tr>{cells}</table>{more}"
+    )
