@@ -1,0 +1,55 @@
+# Needs Python 3.10 or later (with venv) and make; everything else is installed into .venv from the package index.
+# Another Python: make run PYTHON=python3.13
+
+PYTHON ?= python3
+ARGS ?=
+
+# Twice quiet: errors and nothing else.
+PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format headroom clean
+
+help: ## list what can be made
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+run: .venv/.package ## serve the default store on http://127.0.0.1:9478 (ARGS="--demo" and others are passed on)
+	@exec .venv/bin/savings-exporter serve $(ARGS)
+
+test: .venv/.dev ## run every test that this machine can run (ARGS="-k name" and others go to pytest)
+	@.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/.dev ## check style, format and types
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+format: .venv/.dev ## put code in the project's format
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+headroom: .venv-headroom/.installed ## install the Headroom that the interop tests talk to, apart from everything else
+
+clean: ## remove environments, caches and builds
+	rm -rf .venv .venv-headroom .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are made last, so an installation that broke off is done again, from an empty environment.
+.venv/.package: pyproject.toml
+	@test -e $@ || $(PYTHON) -m venv --clear .venv
+	@echo "installing savings-exporter into .venv"
+	@.venv/$(PIP_INSTALL) --upgrade pip
+	@.venv/$(PIP_INSTALL) --editable .
+	@touch $@
+
+# pip knows dependency groups since 25.1, which is why it is upgraded above.
+.venv/.dev: .venv/.package
+	@echo "installing the development tools into .venv"
+	@.venv/$(PIP_INSTALL) --group dev
+	@touch $@
+
+.venv-headroom/.installed: Makefile
+	@echo "installing headroom-ai into .venv-headroom"
+	@$(PYTHON) -m venv --clear .venv-headroom
+	@.venv-headroom/$(PIP_INSTALL) headroom-ai==0.42.0
+	@touch $@
