@@ -222,7 +222,10 @@ def load(path: str, observer: Observer | None = None) -> tuple[Document, filesys
     try:
         return decode(data), identity
     except NewerSchemaError as error:
-        raise NewerSchemaError(f"{path}: {error}; use the newer program, or another --store") from None
+        raise NewerSchemaError(
+            f"{path}: {error}; use the newer program, or another --store. If nothing newer ever wrote it, it is "
+            f"damaged: move it away, then savings-exporter verify --repair --store {path}"
+        ) from None
     except CorruptStoreError as error:
         previous = _decoded(previous_path(path))
         if observer is None or previous is None or not _says_the_same(data, previous):
