@@ -119,9 +119,7 @@ def test_an_injected_failure_arrives_as_an_error(store_path: Path) -> None:
 
 
 @pytest.mark.needs("strace")
-@pytest.mark.parametrize(
-    "env", [{}, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "true"}]
-)
+@pytest.mark.parametrize("variables", ["", "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:9 OTEL_SDK_DISABLED=true"])
 def test_nothing_is_sent_unless_it_is_asked_for(store_path: Path, tmp_path: Path, variables: str) -> None:
     log = tmp_path / "connections"
     program = [sys.executable, "-m", "savings_exporter", "record", "--store", str(store_path)]
