@@ -40,7 +40,8 @@ class WatchedFile:
             try:
                 if filesystem.identity(filesystem.resolved(self.storage_path)) != self._identity:
                     self._snapshot = self._read()
-                    self._health = Health(healthy=True)
+                # Also when the very file that was read last is back under its name.
+                self._health = Health(healthy=True)
             except (OSError, StoreError) as error:
                 self._unreadable(error)
             return self._snapshot

@@ -127,11 +127,12 @@ class Service:
     async def _record(self, request: Request, tracker: SavingsTracker) -> Response:
         if self._posts_in_flight >= MAX_POSTS_IN_FLIGHT:
             raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests are being answered", retry=True)
+        # Asked before the body is read: what came in before the stop is still answered.
+        if self.stopping:
+            raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "the service is stopping", retry=True)
         self._posts_in_flight += 1
         try:
             records = _records(request, await _body(request))
-            if self.stopping:
-                raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "the service is stopping", retry=True)
             receipt = await tracker.record_many_async(records)
         finally:
             self._posts_in_flight -= 1
@@ -193,7 +194,11 @@ def _records(request: Request, body: bytes) -> list[SavingsRecord]:
         )
     try:
         parsed = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except msgspec.ValidationError:
+        raise _RefusedError(
+            HTTPStatus.UNPROCESSABLE_ENTITY, "a number in the body is out of range", field="$"
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _RefusedError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from None
     try:
         if not isinstance(parsed, dict) or "records" not in parsed:

@@ -7,6 +7,7 @@ import logging
 import os
 import ssl
 import sys
+import threading
 from datetime import datetime, timezone
 from typing import Any
 
@@ -15,6 +16,8 @@ import yaml
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+
+_LONGEST_FLUSH_SECONDS = 5.0
 
 
 class SettingsError(Exception):
@@ -122,6 +125,14 @@ def tracer_provider() -> TracerProvider | None:
     return provider
 
 
+def flush_spans(provider: TracerProvider) -> None:
+    """Send what is left and stop; a collector that does not answer holds nobody up for more than 5 seconds."""
+    # The provider's own shutdown waits 30 s for its exporter, and takes no timeout.
+    flush = threading.Thread(target=provider.shutdown, daemon=True)
+    flush.start()
+    flush.join(_LONGEST_FLUSH_SECONDS)
+
+
 def _span_exporter() -> SpanExporter | None:
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None
@@ -150,7 +161,7 @@ def _beside(config: WebConfig, directory: str) -> WebConfig:
 
 def _check_certificate(path: str, tls: Tls) -> None:
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert_file, tls.key_file)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert_file, tls.key_file, password="")
     except OSError as error:  # ssl.SSLError is one
         raise SettingsError(f"{path}: tls_server_config: the certificate cannot be used: {_why(error)}") from None
 

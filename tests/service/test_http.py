@@ -1,0 +1,150 @@
+"""The running service, seen from outside: what it takes, what it refuses, and how it stops."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from savings_exporter import SavingsTracker
+from support import Service, eventually, run_cli, running
+
+RECORD = {"model": "claude-sonnet-4-5", "tokens_saved": 4096}
+
+REFUSED = [
+    (b"", 400, None),
+    (b"{", 400, None),
+    (b'{"model": "\xff", "tokens_saved": 1}', 400, None),
+    (b'{"model": "a", "tokens_saved": NaN}', 400, None),
+    (b"[" * 200_000, 400, None),
+    (b"[]", 422, "$"),
+    (b'{"model": "a"}', 422, "tokens_saved"),
+    (b'{"model": 5, "tokens_saved": 1}', 422, "model"),
+    (b'{"model": "a", "tokens_saved": "1"}', 422, "tokens_saved"),
+    (b'{"model": "a", "tokens_saved": true}', 422, "tokens_saved"),
+    (b'{"model": "a", "tokens_saved": -1}', 422, "tokens_saved"),
+    (b'{"model": "a", "tokens_saved": 1e30}', 422, "tokens_saved"),
+    (b'{"model": "a", "tokens_saved": 1, "savings_usd": 1e400}', 422, "$"),
+    (b'{"model": "a", "tokens_saved": 1, "colour": "red"}', 422, "colour"),
+    (b'{"records": []}', 422, "records"),
+    (
+        b'{"records": [{"model": "a", "tokens_saved": 1}, {"model": "a", "tokens_saved": -1}]}',
+        422,
+        "records[1].tokens_saved",
+    ),
+]
+
+
+def test_what_is_wrong_is_refused_with_the_field_and_nothing_is_recorded(store_path: Path) -> None:
+    with running("serve", "--store", str(store_path)) as service:
+        for body, status, field in REFUSED:
+            answered, problem = service.post(body)
+            assert (answered, problem["status"], problem.get("field")) == (status, status, field), body[:80]
+            assert problem["title"]
+            assert problem["detail"]
+        assert service.post(RECORD, headers={"Content-Type": "text/plain"})[0] == 415
+        assert service.post(RECORD, headers={"Idempotency-Key": "k"})[1]["field"] == "Idempotency-Key"
+        assert service.post({"records": [RECORD] * 10_001})[1]["field"] == "records"
+        assert service.post(b" " * 100_000_000)[0] == 413
+        assert json.loads(service.get("/nowhere")[1])["status"] == 404
+        assert json.loads(service.get("/v1/savings")[1])["sequence"] == 0
+        assert service.post({"records": [RECORD, RECORD]}) == (200, {"sequence": 2, "accepted": 2, "durable": True})
+        assert service.metrics()["savings_requests_total" + '{model="claude-sonnet-4-5",provider="unknown"}'] == 2
+
+
+def test_an_answered_saving_survives_kill_9(store_path: Path) -> None:
+    with running("serve", "--store", str(store_path)) as service:
+        assert service.post(RECORD)[1]["durable"] is True
+        service.stop(signal.SIGKILL)
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.snapshot().lifetime.tokens_saved == 4096
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_in_flight_at_the_stop_is_saved_and_answered(store_path: Path, number: int) -> None:
+    with running("serve", "--store", str(store_path)) as service:
+        address, body = urlsplit(service.url), json.dumps(RECORD).encode()
+        assert address.hostname is not None
+        assert address.port is not None
+        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=30)
+        connection.putrequest("POST", "/v1/savings")
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", str(len(body)))
+        connection.putheader("Expect", "100-continue")
+        connection.endheaders()
+        # The 100 says that the application has begun to read: from here on the request is in flight.
+        assert connection.sock.recv(12, socket.MSG_WAITALL) == b"HTTP/1.1 100"
+        while not connection.sock.recv(1, socket.MSG_PEEK).startswith(b"\n"):
+            connection.sock.recv(1)
+        connection.sock.recv(3, socket.MSG_WAITALL)
+        service.process.send_signal(number)
+        eventually(lambda: _refuses_connections(service), "the listening socket to close")
+        connection.send(body)
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())["durable"]) == (200, True)
+        connection.close()
+        service.process.communicate(timeout=30)
+        assert service.process.returncode == 0
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.snapshot().lifetime.tokens_saved == 4096
+
+
+def test_the_status_page_shows_names_as_text(store_path: Path) -> None:
+    with running("serve", "--store", str(store_path)) as service:
+        service.post({**RECORD, "model": "<script>alert(1)</script>"})
+        status, page = service.get("/")
+        assert status == 200
+        assert "&lt;script&gt;" in page
+        assert "<script" not in page
+
+
+def test_a_token_is_asked_for_everywhere_but_at_the_probes(tmp_path: Path, store_path: Path) -> None:
+    (tmp_path / "token").write_text("s3cret\n")
+    (tmp_path / "web.yml").write_text("authorization:\n  credentials_file: token\n")
+    with running("serve", "--store", str(store_path), "--web.config.file", str(tmp_path / "web.yml")) as service:
+        for path in ("/", "/metrics", "/v1/savings"):
+            assert service.get(path)[0] == 401
+            assert service.get(path, {"Authorization": "Bearer wrong"})[0] == 401
+            assert service.get(path, {"Authorization": "Bearer s3cret"})[0] == 200
+        assert service.post(RECORD)[0] == 401
+        assert service.get("/-/healthy")[0] == service.get("/-/ready")[0] == 200
+
+
+def test_record_and_a_running_service_share_a_store(store_path: Path) -> None:
+    with running("serve", "--store", str(store_path)) as service:
+        service.post(RECORD)
+        done = run_cli("record", "--store", str(store_path), "--model", "gpt-5", "--tokens-saved", "4")
+        assert (done.returncode, done.stderr) == (0, "")
+        service.post(RECORD)
+        assert json.loads(service.get("/v1/savings")[1])["lifetime"]["tokens_saved"] == 2 * 4096 + 4
+
+
+def test_demo_numbers_move_and_are_thrown_away(tmp_path: Path) -> None:
+    with running("serve", "--demo", env={"TMPDIR": str(tmp_path)}) as service:
+        eventually(lambda: json.loads(service.get("/v1/savings")[1])["sequence"] > 2, "made-up savings")
+        assert "made-up" in service.first_line
+        assert service.stop()[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_never_touches_a_store_that_is_there(store_path: Path) -> None:
+    with SavingsTracker(store_path) as tracker:
+        tracker.record_request(model="a", tokens_saved=1)
+    before = store_path.read_bytes()
+    done = run_cli("serve", "--demo", "--store", str(store_path), "--web.listen-address", "127.0.0.1:0")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert store_path.read_bytes() == before
+
+
+def _refuses_connections(service: Service) -> bool:
+    address = urlsplit(service.url)
+    try:
+        socket.create_connection((address.hostname or "", address.port or 0), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
