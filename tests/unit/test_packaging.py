@@ -12,6 +12,7 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+
 from support import ROOT, WAIT_SECONDS
 
 
