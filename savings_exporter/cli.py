@@ -11,7 +11,6 @@ from datetime import datetime
 from importlib.metadata import version
 from typing import Annotated, Any, Literal, NoReturn
 
-import click
 import msgspec
 import typer
 from rich.console import Console
@@ -27,10 +26,9 @@ from savings_exporter.service.demo import DemoTraffic
 from savings_exporter.storage.steps import Observers
 from savings_exporter.storage.store import inspect, repair
 from savings_exporter.telemetry.metrics import SavingsCollector, WatchCollector
-from savings_exporter.totals import Totals
 from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker, Snapshot, default_path
 
-_BAR_WIDTH = 24
+_BAR_WIDTH = 16
 
 app = typer.Typer(
     name="savings-exporter",
@@ -43,6 +41,14 @@ app = typer.Typer(
 
 class CommandError(Exception):
     """What was asked for failed; the message is the line to print."""
+
+    status = 1
+
+
+class WrongUsageError(CommandError):
+    """What was asked for makes no sense."""
+
+    status = 2
 
 
 def _print_version(wanted: bool) -> None:
@@ -143,14 +149,15 @@ def serve(
         url = server.url_of(listener, tls=config.tls_server_config is not None)
         provider = settings.tracer_provider()
         if provider is not None:
-            stack.callback(provider.shutdown)
+            stack.callback(settings.flush_spans, provider)
         if demo and store is None:
             store = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), DOCUMENT_NAME)
+        elif demo and store is not None and os.path.isfile(store):
+            # Asked before the tracker opens it, because opening saves it.
+            raise WrongUsageError(f"{store} exists already: --demo makes numbers up, which would spoil its totals.")
         tracker = SavingsTracker(store, tracer_provider=provider)
         stack.callback(tracker.close)
         if demo:
-            if tracker.snapshot().lifetime != Totals():
-                raise click.UsageError(f"{tracker.storage_path} holds savings, and --demo would mix made-up ones in")
             stack.enter_context(DemoTraffic(tracker))
         service = Service(tracker, SavingsCollector(tracker), telemetry_path=telemetry_path, token=token)
         _announce("keeps made-up savings" if demo else "keeps savings", tracker.storage_path, url, _first_saving(url))
@@ -206,18 +213,19 @@ def record(
     try:
         saving = SavingsRecord(**arguments)
     except (TypeError, ValueError) as error:
-        raise click.UsageError(str(error)) from None
+        raise WrongUsageError(str(error)) from None
     provider_of_spans = settings.tracer_provider()
     try:
         with SavingsTracker(store, tracer_provider=provider_of_spans) as tracker:
             receipt = tracker.record_many([saving])
             reason = tracker.health().reason
-            if not receipt.durable:
-                raise CommandError(reason or f"{tracker.storage_path}: could not be saved")
-            print(f"record {receipt.sequence}: {tracker.snapshot().lifetime.tokens_saved} tokens saved so far")
+        # Closing tries once more, and whoever is told of a failure records the saving again.
+        if not receipt.durable:
+            raise CommandError(reason or f"{tracker.storage_path}: could not be saved")
+        print(f"record {receipt.sequence}: {tracker.snapshot().lifetime.tokens_saved} tokens saved so far", flush=True)
     finally:
         if provider_of_spans is not None:
-            provider_of_spans.shutdown()
+            settings.flush_spans(provider_of_spans)
 
 
 @app.command()
@@ -229,7 +237,7 @@ def show(
     """Print a store's totals. Only reads; a document of Headroom's will do."""
     settings.be_quiet()
     if as_json and as_csv:
-        raise click.UsageError("--json and --csv are one too many")
+        raise WrongUsageError("--json and --csv are one too many")
     path = store if store is not None else default_path()
     if not os.path.exists(path):
         raise CommandError(
@@ -274,21 +282,22 @@ def verify(
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
     try:
-        status = app(standalone_mode=False)
+        status = app(standalone_mode=False, prog_name="savings-exporter")
         sys.stdout.flush()
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx is not None else "savings-exporter"
-        _exit(2, f"{' '.join(error.format_message().split())} See: {command} --help")
-    except (CommandError, StoreError, settings.SettingsError) as error:
+    except CommandError as error:
+        _exit(error.status, str(error))
+    except (StoreError, settings.SettingsError) as error:
         _exit(1, str(error))
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except typer.TyperException as error:
+        _exit(error.exit_code, f"{' '.join(error.format_message().split())} (--help says more)")
     except BrokenPipeError:
         # Whoever read our output has seen enough. Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         _exit(1, f"{error.filename or ''}: {error.strerror or error}".lstrip(": "))
-    except (KeyboardInterrupt, click.Abort):
-        sys.exit(130)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -311,7 +320,8 @@ def _saved(moment: datetime | None) -> str:
 
 
 def _print_tables(snapshot: Snapshot, path: str) -> None:
-    console = Console(highlight=False)
+    # Not a terminal: wide enough for names, whatever the file or pipe is for.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     lifetime = snapshot.lifetime
     console.print(
         Text(
@@ -326,7 +336,7 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
             continue
         largest = max(totals.headline_tokens_saved for _, totals in rows)
         table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column(kind, overflow="fold")
+        table.add_column(kind, overflow="fold", min_width=16)
         for heading in ("tokens saved", "of input", "requests", "US dollars"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True, width=_BAR_WIDTH)
