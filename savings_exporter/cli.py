@@ -21,7 +21,7 @@ from savings_exporter.errors import StoreError
 from savings_exporter.headroom import WatchedFile
 from savings_exporter.records import SavingsRecord
 from savings_exporter.service import server, settings, views
-from savings_exporter.service.app import SAVINGS_PATH, Service
+from savings_exporter.service.app import HEALTHY_PATH, READY_PATH, SAVINGS_PATH, Service
 from savings_exporter.service.demo import DemoTraffic
 from savings_exporter.storage.steps import Observers
 from savings_exporter.storage.store import inspect, repair
@@ -66,9 +66,13 @@ def _address(text: str) -> str:
 
 
 def _metrics_path(text: str) -> str:
-    if not text.startswith("/") or text == "/" or "{" in text:
-        raise typer.BadParameter(f"{text!r} must begin with / and name more than that")
+    if not text.startswith("/") or "{" in text or text in ("/", SAVINGS_PATH, HEALTHY_PATH, READY_PATH):
+        raise typer.BadParameter(f"{text!r} must begin with / and be no other page's path")
     return text
+
+
+def _expanded(path: str | None) -> str | None:
+    return os.path.expanduser(path) if path is not None else None
 
 
 Store = Annotated[
@@ -77,6 +81,7 @@ Store = Annotated[
         "--store",
         metavar="PATH",
         envvar="SAVINGS_EXPORTER_STORE",
+        callback=_expanded,
         help="The document. Default: in the user's state directory.",
     ),
 ]
@@ -160,8 +165,9 @@ def serve(
         if demo:
             stack.enter_context(DemoTraffic(tracker))
         service = Service(tracker, SavingsCollector(tracker), telemetry_path=telemetry_path, token=token)
-        _announce("keeps made-up savings" if demo else "keeps savings", tracker.storage_path, url, _first_saving(url))
-        server.run(service, listener, config.tls_server_config)
+        what = "keeps made-up savings" if demo else "keeps savings"
+        line = _announcement(what, tracker.storage_path, url, _first_saving(url, config))
+        server.run(service, listener, config.tls_server_config, started=lambda: print(line, flush=True))
         reason = tracker.health().reason
         if not tracker.close():
             raise CommandError(f"stopped, but {reason}")
@@ -184,8 +190,8 @@ def watch(
     with server.listen(*settings.listen_address(listen_address)) as listener:
         service = Service(watched, WatchCollector(watched), telemetry_path=telemetry_path, token=token)
         url = server.url_of(listener, tls=config.tls_server_config is not None)
-        _announce("watches", watched.storage_path, url, f"metrics: {url}{telemetry_path}")
-        server.run(service, listener, config.tls_server_config)
+        line = _announcement("watches", watched.storage_path, url, f"metrics: {url}{telemetry_path}")
+        server.run(service, listener, config.tls_server_config, started=lambda: print(line, flush=True))
 
 
 @app.command()
@@ -306,13 +312,15 @@ def _exit(status: int, line: str) -> NoReturn:
     sys.exit(status)
 
 
-def _announce(what: str, path: str, url: str, more: str) -> None:
-    print(f"savings-exporter {version('savings-exporter')} {what} in {path}, on {url}; {more}", flush=True)
+def _announcement(what: str, path: str, url: str, more: str) -> str:
+    return f"savings-exporter {version('savings-exporter')} {what} in {path}, on {url}; {more}"
 
 
-def _first_saving(url: str) -> str:
+def _first_saving(url: str, config: settings.WebConfig) -> str:
     body = '{"model": "claude-sonnet-4-5", "input_tokens": 12000, "tokens_saved": 4096}'
-    return f"record one: curl -H 'Content-Type: application/json' -d '{body}' {url}{SAVINGS_PATH}"
+    trust = f" --cacert {config.tls_server_config.cert_file}" if config.tls_server_config else ""
+    show = " -H 'Authorization: Bearer TOKEN'" if config.authorization else ""
+    return f"record one: curl{trust}{show} -H 'Content-Type: application/json' -d '{body}' {url}{SAVINGS_PATH}"
 
 
 def _saved(moment: datetime | None) -> str:

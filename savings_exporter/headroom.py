@@ -7,10 +7,10 @@ import os
 import threading
 from datetime import datetime, timezone
 
-from savings_exporter.errors import StoreError
+from savings_exporter.documents import decode
+from savings_exporter.errors import CorruptStoreError, NewerSchemaError, StoreError
 from savings_exporter.storage import filesystem
 from savings_exporter.storage.steps import error_symbol
-from savings_exporter.storage.store import load
 from savings_exporter.totals import Limits
 from savings_exporter.tracker import Health, Snapshot
 
@@ -54,11 +54,14 @@ class WatchedFile:
     def _read(self) -> Snapshot:
         path = filesystem.resolved(self.storage_path)
         try:
-            document, identity = load(path)
+            if filesystem.identity(path) is None:
+                raise StoreError(f"{path}: there is no such file")
+            data, identity = filesystem.read(path)
+            document = decode(data)
         except OSError as error:
             raise StoreError(f"{path}: cannot be read: {error.strerror} ({error_symbol(error)})") from error
-        if identity is None:
-            raise StoreError(f"{path}: there is no such file")
+        except (CorruptStoreError, NewerSchemaError) as error:
+            raise type(error)(f"{path}: {error}") from error
         for problem in document.problems:
             logger.warning("%s: %s", path, problem)
         self._identity = identity

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import logging
 import re
 from http import HTTPStatus
 from typing import Any
@@ -27,8 +26,6 @@ from savings_exporter.service import status_page
 from savings_exporter.service.views import as_json
 from savings_exporter.tracker import SavingsTracker
 
-logger = logging.getLogger(__name__)
-
 SAVINGS_PATH = "/v1/savings"
 HEALTHY_PATH, READY_PATH = "/-/healthy", "/-/ready"
 
@@ -39,6 +36,9 @@ MAX_POSTS_IN_FLIGHT = 1_000
 # The rest of a body that is too large is read and dropped, because a client that is cut off while it sends does not
 # get to see why. Beyond this it is cut off all the same.
 _MAX_DROPPED_BYTES = 256 * 1024 * 1024
+
+# A larger one is decoded in a thread, so that other requests are answered meanwhile.
+_LARGE_BODY_BYTES = 64 * 1024
 
 _RETRY_AFTER_SECONDS = "5"
 
@@ -86,6 +86,7 @@ class Service:
             exception_handlers={
                 HTTPException: _http_problem,
                 _RefusedError: _refused_problem,
+                ClientDisconnect: _nobody_there,
                 Exception: _unexpected_problem,
             },
         )
@@ -132,7 +133,11 @@ class Service:
             raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "the service is stopping", retry=True)
         self._posts_in_flight += 1
         try:
-            records = _records(request, await _body(request))
+            body = await _body(request)
+            if len(body) > _LARGE_BODY_BYTES:
+                records = await run_in_threadpool(_records, request, body)
+            else:
+                records = _records(request, body)
             receipt = await tracker.record_many_async(records)
         finally:
             self._posts_in_flight -= 1
@@ -153,12 +158,12 @@ class _BearerToken:
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
-        self._expected = f"Bearer {token}".encode()
+        self._token = token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in (HEALTHY_PATH, READY_PATH):
-            shown = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(shown, self._expected):
+            scheme, _, shown = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(shown.strip(), self._token):
                 response = _problem(HTTPStatus.UNAUTHORIZED, "a bearer token is needed, and this is not the one")
                 response.headers["WWW-Authenticate"] = "Bearer"
                 await response(scope, receive, send)
@@ -193,23 +198,26 @@ def _records(request: Request, body: bytes) -> list[SavingsRecord]:
             field="Idempotency-Key",
         )
     try:
-        parsed = msgspec.json.decode(body)
-    except msgspec.ValidationError:
-        raise _RefusedError(
-            HTTPStatus.UNPROCESSABLE_ENTITY, "a number in the body is out of range", field="$"
-        ) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _RefusedError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from None
-    try:
-        if not isinstance(parsed, dict) or "records" not in parsed:
+        if not _is_batch(body):
             return [msgspec.json.decode(body, type=SavingsRecord)]
         records = msgspec.json.decode(body, type=_Batch).records
     except msgspec.ValidationError as error:
         raise _RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, str(error), field=_field(str(error))) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from None
     if not 1 <= len(records) <= MAX_RECORDS:
         detail = f"records must hold 1 to {MAX_RECORDS} records, and holds {len(records)}"
         raise _RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, detail, field="records")
     return records
+
+
+def _is_batch(body: bytes) -> bool:
+    try:
+        parsed = msgspec.json.decode(body)
+    except msgspec.ValidationError:
+        # A number beyond the range of a float: JSON, but no number of ours, as the typed decoder will say by its name.
+        parsed = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    return isinstance(parsed, dict) and "records" in parsed
 
 
 def _field(message: str) -> str:
@@ -236,6 +244,8 @@ async def _refused_problem(_request: Request, error: Exception) -> Response:
     response = _problem(error.status, error.detail, error.field)
     if error.retry:
         response.headers["Retry-After"] = _RETRY_AFTER_SECONDS
+    if error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        response.headers["Connection"] = "close"
     return response
 
 
@@ -246,8 +256,10 @@ async def _http_problem(_request: Request, error: Exception) -> Response:
     return response
 
 
-async def _unexpected_problem(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response()  # nobody is there to read it
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+async def _nobody_there(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=HTTPStatus.BAD_REQUEST)
+
+
+async def _unexpected_problem(_request: Request, _error: Exception) -> Response:
+    # The server logs the error itself, which Starlette raises again after this answer.
     return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "the request failed; the service's log says why")

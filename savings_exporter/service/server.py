@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
@@ -50,8 +50,11 @@ def url_of(listener: socket.socket, *, tls: bool) -> str:
     return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def run(service: Service, listener: socket.socket, tls: Tls | None) -> None:
-    """Answer requests until SIGTERM or SIGINT, then those that are in flight, and return."""
+def run(service: Service, listener: socket.socket, tls: Tls | None, started: Callable[[], None]) -> None:
+    """Answer requests until SIGTERM or SIGINT, then those that are in flight, and return.
+
+    ``started`` is called when requests are answered and both signals are waited for.
+    """
     config = uvicorn.Config(
         service.app,
         access_log=False,
@@ -62,15 +65,20 @@ def run(service: Service, listener: socket.socket, tls: Tls | None) -> None:
         ssl_certfile=tls.cert_file if tls else None,
         ssl_keyfile=tls.key_file if tls else None,
     )
-    _Server(config, service).run(sockets=[listener])
+    _Server(config, service, started).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
     """A server that returns after a signal, where uvicorn's own would let the signal kill the process."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
         super().__init__(config)
         self._service = service
+        self._call_when_started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._call_when_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.stopping = True
@@ -78,10 +86,10 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        signals = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        signal.signal(signal.SIGTERM, self.handle_exit)
+        interrupt = signal.signal(signal.SIGINT, self.handle_exit)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            # What follows is the last save. Another SIGTERM must not cut it short; an impatient Ctrl-C may.
+            signal.signal(signal.SIGINT, interrupt)

@@ -253,18 +253,19 @@ def inspect(path: str) -> Inspection:
     """
     path = filesystem.resolved(path)
     problems: list[str] = []
-    document = None
+    ledger, saved_at = None, None
     try:
         document, identity = load(path)
-        problems += [f"{path}: {problem}" for problem in document.problems]
         if identity is None:
             problems.append(f"{path}: there is no store yet")
+        else:
+            ledger, saved_at = document.ledger, document.saved_at
+            problems += [f"{path}: {problem}" for problem in document.problems]
     except StoreError as error:
         problems.append(str(error))
     if filesystem.identity(previous_path(path)) is not None and _decoded(previous_path(path)) is None:
         problems.append(f"{previous_path(path)}: is damaged; the next save replaces it")
-    ledger = document.ledger if document else None
-    return Inspection(ledger=ledger, saved_at=document.saved_at if document else None, problems=tuple(problems))
+    return Inspection(ledger=ledger, saved_at=saved_at, problems=tuple(problems))
 
 
 def repair(path: str, observer: Observer) -> str:

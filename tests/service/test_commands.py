@@ -1,0 +1,199 @@
+"""The command line, as people call it: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from savings_exporter import SavingsTracker, cli
+from support import DATA, Faults, run_cli, running
+
+HEADROOM = DATA / "headroom" / "v6-latest" / "proxy_savings.json"
+
+
+@pytest.fixture
+def filled(store_path: Path) -> Path:
+    """A store with two models and a project."""
+    with SavingsTracker(store_path) as tracker:
+        tracker.record_request(
+            model="claude", provider="anthropic", tokens_saved=3000, input_tokens=1000, project="web"
+        )
+        tracker.record_request(model="gpt [bold]x", provider="openai", tokens_saved=1000, savings_usd=-0.5)
+    return store_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["serve", "--nope"], 2, "--nope"),
+        (["nonsense"], 2, "nonsense"),
+        ([], 2, "Missing command"),
+        (["watch"], 2, "PATH"),
+        (["record", "--model", "m"], 2, "--tokens-saved"),
+        (["record", "--model", "m", "--tokens-saved", "many"], 2, "--tokens-saved"),
+        (["record", "--model", "m", "--tokens-saved", "-1"], 2, "tokens_saved must not be negative"),
+        (["record", "--model", "m", "--tokens-saved", "1", "--savings-usd", "nan"], 2, "savings_usd must be finite"),
+        (["serve", "--web.listen-address", "nowhere"], 2, "HOST:PORT"),
+        (["serve", "--web.listen-address", "127.0.0.1:70000"], 2, "HOST:PORT"),
+        (["serve", "--web.telemetry-path", "/v1/savings"], 2, "/v1/savings"),
+        (["serve", "--store", "."], 1, "is a directory"),
+        (["serve", "--store", "missing/savings.json"], 1, "mkdir -p"),
+        (["record", "--store", "missing/s.json", "--model", "m", "--tokens-saved", "1"], 1, "mkdir -p"),
+        (["show", "--store", "none.json"], 1, "savings-exporter record"),
+        (["show", "--store", "."], 1, "Is a directory"),
+        (["watch", "none.json"], 1, "there is no such file"),
+        (["verify", "--store", "none.json"], 1, "there is no store yet"),
+        (["verify", "--repair", "--store", "none.json"], 1, "nothing to repair"),
+        (["serve", "--web.config.file", "none.yml"], 1, "none.yml"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_the_right_status(
+    tmp_path: Path, arguments: list[str], status: int, said: str
+) -> None:
+    env = {"SAVINGS_EXPORTER_WEB_LISTEN_ADDRESS": "127.0.0.1:0", "XDG_STATE_HOME": str(tmp_path / "state")}
+    done = run_cli(*arguments, cwd=tmp_path, env=env)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1), done.stderr
+    assert done.stderr.startswith("savings-exporter: ")
+    assert said in done.stderr
+
+
+def test_a_port_in_use_gets_one_line(store_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = run_cli("serve", "--store", str(store_path), "--web.listen-address", address)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert address in done.stderr
+    assert "in use" in done.stderr
+    assert not store_path.exists()
+
+
+@pytest.mark.parametrize("content", ["tls_server_config: {cert_file: a}", "unknown: 1", "[", "authorization: 5"])
+def test_a_wrong_web_config_is_named_with_its_field(tmp_path: Path, store_path: Path, content: str) -> None:
+    config = tmp_path / "web.yml"
+    config.write_text(content)
+    done = run_cli("serve", "--store", str(store_path), "--web.config.file", str(config))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert str(config) in done.stderr
+
+
+def test_version_and_help() -> None:
+    assert re.fullmatch(r"savings-exporter \d+\.\d+\.\d+\n", run_cli("--version").stdout)
+    for command in ([], ["serve"], ["watch"], ["record"], ["show"], ["verify"]):
+        done = run_cli(*command, "--help")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "Usage" in done.stdout
+
+
+def test_the_start_line_says_the_store_the_address_and_a_command_that_works(store_path: Path) -> None:
+    with running("serve", "--store", str(store_path)) as service:
+        assert str(store_path) in service.first_line
+        command = service.first_line[service.first_line.index("curl ") :].strip()
+        done = subprocess.run(command, shell=True, capture_output=True, check=True)
+        assert json.loads(done.stdout) == {"sequence": 1, "accepted": 1, "durable": True}
+        status, out, err = service.stop()
+    assert (status, out, err) == (0, "", "")
+
+
+def test_the_default_store_is_in_the_state_directory(tmp_path: Path) -> None:
+    env = {"XDG_STATE_HOME": str(tmp_path / "new" / "state")}
+    done = run_cli("record", "--model", "m", "--tokens-saved", "7", env=env)
+    assert done.stdout == "record 1: 7 tokens saved so far\n"
+    assert (tmp_path / "new" / "state" / "savings-exporter" / "proxy_savings.json").exists()
+    assert run_cli("show", env=env).stdout.startswith("7 tokens saved in 1 requests")
+
+
+def test_show_draws_a_table_with_bars(filled: Path) -> None:
+    lines = run_cli("show", "--store", str(filled)).stdout.splitlines()
+    assert lines[0].startswith("4,000 tokens saved in 2 requests")
+    (claude,) = [line for line in lines if line.startswith("claude")]
+    (gpt,) = [line for line in lines if line.startswith("gpt [bold]x")]
+    assert "3,000" in claude
+    assert "75.0 %" in claude
+    assert claude.count("█") > 2 * gpt.count("█") > 0
+    assert "-0.50" in gpt
+    assert any(line.startswith("web") for line in lines)
+
+
+def test_show_as_json_is_what_the_service_answers(filled: Path) -> None:
+    shown = json.loads(run_cli("show", "--json", "--store", str(filled)).stdout)
+    assert shown["lifetime"]["tokens_saved"] == 4000
+    assert shown["by_model"]["claude"]["savings_percent"] == 75.0
+    assert shown["projects"]["web"]["requests"] == 1
+    assert {(each["provider"], each["model"]) for each in shown["by_provider_model"]} == {
+        ("anthropic", "claude"),
+        ("openai", "gpt [bold]x"),
+    }
+    with running("serve", "--store", str(filled)) as service:
+        served = json.loads(service.get("/v1/savings")[1])
+    assert {**served, "saved_at": None} == {**shown, "saved_at": None}
+
+
+def test_show_as_csv_has_a_row_for_everything(filled: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(run_cli("show", "--csv", "--store", str(filled)).stdout)))
+    assert [(row["kind"], row["name"], row["tokens_saved"]) for row in rows] == [
+        ("lifetime", "", "4000"),
+        ("model", "claude", "3000"),
+        ("model", "gpt [bold]x", "1000"),
+        ("project", "web", "3000"),
+    ]
+
+
+def test_show_reads_headrooms_documents_and_changes_nothing(tmp_path: Path) -> None:
+    copy = tmp_path / "proxy_savings.json"
+    copy.write_bytes(HEADROOM.read_bytes())
+    assert run_cli("show", "--store", str(copy)).stdout.startswith("2,672,322 tokens saved in 300 requests")
+    assert copy.read_bytes() == HEADROOM.read_bytes()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["proxy_savings.json"]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(filled: Path) -> None:
+    shell = f"{sys.executable} -m savings_exporter show --store {filled} | head -n 1"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_verify_and_repair(filled: Path) -> None:
+    whole = run_cli("verify", "--store", str(filled))
+    assert (whole.returncode, whole.stderr) == (0, "")
+    assert "4000 tokens saved in 2 records" in whole.stdout
+    damaged = filled.read_bytes()[:-100]
+    filled.write_bytes(damaged)
+    refused = run_cli("serve", "--store", str(filled))
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "verify --repair" in refused.stderr
+    found = run_cli("verify", "--store", str(filled))
+    assert (found.returncode, found.stderr.count("\n")) == (1, 1)
+    assert "is damaged" in found.stderr
+    assert filled.read_bytes() == damaged
+    mended = run_cli("verify", "--repair", "--store", str(filled))
+    assert (mended.returncode, mended.stderr) == (0, "")
+    assert "3000 tokens saved in 1 records" in mended.stdout
+    assert "is lost" in mended.stdout
+    (aside,) = filled.parent.glob("*.corrupt-*")
+    assert aside.read_bytes() == damaged
+    assert run_cli("verify", "--store", str(filled)).returncode == 0
+
+
+def test_a_record_that_cannot_be_saved_is_a_failure_that_says_why(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Faults(monkeypatch).fail("fsync_file", errno.EIO)
+    command = ["savings-exporter", "record", "--store", str(store_path), "--model", "m", "--tokens-saved", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "fsync_file failed: Input/output error (EIO)" in said.err
