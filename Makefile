@@ -16,7 +16,9 @@ help: ## list what can be made
 run: .venv/.package ## serve the default store on http://127.0.0.1:9478 (ARGS="--demo" and others are passed on)
 	@exec .venv/bin/savings-exporter serve $(ARGS)
 
+# Headroom may not install on every Python; the run then says at its end what was left out for that.
 test: .venv/.dev ## run every test that this machine can run (ARGS="-k name" and others go to pytest)
+	-@$(MAKE) --no-print-directory headroom
 	@.venv/bin/python -m pytest $(ARGS)
 
 lint: .venv/.dev ## check style, format and types
