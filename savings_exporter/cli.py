@@ -342,20 +342,21 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
         rows = views.ranked(group)
         if not rows:
             continue
-        largest = max(totals.headline_tokens_saved for _, totals in rows)
+        largest = rows[0][1].tokens_saved
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column(kind, overflow="fold", min_width=16)
-        for heading in ("tokens saved", "of input", "requests", "US dollars"):
+        for heading in ("tokens saved", "tool tokens", "of input", "requests", "US dollars"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True, width=_BAR_WIDTH)
         for name, totals in rows:
             table.add_row(
                 Text(name),
-                f"{totals.headline_tokens_saved:,}",
+                f"{totals.tokens_saved:,}",
+                f"{totals.tool_tokens_saved:,}",
                 f"{totals.savings_percent} %",
                 f"{totals.requests:,}",
                 f"{totals.compression_savings_usd:,.2f}",
-                Text(views.bar(totals.headline_tokens_saved, largest, _BAR_WIDTH), style="green"),
+                Text(views.bar(totals.tokens_saved, largest, _BAR_WIDTH), style="green"),
             )
         console.print()
         console.print(table)

@@ -70,15 +70,15 @@ def _table(caption: str, group: Mapping[str, Totals]) -> str:
     rows = ranked(group)
     if not rows:
         return ""
-    largest = max(totals.headline_tokens_saved for _, totals in rows)
+    largest = rows[0][1].tokens_saved
     cells = "".join(
-        f"<tr><td>{escape(name)}</td><td>{totals.headline_tokens_saved:,}</td><td>{totals.savings_percent} %</td>"
-        f"<td>{totals.requests:,}</td><td>{totals.compression_savings_usd:,.2f}</td>"
-        f'<td class="bar">{bar(totals.headline_tokens_saved, largest, 20)}</td></tr>'
+        f"<tr><td>{escape(name)}</td><td>{totals.tokens_saved:,}</td><td>{totals.tool_tokens_saved:,}</td>"
+        f"<td>{totals.savings_percent} %</td><td>{totals.requests:,}</td><td>{totals.compression_savings_usd:,.2f}</td>"
+        f'<td class="bar">{bar(totals.tokens_saved, largest, 20)}</td></tr>'
         for name, totals in rows[:_MOST_ROWS]
     )
     more = f"<p>and {len(rows) - _MOST_ROWS} more</p>" if len(rows) > _MOST_ROWS else ""
     return (
-        f"<table><caption>{caption}</caption><tr><th>name</th><th>tokens saved</th><th>of input</th>"
+        f"<table><caption>{caption}</caption><tr><th>name</th><th>tokens saved</th><th>tool tokens</th><th>of input</th>"
         f"<th>requests</th><th>US dollars</th><th></th></tr>{cells}</table>{more}"
     )

@@ -44,7 +44,7 @@ def as_rows(snapshot: Snapshot) -> Iterator[dict[str, Any]]:
 
 def ranked(group: Mapping[str, Totals]) -> list[tuple[str, Totals]]:
     """Names with their totals, the one that saved most first."""
-    return sorted(group.items(), key=lambda item: (-item[1].headline_tokens_saved, item[0]))
+    return sorted(group.items(), key=lambda item: (-item[1].tokens_saved, item[0]))
 
 
 def bar(value: int, largest: int, width: int) -> str:
