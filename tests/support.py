@@ -189,6 +189,20 @@ def running(*arguments: str, env: dict[str, str] | None = None, address: str = "
         process.communicate()
 
 
+@contextmanager
+def failing_directory_fsync(service: Service, directory: Path, when: str = "when=1+") -> Iterator[None]:
+    """Let the kernel answer the running service's fsyncs of a directory with EIO; ``when`` is strace's word for which."""
+    command = ["strace", "-f", "-p", str(service.process.pid), "-e", "trace=fsync", "-P", str(directory)]
+    command += ["-e", f"inject=fsync:error=EIO:{when}", "-o", os.devnull]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        assert strace.stderr is not None
+        assert "attached" in strace.stderr.readline()
+        try:
+            yield
+        finally:
+            strace.send_signal(signal.SIGINT)
+
+
 def free_port() -> int:
     """A port of the loopback that nobody listens on now."""
     with socket.socket() as listener:

@@ -79,6 +79,6 @@ def _table(caption: str, group: Mapping[str, Totals]) -> str:
     )
     more = f"<p>and {len(rows) - _MOST_ROWS} more</p>" if len(rows) > _MOST_ROWS else ""
     return (
-        f"<table><caption>{caption}</caption><tr><th>name</th><th>tokens saved</th><th>tool tokens</th><th>of input</th>"
-        f"<th>requests</th><th>US dollars</th><th></th></tr>{cells}</table>{more}"
+        f"<table><caption>{caption}</caption><tr><th>name</th><th>tokens saved</th><th>tool tokens</th>"
+        f"<th>of input</th><th>requests</th><th>US dollars</th><th></th></tr>{cells}</table>{more}"
     )

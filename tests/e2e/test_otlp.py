@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support import Service, free_port, running
+from support import Service, failing_directory_fsync, free_port, running
 
 pytestmark = pytest.mark.needs("oteltap")
 
@@ -80,25 +77,11 @@ def test_a_save_arrives_as_one_span_with_its_four_steps_in_order(store_path: Pat
         assert earlier.end_time_unix_nano <= later.start_time_unix_nano
 
 
-@contextmanager
-def failing_once(service: Service, directory: Path) -> Iterator[None]:
-    """Let the kernel answer the running service's next fsync of a directory with EIO."""
-    command = ["strace", "-f", "-p", str(service.process.pid), "-e", "trace=fsync", "-P", str(directory)]
-    command += ["-e", "inject=fsync:error=EIO:when=1", "-o", os.devnull]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
-        assert strace.stderr is not None
-        assert "attached" in strace.stderr.readline()
-        try:
-            yield
-        finally:
-            strace.send_signal(signal.SIGINT)
-
-
 @pytest.mark.needs("strace")
 def test_an_injected_failure_arrives_as_an_error(store_path: Path) -> None:
     def post(service: Service) -> None:
         assert service.post({"model": "m", "tokens_saved": 1})[0] == 200
-        with failing_once(service, store_path.parent):
+        with failing_directory_fsync(service, store_path.parent, "when=1"):
             status, answer = service.post({"model": "m", "tokens_saved": 10})
             assert (status, answer["durable"]) == (202, False)
         metrics = service.metrics()

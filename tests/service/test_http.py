@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from savings_exporter import SavingsTracker
-from support import Service, eventually, run_cli, running
+from savings_exporter.service import app
+from savings_exporter.service.app import Service as Application
+from savings_exporter.telemetry.metrics import SavingsCollector
+from support import Service, eventually, failing_directory_fsync, run_cli, running
 
 RECORD = {"model": "claude-sonnet-4-5", "tokens_saved": 4096}
 
@@ -139,6 +144,66 @@ def test_demo_never_touches_a_store_that_is_there(store_path: Path) -> None:
     done = run_cli("serve", "--demo", "--store", str(store_path), "--web.listen-address", "127.0.0.1:0")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert store_path.read_bytes() == before
+
+
+@pytest.mark.needs("strace")
+def test_while_the_disk_fails_savings_are_accepted_and_the_health_says_why(store_path: Path) -> None:
+    with running("serve", "--store", str(store_path)) as service:
+        assert service.post(RECORD)[0] == 200
+        with failing_directory_fsync(service, store_path.parent):
+            assert service.post(RECORD) == (202, {"sequence": None, "accepted": 1, "durable": False})
+            status, problem = service.get("/-/healthy")
+            assert status == 503
+            assert "fsync_dir failed: Input/output error (EIO)" in json.loads(problem)["detail"]
+            assert service.get("/-/ready")[0] == 200
+            assert service.metrics()["savings_store_healthy"] == 0
+            assert service.metrics()["savings_tokens_pending"] == 4096
+            assert 'role="alert"' in service.get("/")[1]
+        eventually(lambda: service.get("/-/healthy")[0] == 200, "the next good save")
+        assert json.loads(service.get("/v1/savings")[1])["sequence"] == 2
+
+
+def test_what_cannot_be_taken_on_is_refused_for_a_while(
+    tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Application(tracker, SavingsCollector(tracker))
+    with monkeypatch.context() as patch:
+        patch.setattr(app, "MAX_POSTS_IN_FLIGHT", 0)
+        assert answer(service, "POST", "/v1/savings")[:2] == (503, "5")
+    assert answer(service, "GET", "/-/ready")[0] == 200
+    service.stopping = True
+    assert answer(service, "POST", "/v1/savings")[:2] == (503, "5")
+    assert answer(service, "GET", "/-/ready")[:2] == (503, "5")
+    assert answer(service, "GET", "/metrics")[0] == 200
+    assert tracker.snapshot().sequence == 0
+
+
+def answer(service: Application, method: str, path: str) -> tuple[int, str | None]:
+    """What the application answers to a request without a body: the status, and when to try again."""
+    sent: list[dict[str, Any]] = []
+    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": []}
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(service.app(scope, receive, send))
+    headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], headers.get("retry-after")
+
+
+def test_a_collector_that_never_answers_costs_neither_savings_nor_the_stop(store_path: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        with running("serve", "--store", str(store_path), env=env) as service:
+            assert service.post(RECORD)[0] == 200
+            status, _, err = service.stop()
+    assert status == 0
+    assert "Traceback" not in err
 
 
 def _refuses_connections(service: Service) -> bool:
