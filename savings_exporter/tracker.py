@@ -111,6 +111,8 @@ class SavingsTracker:
         observer = Observers([SaveTracing(tracer_provider), self.save_metrics])
         self._store = Store(os.fspath(self._path), observer, self._limits)
 
+        self._process = os.getpid()
+        self._closing = threading.Lock()
         # Guards everything below; never held while the disk is at work.
         self._changed = threading.Condition()
         self._durable = self._store.state
@@ -159,7 +161,7 @@ class SavingsTracker:
 
         Raises:
             TypeError, ValueError: an argument is wrong; nothing was recorded.
-            RuntimeError: the tracker is closed.
+            RuntimeError: the tracker is closed, or was opened before this process was forked.
         """
         record = SavingsRecord(
             model=model,
@@ -275,13 +277,27 @@ class SavingsTracker:
         Returns:
             Whether everything recorded is durable. What is not is lost with the process, and logged.
         """
-        with self._changed:
+        if os.getpid() != self._process:
+            # A forked copy: what is pending is the parent's to save, and so is the lock to let go of.
+            return False
+        with self._closing:
             if not self._closed:
-                self._closed = True
-                if self._open.delta.records or self._sealed is not None:
-                    self._save_once()
-                self._open.abandon()
-                self._changed.notify_all()
+                self._close()
+            return not self._pending()[0]
+
+    def __enter__(self) -> SavingsTracker:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def _close(self) -> None:
+        with self._changed:
+            self._closed = True
+            if self._open.delta.records or self._sealed is not None:
+                self._save_once()
+            self._open.abandon()
+            self._changed.notify_all()
             pending_records, pending_tokens = self._pending()
         self._thread.join()
         atexit.unregister(self.close)
@@ -291,13 +307,6 @@ class SavingsTracker:
                 "%s: closed with %d records (%d tokens saved) that could not be saved: %s",
                 *(self._path, pending_records, pending_tokens, self._failure),
             )
-        return not pending_records
-
-    def __enter__(self) -> SavingsTracker:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.close()
 
     def _record(self, records: tuple[SavingsRecord, ...], *, wait: bool) -> Receipt:
         delta = self._folded(records)
@@ -311,6 +320,8 @@ class SavingsTracker:
 
     def _folded(self, records: tuple[SavingsRecord, ...]) -> Delta:
         """The records' sums, made before the lock is taken, so that a large batch holds nobody up."""
+        if os.getpid() != self._process:
+            raise RuntimeError(f"the tracker of {self._path} was opened before a fork; open one in each process")
         delta, ledger = Delta(), self._store.ledger
         for record in records:
             delta.add(record, ledger, self._limits)
@@ -344,8 +355,9 @@ class SavingsTracker:
         self._saves_begun += 1
         self._wanted = False
         failure: BaseException | None = None
-        self._changed.release()
         try:
+            # Within the try, so that an interrupt from here on finds its way to the end of the save.
+            self._changed.release()
             self._store.save(batch.delta)
         except BaseException as error:
             failure = error

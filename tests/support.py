@@ -191,7 +191,7 @@ def running(*arguments: str, env: dict[str, str] | None = None, address: str = "
 
 @contextmanager
 def failing_directory_fsync(service: Service, directory: Path, when: str = "when=1+") -> Iterator[None]:
-    """Let the kernel answer the running service's fsyncs of a directory with EIO; ``when`` is strace's word for which."""
+    """Let the kernel answer EIO to the service's fsyncs of a directory: to all, or as strace understands ``when``."""
     command = ["strace", "-f", "-p", str(service.process.pid), "-e", "trace=fsync", "-P", str(directory)]
     command += ["-e", f"inject=fsync:error=EIO:{when}", "-o", os.devnull]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:

@@ -245,6 +245,14 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
+def is_at(descriptor: int, path: str) -> bool:
+    """Whether an open file is still the one that its name leads to."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def unlock(descriptor: int) -> None:
     """Let go of the lock."""
     with suppress(OSError):

@@ -181,12 +181,23 @@ class Store:
 
     def _wait_for_lock(self) -> bool:
         deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
-        while not filesystem.try_lock(self._lock):
+        while not self._try_lock():
             if time.monotonic() > deadline:
                 return False
             time.sleep(_LOCK_POLL_SECONDS)
-        self._locked = True
         return True
+
+    def _try_lock(self) -> bool:
+        if not filesystem.is_at(self._lock, lock_path(self.path)):
+            # Somebody removed the lock file, and a process that came later made another: agree with it.
+            replaced, self._lock = self._lock, filesystem.open_lock(lock_path(self.path))
+            filesystem.close(replaced)
+        if not filesystem.try_lock(self._lock):
+            return False
+        self._locked = filesystem.is_at(self._lock, lock_path(self.path))
+        if not self._locked:
+            filesystem.unlock(self._lock)
+        return self._locked
 
     def _release_lock(self) -> None:
         if self._locked:

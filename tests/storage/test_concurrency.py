@@ -214,6 +214,57 @@ def test_processes_on_one_store_add_up(tracker: SavingsTracker, store_path: Path
     }
 
 
+def test_a_lock_file_that_somebody_removed_is_agreed_on_anew(store_path: Path) -> None:
+    lock = store_path.with_name("proxy_savings.json.lock")
+    with SavingsTracker(store_path) as one:
+        one.record_request(model="m", tokens_saved=1)
+        lock.unlink()
+        with SavingsTracker(store_path) as two:
+            with ThreadPoolExecutor(2) as pool:
+                for _ in range(20):
+                    pool.submit(one.record_request, model="m", tokens_saved=1)
+                    pool.submit(two.record_request, model="m", tokens_saved=1)
+            assert one.flush(30)
+            assert two.flush(30)
+            assert one.snapshot().lifetime.requests == two.snapshot().lifetime.requests == 41
+
+
+@pytest.mark.needs("linux")
+def test_a_forked_copy_counts_nothing_twice(store_path: Path) -> None:
+    program = f"""
+import os, sys
+from savings_exporter import SavingsTracker
+tracker = SavingsTracker({str(store_path)!r})
+tracker.record_request(model="m", tokens_saved=1)
+os.fsync = lambda fd, fsync=os.fsync: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+tracker.record_request(model="m", tokens_saved=10)
+os.fsync = os.fsync.__defaults__[0]
+child = os.fork()
+if child == 0:
+    try:
+        tracker.record_request(model="m", tokens_saved=100)
+    except RuntimeError as error:
+        sys.exit(7 if "fork" in str(error) else 8)
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 7
+assert tracker.close()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, stderr=subprocess.DEVNULL)
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.snapshot().lifetime.tokens_saved == 11
+
+
+def test_closing_from_two_threads_at_once(tracker: SavingsTracker, faults: Faults) -> None:
+    faults.hang("fsync_file")
+    receipt = tracker.record_request(model="m", tokens_saved=1, wait=False)
+    assert faults.reached.wait(30)
+    with ThreadPoolExecutor(2) as pool:
+        closing = [pool.submit(tracker.close) for _ in range(2)]
+        faults.mend()
+        assert all(each.result() for each in closing)
+    assert receipt.durable
+
+
 def test_two_new_trackers_agree_on_one_store(store_path: Path) -> None:
     with SavingsTracker(store_path) as one, SavingsTracker(store_path) as two:
         assert one.record_request(model="m", tokens_saved=1).sequence == 1
