@@ -303,6 +303,18 @@ def test_after_any_failed_file_fsync_a_new_file_is_written(tracker: SavingsTrack
     assert faults.calls == ["write", "fsync_file", *STEPS]
 
 
+def test_the_last_durable_save_stays_beside_one_of_unknown_outcome(
+    tracker: SavingsTracker, faults: Faults, store_path: Path
+) -> None:
+    assert tracker.record_request(**SAVED).durable
+    durable = store_path.read_bytes()
+    faults.fail("fsync_dir", errno.EIO)
+    assert not tracker.record_request(**SAVED).durable
+    assert not tracker.save()
+    assert store_path.read_bytes() != durable
+    assert store_path.with_name("proxy_savings.json.previous").read_bytes() == durable
+
+
 def test_while_the_disk_fails_a_call_pays_for_no_retry(tracker: SavingsTracker, faults: Faults) -> None:
     faults.fail("fsync_file", errno.EIO)
     assert not tracker.record_request(**SAVED)
