@@ -142,7 +142,7 @@ def serve(
     log_level: LogLevel = "info",
     log_format: LogFormat = "logfmt",
     demo: Annotated[
-        bool, typer.Option("--demo", help="Feed made-up traffic, into a store that is thrown away at the end.")
+        bool, typer.Option("--demo", help="Feed made-up traffic; without --store, into one that is thrown away.")
     ] = False,
 ) -> None:
     """Keep the savings that proxies POST, and show them to Prometheus."""
@@ -165,7 +165,7 @@ def serve(
         if demo:
             stack.enter_context(DemoTraffic(tracker))
         service = Service(tracker, SavingsCollector(tracker), telemetry_path=telemetry_path, token=token)
-        what = "keeps made-up savings" if demo else "keeps savings"
+        what = "keeps made-up savings in" if demo else "keeps savings in"
         line = _announcement(what, tracker.storage_path, url, _first_saving(url, config))
         server.run(service, listener, config.tls_server_config, started=lambda: print(line, flush=True))
         reason = tracker.health().reason
@@ -243,7 +243,7 @@ def show(
     """Print a store's totals. Only reads; a document of Headroom's will do."""
     settings.be_quiet()
     if as_json and as_csv:
-        raise WrongUsageError("--json and --csv are one too many")
+        raise WrongUsageError("give --json or --csv, not both")
     path = store if store is not None else default_path()
     if not os.path.exists(path):
         raise CommandError(
@@ -313,7 +313,7 @@ def _exit(status: int, line: str) -> NoReturn:
 
 
 def _announcement(what: str, path: str, url: str, more: str) -> str:
-    return f"savings-exporter {version('savings-exporter')} {what} in {path}, on {url}; {more}"
+    return f"savings-exporter {version('savings-exporter')} {what} {path}, on {url}; {more}"
 
 
 def _first_saving(url: str, config: settings.WebConfig) -> str:

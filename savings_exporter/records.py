@@ -74,6 +74,8 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= MAX_TOKENS:
                 set_field(self, name, _token_count(name, value))
+        if self.model is None:
+            raise TypeError("model must be a string, not NoneType")
         set_field(self, "model", clean_name("model", self.model) or UNKNOWN)
         set_field(self, "provider", clean_name("provider", self.provider) or UNKNOWN)
         set_field(self, "agent", clean_name("agent", self.agent) or UNKNOWN)

@@ -167,8 +167,7 @@ def _check_certificate(path: str, tls: Tls) -> None:
 
 
 def _why(error: Exception) -> str:
-    filename = getattr(error, "filename", None)
-    return f"{getattr(error, 'strerror', None) or error}" + (f": {filename}" if filename else "")
+    return getattr(error, "strerror", None) or str(error)
 
 
 class _LineFormatter(logging.Formatter):

@@ -347,7 +347,7 @@ def _damage(path: str, what: str, previous: Document | None) -> str:
     if previous is None:
         return (
             f"{path}: {what}; there is no whole save before it, so its totals are lost. Restore it from a backup, or "
-            f"move it and {previous_path(path)} away to start from zero"
+            f"move it (and its .previous, where there is one) away to start from zero"
         )
     return (
         f"{path}: {what}; the save before it is whole and holds {_described(previous)}; what was recorded after that "

@@ -203,7 +203,11 @@ def totals_families(source: Source) -> Iterator[Metric]:
     for name, help_text, value in (
         ("tokens_pending", "Tokens saved in records that are accepted and not durable yet.", snapshot.pending_tokens),
         ("records_pending", "Records that are accepted and not durable yet.", snapshot.pending_records),
-        ("store_healthy", "Whether the store can be kept: 0 while it is degraded.", float(health.healthy)),
+        (
+            "store_healthy",
+            "Whether savings can be kept, or the watched file read: 0 if not.",
+            float(health.healthy),
+        ),
         ("last_save_success_timestamp_seconds", "When the document was last saved, 0 if never.", saved_at),
         ("document_size_bytes", "The document's size.", snapshot.document_bytes),
     ):
