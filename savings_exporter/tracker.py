@@ -253,8 +253,13 @@ class SavingsTracker:
         return self._path
 
     def save(self) -> bool:
-        """Save the document now, also while the disk is failing. Returns whether it is durable."""
+        """Save the document now, also while the disk is failing. Returns whether it is durable.
+
+        Raises:
+            RuntimeError: the tracker is closed.
+        """
         with self._changed:
+            self._check_open()
             self._save_once()
             return self._failure is None
 
@@ -330,10 +335,13 @@ class SavingsTracker:
     # What follows is called with the lock held.
 
     def _accept(self, delta: Delta) -> Receipt:
-        if self._closed:
-            raise RuntimeError(f"the tracker of {self._path} is closed")
+        self._check_open()
         self._open.delta.absorb(delta, self._store.ledger, self._limits)
         return Receipt(self._open, self._open.delta.records)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(f"the tracker of {self._path} is closed")
 
     def _want_save(self) -> None:
         self._wanted = True

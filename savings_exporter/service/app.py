@@ -40,6 +40,9 @@ _MAX_DROPPED_BYTES = 256 * 1024 * 1024
 # A larger one is decoded in a thread, so that other requests are answered meanwhile.
 _LARGE_BODY_BYTES = 64 * 1024
 
+# An answer repeats no more than this of what a client sent.
+_MAX_SHOWN = 500
+
 _RETRY_AFTER_SECONDS = "5"
 
 # The status page runs nothing and loads nothing, whatever name a client has made up.
@@ -92,7 +95,11 @@ class Service:
         )
 
     async def _metrics(self, request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        try:
+            encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        except (TypeError, ValueError):
+            # A version that is no number: the client gets what one without a preference gets.
+            encode, content_type = choose_encoder("")
         return Response(await run_in_threadpool(encode, self._registry), headers={"Content-Type": content_type})
 
     async def _savings(self, request: Request) -> Response:
@@ -222,9 +229,12 @@ def _is_batch(body: bytes) -> bool:
 
 def _field(message: str) -> str:
     """The field that a validation error is about, such as ``records[3].model``; the body itself is ``$``."""
-    path = re.search(r" - at `\$\.?(.*)`$", message)
-    named = re.match(r"(?:Object (?:missing required|contains unknown) field `(.*?)`|(\w+) must )", message)
-    parts = [path[1] if path else "", (named[1] or named[2]) if named else ""]
+    # The message may hold a key that a client made up, so it is taken apart without searching back and forth.
+    what, found, path = message.rpartition(" - at `$")
+    if not found:
+        what, path = message, ""
+    named = re.match(r"(?:Object (?:missing required|contains unknown) field `([^`]*)`|(\w+) must )", what)
+    parts = [path.removesuffix("`").removeprefix("."), (named[1] or named[2]) if named else ""]
     return ".".join(part for part in parts if part) or "$"
 
 
@@ -233,10 +243,14 @@ def _json_response(content: Any, status: HTTPStatus = HTTPStatus.OK) -> Response
 
 
 def _problem(status: HTTPStatus, detail: str, field: str | None = None) -> Response:
-    body = {"title": status.phrase, "status": int(status), "detail": detail}
+    body = {"title": status.phrase, "status": int(status), "detail": _cut(detail)}
     if field is not None:
-        body["field"] = field
+        body["field"] = _cut(field)
     return Response(_json.encode(body), status, media_type="application/problem+json")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 
 
 async def _refused_problem(_request: Request, error: Exception) -> Response:

@@ -130,7 +130,9 @@ class Store:
     def close(self) -> None:
         """Let go of the lock and its file. Saves nothing."""
         self._release_lock()
-        filesystem.close(self._lock)
+        descriptor, self._lock = self._lock, -1
+        if descriptor >= 0:
+            filesystem.close(descriptor)
 
     def _load(self) -> tuple[Document, filesystem.Identity | None]:
         try:

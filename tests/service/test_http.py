@@ -62,6 +62,22 @@ def test_what_is_wrong_is_refused_with_the_field_and_nothing_is_recorded(store_p
         assert service.metrics()["savings_requests_total" + '{model="claude-sonnet-4-5",provider="unknown"}'] == 2
 
 
+def test_a_key_made_to_be_slow_is_refused_like_any_other(store_path: Path) -> None:
+    body = json.dumps({**RECORD, " - at `$" * 500_000 + "\nx": 1}).encode()
+    with running("serve", "--store", str(store_path)) as service:
+        status, problem = service.post(body)
+        assert status == 422
+        assert len(json.dumps(problem)) < 5_000
+        assert service.post(RECORD)[0] == 200
+
+
+@pytest.mark.parametrize("accept", ["application/openmetrics-text; version=abc", "text/plain;version=1.x", ",;,=;="])
+def test_a_strange_accept_header_gets_metrics(store_path: Path, accept: str) -> None:
+    with running("serve", "--store", str(store_path)) as service:
+        status, text = service.get("/metrics", {"Accept": accept})
+        assert (status, "savings_tokens_saved_total" in text) == (200, True)
+
+
 def test_an_answered_saving_survives_kill_9(store_path: Path) -> None:
     with running("serve", "--store", str(store_path)) as service:
         assert service.post(RECORD)[1]["durable"] is True

@@ -170,6 +170,17 @@ def test_a_closed_tracker_says_so(tracker: SavingsTracker) -> None:
     assert tracker.close()
     with pytest.raises(RuntimeError, match="is closed"):
         tracker.record_request(model="m", tokens_saved=1)
+    with pytest.raises(RuntimeError, match="is closed"):
+        tracker.save()
+
+
+def test_closing_twice_closes_nobody_elses_file(tracker: SavingsTracker, tmp_path: Path) -> None:
+    tracker.close()
+    files = [(tmp_path / str(number)).open("w") for number in range(20)]
+    tracker.close()
+    for file in files:
+        file.write("precious")
+        file.close()
 
 
 def test_close_saves_what_is_pending(store_path: Path) -> None:
