@@ -23,8 +23,8 @@ from savings_exporter.records import SavingsRecord
 from savings_exporter.service import server, settings, views
 from savings_exporter.service.app import HEALTHY_PATH, READY_PATH, SAVINGS_PATH, Service
 from savings_exporter.service.demo import DemoTraffic
+from savings_exporter.storage.repair import inspect, repair
 from savings_exporter.storage.steps import Observers
-from savings_exporter.storage.store import inspect, repair
 from savings_exporter.telemetry.metrics import SavingsCollector, WatchCollector
 from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker, Snapshot, default_path
 

@@ -60,13 +60,17 @@ _POINT_KEYS = {
 class Document(msgspec.Struct, frozen=True, kw_only=True):
     """What a document says.
 
-    ``store`` names the store for good and ``save`` this one save of it; both are empty in a document that another
-    program wrote. ``kept`` is everything we do not know, ``problems`` what was wrong but not fatal.
+    ``store`` names the store for good (16 hexadecimal digits); it is empty in a document that another program wrote.
+    ``epoch`` and ``offset`` say from where on the journal holds records that the document does not. ``keys`` are the
+    idempotency keys that were counted, as ``idempotency.Keys`` packs them. ``kept`` is everything we do not know,
+    ``problems`` what was wrong but not fatal.
     """
 
     ledger: Ledger = Ledger()
     store: str = ""
-    save: str = ""
+    epoch: int = 0
+    offset: int = 0
+    keys: str = ""
     saved_at: datetime | None = None
     kept: Mapping[str, Any] = {}
     problems: tuple[str, ...] = ()
@@ -104,13 +108,14 @@ def encode(document: Document) -> bytes:
         "format": FORMAT,
         "checksum": _NO_CHECKSUM,
         "store": document.store,
-        "save": document.save,
         "sequence": ledger.sequence,
+        "journal": {"epoch": document.epoch, "offset": document.offset},
         "saved_at": document.saved_at.isoformat() if document.saved_at else None,
         "totals": [
             {"provider": provider, "model": model, **_entry(totals)}
             for (provider, model), totals in ledger.by_provider_model.items()
         ],
+        "idempotency_keys": document.keys,
     }
     lifetime = {"savings_basis": UNKNOWN, **_dict(kept.get("lifetime")), **_entry(ledger.lifetime)}
     known = {
@@ -162,7 +167,15 @@ def _decode_ours(data: bytes, raw: dict[str, Any]) -> Document:
             history=tuple(_points(raw["history"])),
         )
         saved_at = datetime.fromisoformat(block["saved_at"]) if block["saved_at"] else None
-        return Document(ledger=ledger, store=block["store"], save=block["save"], saved_at=saved_at, kept=_kept(raw))
+        return Document(
+            ledger=ledger,
+            store=block["store"],
+            epoch=block["journal"]["epoch"],
+            offset=block["journal"]["offset"],
+            keys=block["idempotency_keys"],
+            saved_at=saved_at,
+            kept=_kept(raw),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptStoreError(f"its checksum matches, but a field is missing or wrong: {error}") from None
 

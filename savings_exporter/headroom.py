@@ -1,4 +1,4 @@
-"""Watching a document that another program owns, Headroom's included. Reads; never writes, never locks."""
+"""Watching a document, with or without a journal, that another program owns: Headroom, or a tracker. Never writes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import threading
 from datetime import datetime, timezone
 
-from savings_exporter.documents import decode
-from savings_exporter.errors import CorruptStoreError, NewerSchemaError, StoreError
+from savings_exporter.errors import StoreError
 from savings_exporter.storage import filesystem
+from savings_exporter.storage.lock import Mark, read_mark
+from savings_exporter.storage.recovery import read
 from savings_exporter.storage.steps import error_symbol
 from savings_exporter.totals import Limits
 from savings_exporter.tracker import Health, Snapshot
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class WatchedFile:
-    """The totals of a document that changes under us, read again when it is another one than last time.
+    """The totals of a store that changes under us, read again when it is another than last time.
 
     When it cannot be read, or is gone, the last totals stay and ``health`` says why: a counter must not vanish
     because its source is away for a moment.
@@ -29,43 +30,51 @@ class WatchedFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.storage_path = os.path.expanduser(path)
-        self._lock = threading.Lock()
-        self._identity: filesystem.Identity | None = None
+        self._reading = threading.Lock()
+        self._version: tuple[filesystem.Identity | None, Mark | None] | None = None
         self._health = Health(healthy=True)
+        self._limits = Limits()
         self._snapshot = self._read()
 
     def snapshot(self) -> Snapshot:
-        """The document's totals now, or the last ones that could be read."""
-        with self._lock:
+        """The totals now, or the last ones that could be read, also while another thread waits for the disk."""
+        if self._reading.acquire(blocking=False):
             try:
-                if filesystem.identity(filesystem.resolved(self.storage_path)) != self._identity:
+                if self._version_now() != self._version:
                     self._snapshot = self._read()
                 # Also when the very file that was read last is back under its name.
                 self._health = Health(healthy=True)
             except (OSError, StoreError) as error:
                 self._unreadable(error)
-            return self._snapshot
+            finally:
+                self._reading.release()
+        return self._snapshot
 
     def health(self) -> Health:
         """Whether the document could be read when it was last looked at, and if not, why."""
-        with self._lock:
-            return self._health
+        return self._health
+
+    def _version_now(self) -> tuple[filesystem.Identity | None, Mark | None]:
+        path = filesystem.resolved(self.storage_path)
+        return filesystem.identity(path), read_mark(path)
 
     def _read(self) -> Snapshot:
         path = filesystem.resolved(self.storage_path)
         try:
-            if filesystem.identity(path) is None:
+            version = self._version_now()
+            if version[0] is None:
                 raise StoreError(f"{path}: there is no such file")
-            data, identity = filesystem.read(path)
-            document = decode(data)
+            found = read(path, self._limits)
         except OSError as error:
             raise StoreError(f"{path}: cannot be read: {error.strerror} ({error_symbol(error)})") from error
-        except (CorruptStoreError, NewerSchemaError) as error:
-            raise type(error)(f"{path}: {error}") from error
-        for problem in document.problems:
+        for problem in found.document.problems:
             logger.warning("%s: %s", path, problem)
-        self._identity = identity
-        ledger = document.ledger.bounded(Limits())
+        ledger = found.totals(self._limits)
+        if not found.document.is_ours:
+            ledger = ledger.bounded(self._limits)
+        # What has a name keeps it, however it ranks later: a counter must not vanish.
+        self._version, identity = version, found.identity
+        modified = datetime.fromtimestamp(identity.modified_ns / 1e9, timezone.utc) if identity else None
         return Snapshot(
             sequence=ledger.sequence,
             lifetime=ledger.lifetime,
@@ -73,8 +82,9 @@ class WatchedFile:
             projects=ledger.projects,
             by_provider_model=ledger.by_provider_model,
             history=ledger.history,
-            saved_at=document.saved_at or datetime.fromtimestamp(identity.modified_ns / 1e9, timezone.utc),
-            document_bytes=identity.size,
+            saved_at=found.document.saved_at or modified,
+            document_bytes=identity.size if identity else 0,
+            journal_bytes=found.journal_bytes,
         )
 
     def _unreadable(self, error: Exception) -> None:

@@ -36,7 +36,7 @@ _TOKEN_FIELDS = (
 )
 
 
-class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What one LLM request saved.
 
     The names and meanings are those of Headroom's ``record_request``. Tokens are counts, money is US

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any, Generic, TypeVar
 
@@ -163,14 +163,20 @@ class Delta:
 
     def add(self, record: SavingsRecord, ledger: Ledger, limits: Limits) -> None:
         """Count one record in. ``ledger`` says which names are taken already, so that those are kept apart."""
-        numbers, moment, model = _numbers_of(record), record.timestamp, record.model
-        pair = (record.provider or UNKNOWN, model)
+        provider, model, project = _NAMES(record)
         self.records += 1
-        self._lifetime.add(numbers, moment)
-        self._models.sum_of(model, ledger.by_model, limits.max_models).add(numbers, moment)
-        self._pairs.sum_of(pair, ledger.by_provider_model, limits.max_models).add(numbers, moment)
-        if record.project is not None:
-            self._projects.sum_of(record.project, ledger.projects, limits.max_projects).add(numbers, moment)
+        self._count(provider or UNKNOWN, model, project, _numbers_of(record), record.timestamp, ledger, limits)
+
+    def add_all(self, records: Iterable[SavingsRecord], ledger: Ledger, limits: Limits) -> None:
+        """Count many records in, as ``add`` does with each in turn, in a fraction of the time."""
+        groups: dict[tuple[str | None, str, str | None], list[SavingsRecord]] = {}
+        for record in records:
+            groups.setdefault(_NAMES(record), []).append(record)
+        for (provider, model, project), group in groups.items():
+            numbers = _numbers_of_all(group)
+            moment = max(moment for record in group if (moment := record.timestamp))
+            self.records += len(group)
+            self._count(provider or UNKNOWN, model, project, numbers, moment, ledger, limits)
 
     def absorb(self, later: Delta, ledger: Ledger, limits: Limits) -> None:
         """Count another delta's records in, after this one's."""
@@ -179,6 +185,23 @@ class Delta:
         self._models.absorb(later._models, ledger.by_model, limits.max_models)
         self._pairs.absorb(later._pairs, ledger.by_provider_model, limits.max_models)
         self._projects.absorb(later._projects, ledger.projects, limits.max_projects)
+
+    def _count(
+        self,
+        provider: str,
+        model: str,
+        project: str | None,
+        numbers: Iterable[int],
+        moment: datetime | None,
+        ledger: Ledger,
+        limits: Limits,
+    ) -> None:
+        self._lifetime.add(numbers, moment)
+        self._models.sum_of(model, ledger.by_model, limits.max_models).add(numbers, moment)
+        pair = (provider, model)
+        self._pairs.sum_of(pair, ledger.by_provider_model, limits.max_models).add(numbers, moment)
+        if project is not None:
+            self._projects.sum_of(project, ledger.projects, limits.max_projects).add(numbers, moment)
 
 
 class _Sum:
@@ -293,6 +316,22 @@ def _with_point(
     return thinned((*history, point), now)
 
 
+# Read in one call each: a record is folded on every request.
+_NAMES: Callable[[SavingsRecord], tuple[str | None, str, str | None]] = operator.attrgetter(
+    "provider", "model", "project"
+)
+_TOKENS: Callable[[SavingsRecord], tuple[int, ...]] = operator.attrgetter(
+    "tokens_saved",
+    "tool_search_saved",
+    "output_tokens_saved",
+    "cache_read_tokens",
+    "cache_write_tokens",
+    "uncached_input_tokens",
+    "input_tokens",
+    "output_tokens",
+)
+
+
 def _numbers_of(record: SavingsRecord) -> tuple[int, ...]:
     """One record as the numbers of a sum.
 
@@ -301,16 +340,18 @@ def _numbers_of(record: SavingsRecord) -> tuple[int, ...]:
     """
     saved = _units(record.savings_usd) if record.savings_usd else 0
     cost = _units(record.input_cost_usd) if record.input_cost_usd else 0
+    return (1, *_TOKENS(record), *_amounts(saved, cost))
+
+
+def _numbers_of_all(records: Sequence[SavingsRecord]) -> tuple[int, ...]:
+    saved = sum(_units(record.savings_usd) for record in records if record.savings_usd)
+    cost = sum(_units(record.input_cost_usd) for record in records if record.input_cost_usd)
+    return (len(records), *map(sum, zip(*map(_TOKENS, records), strict=True)), *_amounts(saved, cost))
+
+
+def _amounts(saved: int, cost: int) -> tuple[int, ...]:
+    """What a record is worth in billionths of a dollar, in the order of ``AMOUNTS``."""
     return (
-        1,  # requests
-        record.tokens_saved,
-        record.tool_search_saved,
-        record.output_tokens_saved,
-        record.cache_read_tokens,
-        record.cache_write_tokens,
-        record.uncached_input_tokens,
-        record.input_tokens,
-        record.output_tokens,
         saved,  # compression_savings_usd
         saved,  # compression_savings_list_usd
         0,  # tool_schema_savings_usd

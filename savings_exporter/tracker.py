@@ -1,8 +1,8 @@
-"""``SavingsTracker``: records from any number of threads and tasks, saved together, durable when acknowledged.
+"""``SavingsTracker``: records from any number of threads and tasks, committed together, durable when acknowledged.
 
-Records that wait at the same moment share one save. A thread that finds no save running leads one for all that
-wait; a background thread leads for tasks, for records that nobody waits for, and, with a backoff, while the disk is
-failing. What is not saved yet is folded into one delta, so that waiting costs no memory.
+Records that wait at the same moment share one commit. A thread that finds nobody leading leads a commit for itself;
+those that come meanwhile wait for the next one, which a background thread leads, as it does for tasks, for records that
+nobody waits for and, with a backoff, while the disk is failing. It saves the document from time to time, too.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import multiprocessing.process
+import multiprocessing.util
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -22,13 +25,15 @@ import msgspec
 import platformdirs
 
 from savings_exporter.errors import StoreError
+from savings_exporter.idempotency import MAX_KEYS, checked_key
 from savings_exporter.records import Receipt, SavingsRecord
 from savings_exporter.storage import filesystem
+from savings_exporter.storage.batch import Batch, Keyed
 from savings_exporter.storage.steps import Observers, error_symbol
 from savings_exporter.storage.store import Store
-from savings_exporter.telemetry.metrics import SaveMetrics
-from savings_exporter.telemetry.tracing import SaveTracing
-from savings_exporter.totals import Delta, Ledger, Limits, Pair, Totals
+from savings_exporter.telemetry.metrics import StoreMetrics
+from savings_exporter.telemetry.tracing import StoreTracing, current_span
+from savings_exporter.totals import Limits, Pair, Totals
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -37,8 +42,14 @@ logger = logging.getLogger(__name__)
 
 DOCUMENT_NAME = "proxy_savings.json"
 
-# More records than this are folded in a thread by the async face: each takes some microseconds.
+# Of more records than this that wait, only the sums are kept. A frame of so many is some megabytes.
+_MOST_UNFOLDED = 10_000
+
+# More records than this are taken on in a thread by the async face.
 _MANY_RECORDS = 100
+
+# A commit is linked to the spans of at most so many of its records, which is what OpenTelemetry keeps.
+_MOST_LINKS = 128
 
 _FIRST_RETRY_SECONDS = 0.1
 _LONGEST_RETRY_SECONDS = 30.0
@@ -59,6 +70,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     history: tuple[Mapping[str, Any], ...]
     saved_at: datetime | None
     document_bytes: int
+    journal_bytes: int = 0
     pending_records: int = 0
     pending_tokens: int = 0
 
@@ -74,12 +86,12 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SavingsTracker:
-    """Keeps the savings of one store.
+    """Keeps the savings of one store. Any number of processes may have a tracker on it, forked copies included.
 
     Args:
         path: the document; by default ``proxy_savings.json`` in the user's state directory, which is made if needed.
-        save_interval: seconds between saves of the document once records are committed to a journal. There is no
-            journal yet and every commit is a save, so it has no effect.
+        save_interval: seconds after which what was committed to the journal is saved in the document, too. A record is
+            durable without that; those who read the document alone are behind by so much.
         max_models: how many models (and pairs of provider and model) are told apart; further ones become ``other``.
         max_projects: the same for projects.
         tracer_provider: where spans go; by default OpenTelemetry's global provider.
@@ -106,33 +118,41 @@ class SavingsTracker:
         if not save_interval > 0:
             raise ValueError(f"save_interval must be more than 0 seconds, got {save_interval}")
         self._path = os.path.expanduser(path) if path is not None else _made_default_path()
+        self._save_interval = save_interval
         self._limits = Limits(max_models=max_models, max_projects=max_projects)
-        self.save_metrics = SaveMetrics()
-        observer = Observers([SaveTracing(tracer_provider), self.save_metrics])
-        self._store = Store(os.fspath(self._path), observer, self._limits)
+        self._tracing = StoreTracing(tracer_provider)
+        self.store_metrics = StoreMetrics()
+        self._store = Store(os.fspath(self._path), self._observers(), self._limits)
+        self._closing = False
+        self._closed = False
+        self._begin()
+        if self._store.must_save:
+            self.save()
+        atexit.register(self.close)
+        _trackers.add(self)
 
-        self._process = os.getpid()
-        self._closing = threading.Lock()
+    def _observers(self) -> Observers:
+        return Observers([self._tracing, self.store_metrics])
+
+    def _begin(self) -> None:
+        """The state of a process that has recorded nothing yet."""
         # Guards everything below; never held while the disk is at work.
-        self._changed = threading.Condition()
-        self._durable = self._store.state
-        self._open = _Batch(self._changed)
+        self._mutex = self._store.changing
+        # Which thread commits or saves: the one whose identifier this is, and only that one gives it up.
+        self._leader: int | None = None
+        self._queue: list[threading.Lock] = []
+        # What the leader is committing, or failed to commit; and what is taken on meanwhile.
         self._sealed: _Batch | None = None
-        self._saves_begun = 0
-        self._saves_ended = 0
+        self._open = _Batch(self._mutex)
+        self._pending_keys: dict[str, _Expected] = {}
         self._failure: BaseException | None = None
+        self._save_failure: BaseException | None = None
+        self._failed_step = ""
         self._retries = 0
         self._retry_at = 0.0
-        self._wanted = False
-        self._closed = False
-
-        if self._store.exists:
-            # What was read may be only in the page cache, left there by a process whose sync failed. A save of its
-            # own makes it durable before anything is built on it, and tells at once whether saving works.
-            self.save()
-        self._thread = threading.Thread(target=self._save_in_background, name="savings-exporter", daemon=True)
-        self._thread.start()
-        atexit.register(self.close)
+        self._save_at: float | None = None
+        self._bell = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def record_request(
         self,
@@ -152,6 +172,7 @@ class SavingsTracker:
         timestamp: datetime | str | None = None,
         savings_usd: float | None = None,
         input_cost_usd: float | None = None,
+        idempotency_key: str | None = None,
         wait: bool = True,
     ) -> Receipt:
         """Record what one request saved; the arguments are those of ``SavingsRecord``.
@@ -159,9 +180,12 @@ class SavingsTracker:
         Returns when the record is durable, or as soon as it is clear that it cannot be now: the receipt says which.
         With ``wait=False`` it returns at once, and the receipt becomes durable later. Storage faults never raise.
 
+        ``idempotency_key`` (1 to 255 characters) names the record for those who may send it again: of all records with
+        one key, among the last 100,000 that had any, the first is counted, and all get its receipt.
+
         Raises:
             TypeError, ValueError: an argument is wrong; nothing was recorded.
-            RuntimeError: the tracker is closed, or was opened before this process was forked.
+            RuntimeError: the tracker is closed.
         """
         record = SavingsRecord(
             model=model,
@@ -180,69 +204,69 @@ class SavingsTracker:
             savings_usd=savings_usd,
             input_cost_usd=input_cost_usd,
         )
-        return self._record((record,), wait=wait)
+        return self._record((record,), idempotency_key, wait=wait)
 
-    def record_many(self, records: Iterable[SavingsRecord], *, wait: bool = True) -> Receipt:
+    def record_many(
+        self, records: Iterable[SavingsRecord], *, idempotency_key: str | None = None, wait: bool = True
+    ) -> Receipt:
         """Record several savings, all of them or none; the receipt is the last one's. As ``record_request`` else.
 
         Raises:
             ValueError: there is no record.
         """
-        return self._record(_checked(records), wait=wait)
+        return self._record(_checked(records), idempotency_key, wait=wait)
 
     async def record_request_async(self, **arguments: Any) -> Receipt:
         """``record_request`` for a task: the same arguments and receipt, and the event loop is never blocked."""
-        wait = arguments.pop("wait", True)
-        return await self.record_many_async([_record_of(arguments)], wait=wait)
+        wait, key = arguments.pop("wait", True), arguments.pop("idempotency_key", None)
+        return await self.record_many_async([_record_of(arguments)], idempotency_key=key, wait=wait)
 
-    async def record_many_async(self, records: Iterable[SavingsRecord], *, wait: bool = True) -> Receipt:
+    async def record_many_async(
+        self, records: Iterable[SavingsRecord], *, idempotency_key: str | None = None, wait: bool = True
+    ) -> Receipt:
         """``record_many`` for a task."""
-        checked = _checked(records)
+        checked, loop = _checked(records), asyncio.get_running_loop()
+        ended = loop.create_future() if wait else None
         if len(checked) > _MANY_RECORDS:
-            delta = await asyncio.to_thread(self._folded, checked)
+            receipt = await asyncio.to_thread(self._take_on, checked, idempotency_key, ended)
         else:
-            delta = self._folded(checked)
-        with self._changed:
-            receipt = self._accept(delta)
-            self._want_save()
-            if not wait or self._failure is not None:
-                return receipt
-            saved = self._open.saved_or_failed(asyncio.get_running_loop())
-        await saved
+            receipt = self._take_on(checked, idempotency_key, ended)
+        if ended is not None:
+            await ended
         return receipt
 
     def snapshot(self) -> Snapshot:
-        """The durable totals now, with what other processes saved."""
+        """The durable totals now, with what other processes recorded."""
         self._store.refresh()
-        with self._changed:
-            if self._sealed is None:
-                self._durable = self._store.state
-            # While a save runs its records are still pending, even if it has just succeeded.
-            ledger, saved_at, document_bytes = self._durable
+        with self._mutex:
+            state = self._store.state
             pending_records, pending_tokens = self._pending()
-            return Snapshot(
-                sequence=ledger.sequence,
-                lifetime=ledger.lifetime,
-                by_model=dict(ledger.by_model),
-                projects=dict(ledger.projects),
-                by_provider_model=dict(ledger.by_provider_model),
-                history=ledger.history,
-                saved_at=saved_at,
-                document_bytes=document_bytes,
-                pending_records=pending_records,
-                pending_tokens=pending_tokens,
-            )
+        ledger = state.ledger
+        return Snapshot(
+            sequence=ledger.sequence,
+            lifetime=ledger.lifetime,
+            by_model=dict(ledger.by_model),
+            projects=dict(ledger.projects),
+            by_provider_model=dict(ledger.by_provider_model),
+            history=ledger.history,
+            saved_at=state.saved_at,
+            document_bytes=state.document_bytes,
+            journal_bytes=state.journal_bytes,
+            pending_records=pending_records,
+            pending_tokens=pending_tokens,
+        )
 
     def health(self) -> Health:
-        """Whether saving works, and if not, why."""
-        with self._changed:
+        """Whether committing and saving work, and if not, why."""
+        with self._mutex:
             pending_records, pending_tokens = self._pending()
-            if self._failure is None:
+            failure = self._failure or self._save_failure
+            if failure is None:
                 return Health(healthy=True, pending_records=pending_records, pending_tokens=pending_tokens)
             return Health(
                 healthy=False,
-                reason=self._reason(self._failure),
-                error=error_symbol(self._failure),
+                reason=self._reason(),
+                error=error_symbol(failure),
                 pending_records=pending_records,
                 pending_tokens=pending_tokens,
             )
@@ -253,15 +277,17 @@ class SavingsTracker:
         return self._path
 
     def save(self) -> bool:
-        """Save the document now, also while the disk is failing. Returns whether it is durable.
+        """Save the document now, with what is pending, also while the disk is failing. Returns whether it is durable.
 
         Raises:
             RuntimeError: the tracker is closed.
         """
-        with self._changed:
-            self._check_open()
-            self._save_once()
-            return self._failure is None
+        self._check_open()
+        if not self._take_lead():
+            return False
+        self._lead(save=True)
+        with self._mutex:
+            return self._failure is None and self._save_failure is None
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything recorded before is durable, ``timeout`` seconds at most (None: as long as it takes).
@@ -269,25 +295,30 @@ class SavingsTracker:
         Returns:
             Whether it is.
         """
-        with self._changed:
-            last = self._open if self._open.delta.records else self._sealed
-            if last is None:
-                return True
-            self._want_save()
+        with self._mutex:
+            last = self._open if self._open.count else self._sealed
+        if last is None:
+            return True
+        self._bell.set()
         return last.wait(timeout)
 
     def close(self) -> bool:
-        """Save what is pending, once, and stop. Receipts that are not durable then stay so.
+        """Commit what is pending, once, save the document, and stop. Receipts that are not durable then stay so.
+
+        In a signal handler that interrupts a commit of the same thread it can do nothing, and returns False: the
+        process's end closes the tracker again.
 
         Returns:
             Whether everything recorded is durable. What is not is lost with the process, and logged.
         """
-        if os.getpid() != self._process:
-            # A forked copy: what is pending is the parent's to save, and so is the lock to let go of.
+        self._closing = True
+        if not self._take_lead():
             return False
-        with self._closing:
-            if not self._closed:
-                self._close()
+        if self._closed:
+            self._resign()
+        else:
+            self._close()
+        with self._mutex:
             return not self._pending()[0]
 
     def __enter__(self) -> SavingsTracker:
@@ -297,192 +328,371 @@ class SavingsTracker:
         self.close()
 
     def _close(self) -> None:
-        with self._changed:
-            self._closed = True
-            if self._open.delta.records or self._sealed is not None:
-                self._save_once()
-            self._open.abandon()
-            self._changed.notify_all()
-            pending_records, pending_tokens = self._pending()
-        self._thread.join()
+        try:
+            with self._mutex:
+                is_saved = not self._store.unsaved and not self._open.count and self._sealed is None
+            if not is_saved:
+                self._commit()
+                if self._failure is None:
+                    self._commit()
+                if self._failure is None:
+                    self._save()
+            with self._mutex:
+                self._closed = True
+                for batch in (self._sealed, self._open):
+                    if batch is not None and not batch.durable:
+                        batch.abandon()
+                pending_records, pending_tokens = self._pending()
+                reason = self._reason() if self._failure else ""
+        finally:
+            self._resign()
+        self._bell.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
         atexit.unregister(self.close)
+        _trackers.discard(self)
         self._store.close()
         if pending_records:
             logger.error(
-                "%s: closed with %d records (%d tokens saved) that could not be saved: %s",
-                *(self._path, pending_records, pending_tokens, self._failure),
+                "%s: closed with %d records (%d tokens saved) that are lost: %s",
+                *(self._path, pending_records, pending_tokens, reason),
             )
 
-    def _record(self, records: tuple[SavingsRecord, ...], *, wait: bool) -> Receipt:
-        delta = self._folded(records)
-        with self._changed:
-            receipt = self._accept(delta)
-            if not wait or self._failure is not None:
-                self._want_save()
+    def _record(self, records: Sequence[SavingsRecord], key: Any, *, wait: bool) -> Receipt:
+        key = checked_key(key)
+        me, mine = threading.get_ident(), None
+        try:
+            with self._mutex:
+                receipt = self._accept(records, key)
+                if not wait or receipt.durable or self._failure is not None:
+                    self._bell.set()
+                    return receipt
+                if self._leader is None:
+                    self._leader = me
+                else:
+                    mine = self._open.follow()
+            if mine is None:
+                self._lead()
             else:
-                self._save_once(give_up_when_failing=True)
+                mine.acquire()
             return receipt
+        finally:
+            if mine is None and self._leader == me:
+                # Interrupted between taking the lead and giving it up.
+                self._resign()
 
-    def _folded(self, records: tuple[SavingsRecord, ...]) -> Delta:
-        """The records' sums, made before the lock is taken, so that a large batch holds nobody up."""
-        if os.getpid() != self._process:
-            raise RuntimeError(f"the tracker of {self._path} was opened before a fork; open one in each process")
-        delta, ledger = Delta(), self._store.ledger
-        for record in records:
-            delta.add(record, ledger, self._limits)
-        return delta
+    def _take_on(self, records: Sequence[SavingsRecord], key: Any, ended: asyncio.Future[None] | None) -> Receipt:
+        """Take records on for the background thread; ``ended`` is done when a commit that carried them has ended."""
+        key = checked_key(key)
+        with self._mutex:
+            receipt = self._accept(records, key)
+            if ended is not None:
+                if receipt.durable or self._failure is not None:
+                    ended.get_loop().call_soon_threadsafe(_finish, [ended])
+                else:
+                    self._open.futures.append(ended)
+        self._bell.set()
+        return receipt
 
-    # What follows is called with the lock held.
-
-    def _accept(self, delta: Delta) -> Receipt:
+    def _accept(self, records: Sequence[SavingsRecord], key: str | None) -> Receipt:
+        """Add records to the open batch. Called with the mutex held."""
         self._check_open()
-        self._open.delta.absorb(delta, self._store.ledger, self._limits)
-        return Receipt(self._open, self._open.delta.records)
+        if self._thread is None:
+            self._start_thread()
+        if key is not None and len(self._pending_keys) < MAX_KEYS:
+            # Of more keys than are known at all, none is kept: this happens only after a very long failure.
+            return self._accept_keyed(records, key)
+        batch = self._open
+        position = batch.add(records)
+        self._link(batch)
+        if self._failure is not None or len(batch.records) > _MOST_UNFOLDED:
+            batch.fold(self._store.ledger, self._limits)
+        return Receipt(batch, position)
+
+    def _accept_keyed(self, records: Sequence[SavingsRecord], key: str) -> Receipt:
+        expected = self._pending_keys.get(key)
+        if expected is None:
+            keyed = Keyed(key, records)
+            keyed.sequence = self._store.sequence_of(key)
+            expected = _Expected(keyed, self._open)
+            if keyed.sequence is None:
+                self._pending_keys[key] = expected
+                self._open.add_keyed(keyed)
+                self._link(self._open)
+        return Receipt(expected, 0)
+
+    def _link(self, batch: _Batch) -> None:
+        if len(batch.links) < _MOST_LINKS and (span := current_span()) is not None:
+            batch.links.append(span)
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._closing:
             raise RuntimeError(f"the tracker of {self._path} is closed")
 
-    def _want_save(self) -> None:
-        self._wanted = True
-        self._changed.notify_all()
+    def _take_lead(self) -> bool:
+        """Become the leader, after whoever is; False when this thread is it already, below a signal handler."""
+        me = threading.get_ident()
+        while True:
+            with self._mutex:
+                if self._leader is None:
+                    self._leader = me
+                    return True
+                if self._leader == me:
+                    return False
+                turn = threading.Lock()
+                turn.acquire()
+                self._queue.append(turn)
+            turn.acquire()
 
-    def _save_once(self, *, give_up_when_failing: bool = False) -> None:
-        """Wait for a save that begins after this call to end, leading it when nobody else does."""
-        mine = self._saves_begun + 1
-        while self._saves_ended < mine and not (give_up_when_failing and self._failure is not None):
-            if self._sealed is None:
-                self._lead_save()
-            else:
-                self._changed.wait()
-
-    def _lead_save(self) -> None:
-        """Save all that is pending. The lock is let go while the disk is at work."""
-        batch = self._sealed = self._open
-        self._open = _Batch(self._changed)
-        self._saves_begun += 1
-        self._wanted = False
-        failure: BaseException | None = None
+    def _lead(self, *, save: bool = False) -> None:
+        """Commit what waits and, if asked and if that worked, save the document. The lead is given up at the end."""
         try:
-            # Within the try, so that an interrupt from here on finds its way to the end of the save.
-            self._changed.release()
-            self._store.save(batch.delta)
-        except BaseException as error:
-            failure = error
-            if not isinstance(error, Exception):
-                # The caller was interrupted. Its records stay pending, like those of everybody who waits with it.
-                raise
+            self._commit()
+            if save:
+                # If it was what had failed before, there is what was taken on since.
+                if self._failure is None:
+                    self._commit()
+                if self._failure is None:
+                    self._save()
         finally:
-            self._changed.acquire()
+            self._resign()
+
+    def _commit(self) -> None:
+        """Commit the batch that failed before, or all that is taken on now."""
+        with self._mutex:
+            if self._sealed is None:
+                if not self._open.count:
+                    return
+                self._sealed, self._open = self._open, _Batch(self._mutex)
+            batch = self._sealed
+        try:
+            self._store.commit(batch)
+        except Exception as failure:
+            self._commit_failed(batch, failure)
+        else:
+            self._committed(batch)
+
+    def _committed(self, batch: _Batch) -> None:
+        with self._mutex:
+            was_failing, self._failure, self._retries = self._failure is not None, None, 0
             self._sealed = None
-            self._saves_ended += 1
-            if failure is None:
-                self._saved(batch)
-            else:
-                self._failed(batch, failure)
-            self._changed.notify_all()
+            for keyed in batch.keyed:
+                self._pending_keys.pop(keyed.key, None)
+            batch.end()
+        if was_failing:
+            logger.info("%s: committing works again; %d records are durable now", self._path, batch.count)
 
-    def _saved(self, batch: _Batch) -> None:
-        if self._failure is not None:
-            logger.info("%s: saving works again; %d records are durable now", self._path, batch.delta.records)
-        self._failure, self._retries = None, 0
-        self._durable = self._store.state
-        batch.settle(durable_from=self._durable.ledger.sequence - batch.delta.records)
+    def _commit_failed(self, batch: _Batch, failure: Exception) -> None:
+        with self._mutex:
+            self._failure, self._failed_step = failure, self._store.failed_step
+            self._open.fold(self._store.ledger, self._limits)
+            self._open.release()
+            batch.release()
+            delay = self._back_off()
+            reason = self._reason()
+        logger.error("%s; trying again in %.1f s", reason, delay)
 
-    def _failed(self, batch: _Batch, failure: BaseException) -> None:
-        batch.absorb(self._open, self._store.ledger, self._limits)
-        self._open = batch
-        batch.settle(durable_from=None)
-        self._failure = failure
-        delay = min(_FIRST_RETRY_SECONDS * 2**self._retries, _LONGEST_RETRY_SECONDS)
+    def _save(self) -> None:
+        try:
+            self._store.save()
+        except Exception as failure:
+            with self._mutex:
+                self._save_failure, self._failed_step = failure, self._store.failed_step
+                delay = self._back_off()
+                self._save_at = self._retry_at
+                reason = self._reason()
+            logger.error("%s; trying again in %.1f s", reason, delay)
+        else:
+            with self._mutex:
+                was_failing, self._save_failure, self._retries = self._save_failure is not None, None, 0
+                self._save_at = None
+            if was_failing:
+                logger.info("%s: saving works again", self._path)
+
+    def _resign(self) -> None:
+        """Give up the lead, and have the background thread do what is left."""
+        with self._mutex:
+            if self._sealed is not None and self._sealed.durable:
+                # An interrupt came between the commit and taking note of it.
+                self._committed(self._sealed)
+            if self._save_failure is None and not self._closed:
+                if self._store.is_full:
+                    self._save_at = 0.0
+                elif self._save_at is None and self._store.unsaved:
+                    self._save_at = time.monotonic() + self._save_interval
+                    self._bell.set()
+            if self._open.count or self._sealed is not None or self._save_at == 0.0:
+                self._bell.set()
+            self._leader = None
+            queue, self._queue = self._queue, []
+            for turn in queue:
+                turn.release()
+
+    def _back_off(self) -> float:
+        delay = min(_FIRST_RETRY_SECONDS * 2.0**self._retries, _LONGEST_RETRY_SECONDS)
         self._retries = min(self._retries + 1, 30)
         self._retry_at = time.monotonic() + delay
-        logger.error("%s; trying again in %.1f s", self._reason(failure), delay)
+        return delay
 
-    def _reason(self, failure: BaseException) -> str:
-        pending_records, pending_tokens = self._pending()
+    def _reason(self) -> str:
+        failure = self._failure or self._save_failure
         what = getattr(failure, "strerror", None) or str(failure)
-        return (
-            f"{self._path}: could not be saved: {self._store.failed_step} failed: {what} ({error_symbol(failure)}); "
-            f"{pending_records} records ({pending_tokens} tokens saved) are not durable"
-        )
+        if self._failure is None:
+            outcome = "the document could not be saved"
+            rest = "what was recorded is durable in the journal"
+        else:
+            outcome = "could not be saved"
+            pending_records, pending_tokens = self._pending()
+            rest = f"{pending_records} records ({pending_tokens} tokens saved) are not durable"
+        symbol = error_symbol(failure) if failure else ""
+        return f"{self._path}: {outcome}: {self._failed_step} failed: {what} ({symbol}); {rest}"
 
     def _pending(self) -> tuple[int, int]:
-        batches = [batch for batch in (self._sealed, self._open) if batch is not None]
-        return (
-            sum(batch.delta.records for batch in batches),
-            sum(batch.delta.lifetime.tokens_saved for batch in batches),
-        )
+        batches = [batch for batch in (self._sealed, self._open) if batch is not None and not batch.durable]
+        return sum(batch.count for batch in batches), sum(batch.tokens for batch in batches)
 
-    def _save_in_background(self) -> None:
-        with self._changed:
-            while not self._closed:
-                wait = self._seconds_until_retry() if self._failure is not None else None if not self._wanted else 0
-                if self._sealed is not None or wait is None:
-                    self._changed.wait()
-                elif wait > 0:
-                    self._changed.wait(wait)
-                else:
-                    self._lead_save()
+    def _start_thread(self) -> None:
+        self._thread = threading.Thread(target=self._work, name="savings-exporter", daemon=True)
+        self._thread.start()
+        if multiprocessing.process.parent_process() is not None:
+            # Such a process ends without running what is registered to be run at its exit.
+            multiprocessing.util.Finalize(self, self.close, exitpriority=0)
 
-    def _seconds_until_retry(self) -> float:
-        return max(self._retry_at - time.monotonic(), 0.0)
+    def _work(self) -> None:
+        """Lead what nobody else does, until the tracker is closed."""
+        me = threading.get_ident()
+        while not self._closed:
+            with self._mutex:
+                due = self._seconds_until_due()
+            self._bell.wait(due)
+            self._bell.clear()
+            with self._mutex:
+                if self._leader is not None or self._closing or self._seconds_until_due() != 0:
+                    continue
+                self._leader = me
+                save = self._save_at is not None and self._save_at <= time.monotonic()
+            self._lead_in_background(save)
+
+    def _lead_in_background(self, save: bool) -> None:
+        if save:
+            # Another process may have saved meanwhile.
+            self._store.refresh()
+            save = self._store.unsaved
+            if not save:
+                self._save_at = None
+        self._lead(save=save)
+
+    def _seconds_until_due(self) -> float | None:
+        """How long the background thread has nothing to do; None: until somebody rings."""
+        now = time.monotonic()
+        if self._leader is not None:
+            return None
+        if self._failure is not None:
+            return max(self._retry_at - now, 0.0)
+        if self._open.count or self._sealed is not None:
+            return 0.0
+        return max(self._save_at - now, 0.0) if self._save_at is not None else None
+
+    def _begin_in_fork(self) -> None:
+        """Begin anew in a forked copy. What was pending is the parent's."""
+        self.store_metrics = StoreMetrics()
+        try:
+            self._store.reopen_after_fork(self._observers())
+        except OSError as error:
+            logger.warning("%s: cannot be used in this process: %s", self._path, error)
+            self._closing = True
+        self._begin()
 
 
-class _Batch:
-    """Records that become durable together. After a failed save, later ones join it."""
+_trackers: weakref.WeakSet[SavingsTracker] = weakref.WeakSet()
 
-    def __init__(self, changed: threading.Condition) -> None:
-        self.delta = Delta()
-        self._changed = changed
-        self._durable_from: int | None = None
+
+def _begin_in_fork() -> None:
+    for tracker in tuple(_trackers):
+        tracker._begin_in_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_fork)
+
+
+class _Batch(Batch):
+    """A batch, and who waits for it."""
+
+    def __init__(self, mutex: threading.RLock) -> None:
+        super().__init__()
+        self.futures: list[asyncio.Future[None]] = []
+        self._mutex = mutex
+        self._followers: list[threading.Lock] = []
+        self._over: threading.Event | None = None
         self._abandoned = False
-        self._joined: tuple[_Batch, int] | None = None
-        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
-
-    @property
-    def durable(self) -> bool:
-        batch, _ = self._carrier()
-        return batch._durable_from is not None
 
     def sequence_of(self, position: int) -> int | None:
-        batch, offset = self._carrier()
-        return None if batch._durable_from is None else batch._durable_from + offset + position
+        return None if self.base is None else self.base + position
 
     def wait(self, timeout: float | None) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self.durable or self._carrier()[0]._abandoned, timeout)
-            return self.durable
+        """Wait until it is durable or given up."""
+        with self._mutex:
+            if self.durable or self._abandoned:
+                return self.durable
+            if self._over is None:
+                self._over = threading.Event()
+        self._over.wait(timeout)
+        return self.durable
 
-    def saved_or_failed(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
-        """A future of this loop that is done when the save that carries the batch has ended."""
-        future = loop.create_future()
-        self._waiting.append((loop, future))
-        return future
+    # What follows is called with the mutex held.
 
-    def absorb(self, later: _Batch, ledger: Ledger, limits: Limits) -> None:
-        """Carry a later batch's records too."""
-        later._joined = (self, self.delta.records)
-        self.delta.absorb(later.delta, ledger, limits)
-        self._waiting += later._waiting
-        later.delta = Delta()  # receipts may keep the batch for long; they need no sums
+    def follow(self) -> threading.Lock:
+        """A lock that can be taken when the batch's next commit has ended."""
+        lock = threading.Lock()
+        lock.acquire()
+        self._followers.append(lock)
+        return lock
 
-    def settle(self, durable_from: int | None) -> None:
-        """A save ended: durable with the sequence numbers after ``durable_from``, or not durable yet (None)."""
-        self._durable_from = durable_from
-        if durable_from is not None:
-            self.delta = Delta()
-        waiting, self._waiting = self._waiting, []
-        for loop, future in waiting:
+    def release(self) -> None:
+        """A commit has ended, well or badly: nobody waits for another one."""
+        followers, self._followers = self._followers, []
+        for lock in followers:
+            lock.release()
+        futures, self.futures = self.futures, []
+        loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+        for future in futures:
+            loops.setdefault(future.get_loop(), []).append(future)
+        for loop, waiting in loops.items():
             with suppress(RuntimeError):  # the loop may be closed by now
-                loop.call_soon_threadsafe(_finish, future)
+                loop.call_soon_threadsafe(_finish, waiting)
+
+    def end(self) -> None:
+        """It is durable, and only its receipts are needed any more."""
+        self.release()
+        self.records, self.links = [], []
+        if self._over is not None:
+            self._over.set()
 
     def abandon(self) -> None:
         """Nobody will try again."""
         self._abandoned = True
+        self.release()
+        if self._over is not None:
+            self._over.set()
 
-    def _carrier(self) -> tuple[_Batch, int]:
-        return self._joined if self._joined is not None else (self, 0)
+
+class _Expected:
+    """What receipts ask for records with a key."""
+
+    def __init__(self, keyed: Keyed, batch: _Batch) -> None:
+        self._keyed = keyed
+        self._batch = batch
+
+    @property
+    def durable(self) -> bool:
+        return self._keyed.sequence is not None
+
+    def sequence_of(self, _position: int) -> int | None:
+        return self._keyed.sequence
+
+    def wait(self, timeout: float | None) -> bool:
+        return self.durable or (self._batch.wait(timeout) and self.durable)
 
 
 def default_path() -> str:
@@ -500,9 +710,10 @@ def _made_default_path() -> str:
     return path
 
 
-def _finish(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def _finish(futures: Iterable[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
 
 
 def _checked(records: Iterable[SavingsRecord]) -> tuple[SavingsRecord, ...]:

@@ -23,6 +23,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from savings_exporter.storage.journal import SEGMENT_BYTES
+
 ROOT = Path(__file__).parent.parent
 HEADROOM_PYTHON = ROOT / ".venv-headroom" / "bin" / "python"
 DATA = Path(__file__).parent / "data"
@@ -37,9 +39,10 @@ def can_mount() -> bool:
 
 
 class Faults:
-    """Makes a step of a save fail, by making the ``os`` call it stands for raise. ``calls`` lists what was called.
+    """Makes a step of a save or a commit fail, by making the ``os`` call it stands for raise.
 
-    Each call is named after the step it is: ``write``, ``fsync_file``, ``replace``, ``fsync_dir``.
+    ``calls`` lists what was called, each call named after the step it is: ``write``, ``fsync_file``, ``replace``,
+    ``fsync_dir``, ``append``, ``fsync_journal``.
     """
 
     def __init__(self, monkeypatch: Any) -> None:
@@ -48,6 +51,7 @@ class Faults:
         self._gates: dict[str, threading.Event] = {}
         self.reached = threading.Event()
         real_fsync, real_write, real_replace = os.fsync, os.write, os.replace
+        real_pwrite, real_fdatasync = os.pwrite, os.fdatasync
 
         def fsync(descriptor: int) -> None:
             self._call("fsync_dir" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "fsync_file")
@@ -62,9 +66,21 @@ class Faults:
             self._call("replace")
             real_replace(source, target)
 
+        def pwrite(descriptor: int, data: Any, offset: int) -> int:
+            # The other file that is written at an offset is the lock file, with its mark.
+            if os.fstat(descriptor).st_size == SEGMENT_BYTES:
+                self._call("append")
+            return real_pwrite(descriptor, data, offset)
+
+        def fdatasync(descriptor: int) -> None:
+            self._call("fsync_journal")
+            real_fdatasync(descriptor)
+
         monkeypatch.setattr(os, "fsync", fsync)
         monkeypatch.setattr(os, "write", write)
         monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
 
     def fail(self, step: str, number: int, times: float = float("inf")) -> None:
         """Let the step fail with this errno, so many times."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 from savings_exporter.storage import filesystem
 from savings_exporter.storage.steps import FSYNC_DIR, FSYNC_FILE, REPLACE, WRITE, Observer, Operation, observed
@@ -26,19 +27,42 @@ logger = logging.getLogger(__name__)
 
 
 class AtomicFile:
-    """A file that is only ever replaced as a whole. ``path`` is absolute and no symlink."""
+    """A file that is only ever replaced as a whole. ``path`` is absolute and no symlink; ``previous`` is the name that
+    the bytes of before keep, where they are worth keeping.
+    """
 
-    def __init__(self, path: str, previous: str) -> None:
+    def __init__(self, path: str, previous: str | None = None) -> None:
         self.path = path
         self.previous = previous
         self.directory = os.path.dirname(path)
-        # One directory, so one device: what was learned about it stays true until the file is opened anew.
-        self._dir_fsync_unsupported = False
+        self._like = path
+        self._devices_without_dir_fsync: set[int] = set()
         # Set from the moment the new file may be visible until it is known to be durable.
         self.outcome_unknown = False
 
-    def save(self, data: bytes, observer: Observer, save: Operation) -> None:
-        """Replace the file.
+    @property
+    def keeps_previous(self) -> bool:
+        """Whether the next save keeps the bytes of before.
+
+        After a save of unknown outcome the file may not be on the disk yet, while the one kept before it is.
+        """
+        return self.previous is not None and not self.outcome_unknown
+
+    def beside(self, path: str) -> AtomicFile:
+        """Another file in the same directory, for the same eyes."""
+        other = AtomicFile(path)
+        other._like = self.path
+        other._devices_without_dir_fsync = self._devices_without_dir_fsync
+        return other
+
+    def save(
+        self,
+        data: bytes,
+        observer: Observer,
+        operation: Operation,
+        written: Callable[[filesystem.Identity], object] | None = None,
+    ) -> None:
+        """Replace the file. ``written`` is told the new file's identity before anybody can see it under its name.
 
         Raises:
             OSError: some step failed. While ``outcome_unknown`` is set, a power loss may bring back either
@@ -46,8 +70,10 @@ class AtomicFile:
         """
         temporary = filesystem.temporary_name(self.path)
         try:
-            self._write_durably(temporary, data, observer, save)
-            with observed(observer, REPLACE, save):
+            identity = self._write_durably(temporary, data, observer, operation)
+            if written is not None:
+                written(identity)
+            with observed(observer, REPLACE, operation):
                 self._keep_previous()
                 # From here on even an error may hide a success, and nothing is ever unlinked again.
                 self.outcome_unknown = True
@@ -56,43 +82,46 @@ class AtomicFile:
             # Harmless where the replace did happen: the temporary name is gone then, and the target is not touched.
             filesystem.discard(temporary)
             raise
-        with observed(observer, FSYNC_DIR, save) as step:
+        with observed(observer, FSYNC_DIR, operation) as step:
             self._make_rename_durable(step)
         self.outcome_unknown = False
 
-    def _write_durably(self, temporary: str, data: bytes, observer: Observer, save: Operation) -> None:
+    def _write_durably(
+        self, temporary: str, data: bytes, observer: Observer, operation: Operation
+    ) -> filesystem.Identity:
         descriptor = -1
         try:
-            with observed(observer, WRITE, save) as step:
+            with observed(observer, WRITE, operation) as step:
                 step.size = len(data)
-                descriptor = filesystem.create_temporary(temporary, like=self.path)
+                descriptor = filesystem.create_temporary(temporary, like=self._like)
                 filesystem.write_all(descriptor, data)
-            with observed(observer, FSYNC_FILE, save) as step:
+            with observed(observer, FSYNC_FILE, operation) as step:
                 step.fsync_target = "file"
                 filesystem.fsync_file(descriptor)
+            return filesystem.identity_of(descriptor)
         finally:
             if descriptor >= 0:
                 filesystem.close(descriptor)
 
     def _keep_previous(self) -> None:
-        # After a save of unknown outcome the file may not be on the disk yet, while the one kept before it is.
-        if not self.outcome_unknown and filesystem.identity(self.path) is not None:
+        if self.previous is not None and self.keeps_previous and filesystem.identity(self.path) is not None:
             filesystem.keep_copy(self.path, self.previous)
 
     def _make_rename_durable(self, step: Operation) -> None:
         step.fsync_target = "directory"
-        if not self._dir_fsync_unsupported:
+        device = filesystem.device_of(self.directory)
+        if device not in self._devices_without_dir_fsync:
             try:
                 filesystem.fsync_directory(self.directory)
             except filesystem.DirectoryFsyncUnsupportedError as reason:
-                self._dir_fsync_unsupported = True
+                self._devices_without_dir_fsync.add(device)
                 logger.warning(
                     "%s: this filesystem has no directory fsync (%s); the renamed file is synced instead, and a "
                     "save may be lost in a power loss",
                     self.directory,
                     reason,
                 )
-        if self._dir_fsync_unsupported:
+        if device in self._devices_without_dir_fsync:
             step.fsync_target = "file"
             filesystem.fsync_path(self.path)
             step.outcome = "unsupported"

@@ -57,6 +57,17 @@ def identity(path: str) -> Identity | None:
     return Identity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
 
 
+def identity_of(descriptor: int) -> Identity:
+    """The identity of an open file. It stays the file's own when the file gets another name."""
+    status = os.fstat(descriptor)
+    return Identity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def device_of(path: str) -> int:
+    """The device that a path lies on."""
+    return os.stat(path).st_dev
+
+
 def is_directory(path: str) -> bool:
     """Whether the path is a directory (also through a symlink)."""
     return os.path.isdir(path)
@@ -65,8 +76,7 @@ def is_directory(path: str) -> bool:
 def read(path: str) -> tuple[bytes, Identity]:
     """The whole file, and the identity of what was read."""
     with open(path, "rb") as file:
-        status = os.fstat(file.fileno())
-        return file.read(), Identity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+        return file.read(), identity_of(file.fileno())
 
 
 def create_temporary(path: str, like: str) -> int:
@@ -107,6 +117,11 @@ def write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+def open_segment(path: str) -> int:
+    """Open a segment of the journal, to read and to write."""
+    return os.open(path, os.O_RDWR | _NO_FOLLOW | _CLOSE_ON_EXEC | _BINARY)
 
 
 def fsync_file(descriptor: int) -> None:
@@ -173,6 +188,15 @@ def keep_copy(path: str, kept: str) -> None:
     discard(temporary)
 
 
+def write_aside(path: str, data: bytes) -> None:
+    """Keep bytes under a new name."""
+    with _opened(
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CLOSE_ON_EXEC | _BINARY, _NEW_FILE_MODE)
+    ) as file:
+        write_all(file, data)
+        fsync_file(file)
+
+
 def replace(temporary: str, path: str) -> None:
     """Give the new file the old one's name, at once for every reader."""
     os.replace(temporary, path)
@@ -213,6 +237,12 @@ def temporaries(path: str) -> list[str]:
     ]
 
 
+def with_suffix(path: str, suffix: str) -> list[str]:
+    """The files whose names begin with that of ``path`` and a suffix."""
+    directory, name = os.path.split(path)
+    return [os.path.join(directory, entry) for entry in os.listdir(directory) if entry.startswith(name + suffix)]
+
+
 def make_directories(path: str) -> None:
     """Make a directory and those above it, durably; nothing happens to those that exist."""
     missing = []
@@ -245,12 +275,40 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
-def is_at(descriptor: int, path: str) -> bool:
-    """Whether an open file is still the one that its name leads to."""
+def is_linked(descriptor: int) -> bool:
+    """Whether an open file still has a name: it was not removed, and no other took its place."""
+    return os.fstat(descriptor).st_nlink > 0
+
+
+@contextmanager
+def opened_shared(path: str) -> Iterator[int | None]:
+    """A lock file, opened by somebody who only reads; None when there is none or it is not for us."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW | _CLOSE_ON_EXEC)
+    except OSError:
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        close(descriptor)
+
+
+def try_shared_lock(descriptor: int) -> bool:
+    """Take the lock if nobody writes. Others who only read may have it too."""
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
+    return True
+
+
+def write_mark(descriptor: int, data: bytes) -> None:
+    """Write the mark into the lock file. It is not synced, and nothing that was acknowledged depends on it."""
+    with suppress(OSError):
+        os.pwrite(descriptor, data, 0)
 
 
 def unlock(descriptor: int) -> None:

@@ -1,13 +1,12 @@
-"""The names of the steps of a save, how they are observed, and what an errno means."""
+"""The names of the steps of saves and commits, how they are observed, and what an errno means."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, TypeVar
 
 logger = logging.getLogger(__name__)
 
@@ -15,12 +14,16 @@ Subject = TypeVar("Subject")
 Outcome = Literal["ok", "failed", "unsupported"]
 FsyncTarget = Literal["file", "directory", "journal"]
 
-SAVE = "save"
+SAVE, COMMIT, ROTATE = "save", "commit", "rotate"
+"""Saving the document, committing records to the journal, and making the journal's next segment."""
+
 PREPARE = "prepare"
-"""What comes before a save's first step: taking the lock and reading what other processes saved."""
+"""What comes before a first step: taking the lock and reading what other processes wrote."""
 
 WRITE, FSYNC_FILE, REPLACE, FSYNC_DIR = "write", "fsync_file", "replace", "fsync_dir"
 SAVE_STEPS = (WRITE, FSYNC_FILE, REPLACE, FSYNC_DIR)
+APPEND, FSYNC_JOURNAL = "append", "fsync_journal"
+COMMIT_STEPS = (APPEND, FSYNC_JOURNAL)
 FSYNC_TARGETS: tuple[FsyncTarget, ...] = ("file", "directory", "journal")
 
 DIR_FSYNC_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
@@ -28,14 +31,21 @@ DIR_FSYNC_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP
 
 
 class Operation:
-    """One save, or one step of it, while it runs and when it has ended.
+    """A save, a commit or a rotation, or one step of it, while it runs and when it has ended.
 
-    ``duration`` is in seconds. ``fsync_target`` is what a failed step was syncing, if it was syncing.
+    ``duration`` is in seconds. ``fsync_target`` is what a failed step was syncing, if it was syncing. ``links`` and
+    ``trace`` belong to the observers: what the carried records were part of, and what this operation is shown as.
     """
 
-    def __init__(self, name: str, parent: Operation | None = None) -> None:
+    __slots__ = (
+        *("name", "parent", "outcome", "error", "failed_step", "fsync_target", "duration"),
+        *("records", "sequence", "size", "links", "trace"),
+    )
+
+    def __init__(self, name: str, parent: Operation | None = None, links: Sequence[Any] = ()) -> None:
         self.name = name
         self.parent = parent
+        self.links = links
         self.outcome: Outcome = "ok"
         self.error: BaseException | None = None
         self.failed_step: str | None = None
@@ -44,10 +54,11 @@ class Operation:
         self.records = 0
         self.sequence: int | None = None
         self.size: int | None = None
+        self.trace: Any = None
 
 
 class Observer(Protocol):
-    """Sees every operation begin and end, in the thread that runs it; steps lie within their save."""
+    """Sees every operation begin and end, in the thread that runs it; steps lie within their operation."""
 
     def begin(self, operation: Operation) -> None:
         """An operation begins."""
@@ -81,22 +92,30 @@ class Observers:
             _guarded(observer.recovered, kind)
 
 
-@contextmanager
-def observed(observer: Observer, name: str, parent: Operation | None = None) -> Iterator[Operation]:
+class observed:  # noqa: N801  # used as a statement; a class, because a commit pays for three of them
     """Run a block as an operation: timed, and its outcome told to the observer."""
-    operation = Operation(name, parent)
-    observer.begin(operation)
-    started = time.perf_counter()
-    try:
-        yield operation
-    except BaseException as error:
-        operation.outcome, operation.error = "failed", error
-        if parent is not None:
-            parent.failed_step = name
-        raise
-    finally:
-        operation.duration = time.perf_counter() - started
-        observer.end(operation)
+
+    __slots__ = ("_observer", "_operation", "_started")
+
+    def __init__(
+        self, observer: Observer, name: str, parent: Operation | None = None, links: Sequence[Any] = ()
+    ) -> None:
+        self._observer = observer
+        self._operation = Operation(name, parent, links)
+
+    def __enter__(self) -> Operation:
+        self._observer.begin(self._operation)
+        self._started = time.perf_counter()
+        return self._operation
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        operation = self._operation
+        operation.duration = time.perf_counter() - self._started
+        if error is not None:
+            operation.outcome, operation.error = "failed", error
+            if operation.parent is not None:
+                operation.parent.failed_step = operation.name
+        self._observer.end(operation)
 
 
 def error_symbol(error: BaseException) -> str:

@@ -1,46 +1,85 @@
-"""A store on the disk: open it, catch up with other processes, save it, and say what is wrong with it."""
+"""A store on the disk: open it, know what other processes wrote, commit to its journal, save its document."""
 
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import secrets
 import threading
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import NamedTuple
 
 import msgspec
 
-from savings_exporter.documents import Document, decode, encode
-from savings_exporter.errors import CorruptStoreError, NewerSchemaError, StoreError
-from savings_exporter.storage import filesystem
+from savings_exporter.documents import Document, encode
+from savings_exporter.errors import StoreError
+from savings_exporter.idempotency import Keys
+from savings_exporter.storage import filesystem, journal
 from savings_exporter.storage.atomic_file import AtomicFile
-from savings_exporter.storage.steps import PREPARE, SAVE, Observer, error_symbol, observed
+from savings_exporter.storage.batch import Batch, Keyed
+from savings_exporter.storage.lock import Mark, StoreLock, unpacked
+from savings_exporter.storage.recovery import Found, find, previous_path, refuse_losses
+from savings_exporter.storage.steps import (
+    APPEND,
+    COMMIT,
+    FSYNC_JOURNAL,
+    PREPARE,
+    ROTATE,
+    SAVE,
+    Observer,
+    Operation,
+    error_symbol,
+    observed,
+)
 from savings_exporter.totals import Delta, Ledger, Limits, thinned
 
 logger = logging.getLogger(__name__)
 
-# How long to wait for another process to finish its save before calling it a failure and trying again later.
-_LOCK_PATIENCE_SECONDS = 2.0
-_LOCK_POLL_SECONDS = 0.002
+# After a segment could not be made, commits go by the document for so long: on a full disk there may still be room for
+# that, and trying anew each time would cost each commit as much as a segment.
+_NO_SEGMENT_SECONDS = 5.0
+
+_READING_ATTEMPTS = 3
 
 
 class State(NamedTuple):
-    """What a store holds: durable totals, when they were saved (by any process; None when never), in how many bytes."""
+    """What a store holds: durable totals, when the document was saved (by any process; None when never), and how many
+    bytes document and journal have.
+    """
 
     ledger: Ledger
     saved_at: datetime | None
     document_bytes: int
+    journal_bytes: int
+
+
+class _Plan(NamedTuple):
+    """How a batch is going to be counted, each key once."""
+
+    batch: Batch
+    base: int
+    fresh: Sequence[tuple[Keyed, int]]
+    repeated: Sequence[tuple[Keyed, int]]
+
+    @property
+    def last(self) -> int:
+        return self.fresh[-1][1] if self.fresh else self.base + self.batch.unkeyed
+
+    def settle(self) -> None:
+        """Everybody's records are durable."""
+        for keyed, sequence in (*self.fresh, *self.repeated):
+            keyed.sequence = sequence
+        self.batch.base = self.base
 
 
 class Store:
-    """The document at one path, and what is known to be durable of it.
+    """The store at one path. One thread at a time commits or saves; any may read ``state`` and ``refresh``.
 
-    One save runs at a time, in whichever process holds the lock. Each save starts from what the others saved, so
-    several processes may share a store.
+    Each commit and save holds the lock file's lock and starts from what other processes wrote. What is in memory is
+    durable, or ``_attempts`` is not empty: then an interrupt came between, and the disk is asked.
 
     Raises:
         StoreError: the store cannot be used; CorruptStoreError when it is damaged, NewerSchemaError when a newer
@@ -49,324 +88,550 @@ class Store:
 
     def __init__(self, path: str, observer: Observer, limits: Limits) -> None:
         self.path = filesystem.resolved(path)
+        self.changing = threading.RLock()
+        """Held while totals and batches change in memory, never while the disk is at work."""
+        self.failed_step = PREPARE
+        """The step at which the last commit or save that failed did so."""
+        self.must_save = False
+        """Whether a document has to be durable before anything may be committed to the journal."""
         self._observer = observer
         self._limits = limits
+        self._working = threading.Lock()
         self._file = AtomicFile(self.path, previous_path(self.path))
-        self._attempts: set[str] = set()
-        self._saving = threading.Lock()
         self._lock = _opened_lock(self.path)
-        self._locked = False
-        self.failed_step = PREPARE
-        """The step at which the last save that failed did so."""
+        self._keep_lock = False
+        self._segment: journal.Segment | None = None
+        self._no_segment_until = 0.0
+        self._attempts: list[_Plan] = []
+        self._attempted: set[filesystem.Identity] = set()
+        self._written: filesystem.Identity | None = None
+        self._journal_unsure = False
+        self._document_unsure = False
+        # What is durable: the document, and what the journal holds beyond it, up to a place in a segment.
+        self._document = Document()
+        self._identity: filesystem.Identity | None = None
+        self._since, self._keys, self._sequence = Delta(), Keys(), 0
+        self._epoch, self._offset, self._journal_bytes = 0, 0, 0
+        self._saved_sequence, self._document_epoch, self._only_in_document = 0, 0, False
+        self._mark_data = b""
+        self._merged: Ledger | None = None
+        self._found: Found | None = None
         try:
-            self._document, self._identity = self._load()
+            self._open()
         except BaseException:
             self.close()
             raise
 
     @property
     def ledger(self) -> Ledger:
-        """The totals that are durable."""
+        """The totals that were durable when the document was last saved: what names are taken."""
         return self._document.ledger
 
     @property
     def state(self) -> State:
-        """What is durable, and when and how large it was saved, as one consistent piece."""
-        document, identity = self._document, self._identity
-        saved_at = document.saved_at
-        if saved_at is None and identity is not None:
-            saved_at = datetime.fromtimestamp(identity.modified_ns / 1e9, timezone.utc)
-        return State(document.ledger, saved_at, identity.size if identity else 0)
+        """What is durable, as one consistent piece."""
+        with self.changing:
+            if self._merged is None:
+                ledger = self._document.ledger
+                if self._since.records:
+                    ledger = ledger.plus(self._since, self._limits, datetime.now(timezone.utc))
+                self._merged = msgspec.structs.replace(ledger, sequence=self._sequence)
+            saved_at, size = self._document.saved_at, 0
+            if self._identity is not None:
+                size = self._identity.size
+                saved_at = saved_at or datetime.fromtimestamp(self._identity.modified_ns / 1e9, timezone.utc)
+            return State(self._merged, saved_at, size, self._journal_bytes + self._offset)
 
     @property
     def exists(self) -> bool:
         """Whether there is a document yet."""
         return self._identity is not None
 
-    def save(self, delta: Delta) -> None:
-        """Save the document with a delta counted in.
+    @property
+    def unsaved(self) -> bool:
+        """Whether the document, or the one before it together with the journal, lacks something."""
+        return self._sequence != self._saved_sequence or self._only_in_document
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a segment was filled since the document was saved."""
+        return self._epoch != self._document_epoch
+
+    def commit(self, batch: Batch) -> None:
+        """Make a batch durable: through the journal, or where that cannot be, by saving the document.
 
         Raises:
-            OSError: it is not durable. The delta is not counted in, whatever a reader of the file may see, and the
-                next save has to carry it.
+            OSError: it is not durable, and the next commit or save has to carry the same batch again.
         """
-        with self._saving, observed(self._observer, SAVE) as operation:
-            operation.records = delta.records
-            self.failed_step = PREPARE
-            self._take_lock()
-            try:
-                self._catch_up()
-                now = datetime.now(timezone.utc)
-                document = msgspec.structs.replace(
-                    self._document,
-                    ledger=self._document.ledger.plus(delta, self._limits, now),
-                    save=secrets.token_hex(8),
-                    saved_at=now,
-                )
-                data = encode(document)
-                operation.sequence, operation.size = document.ledger.sequence, len(data)
-                self._attempts.add(document.save)
-                self._file.save(data, self._observer, operation)
-                self._document, self._identity = document, filesystem.identity(self.path)
-                self._attempts.clear()
-            finally:
-                self.failed_step = operation.failed_step or PREPARE
-                # While nobody can know which version a power loss would bring back, nobody else may build on it.
-                if not self._file.outcome_unknown:
-                    self._release_lock()
+        with self._working:
+            if batch.durable:
+                return
+            if not self._goes_by_document(batch):
+                try:
+                    if self._commit_to_journal(batch):
+                        return
+                except OSError:
+                    if self.failed_step != ROTATE:
+                        raise
+            self._save(batch)
+
+    def save(self) -> None:
+        """Save the document, with nothing counted in.
+
+        Raises:
+            OSError: it is not durable. Records that were are so still, by the journal.
+        """
+        with self._working:
+            self._save(Batch())
+
+    def sequence_of(self, key: str) -> int | None:
+        """What an idempotency key was counted under, None when it was not, as far as this process knows."""
+        return self._keys.sequence_of(key)
 
     def refresh(self) -> None:
-        """See what other processes saved. Costs one ``stat`` when they saved nothing; never fails."""
-        if self._saving.acquire(blocking=False):
+        """Know what other processes made durable. Costs one read when that is nothing; never fails, never waits."""
+        if self._working.acquire(blocking=False):
             try:
-                if not self._file.outcome_unknown:
-                    self._catch_up()
+                if not self._is_unsure and (data := self._lock.read()) != self._mark_data:
+                    mark = unpacked(data)
+                    if mark is not None and not self._follow(mark):
+                        self._load(only_marked=True)
             except (OSError, StoreError) as error:
-                # The next save meets the same and reports it.
+                # The next commit meets the same and reports it.
                 logger.debug("%s: could not be read again: %s", self.path, error)
             finally:
-                self._saving.release()
+                self._working.release()
 
     def close(self) -> None:
-        """Let go of the lock and its file. Saves nothing."""
-        self._release_lock()
-        descriptor, self._lock = self._lock, -1
-        if descriptor >= 0:
-            filesystem.close(descriptor)
+        """Let go of the lock and the files. Saves nothing."""
+        self._close_segment()
+        self._lock.close()
 
-    def _load(self) -> tuple[Document, filesystem.Identity | None]:
+    def reopen_after_fork(self, observer: Observer) -> None:
+        """Begin anew in a forked copy: locks, descriptors and what is on its way are the parent's."""
+        self._observer = observer
+        self.changing = threading.RLock()
+        self._working = threading.Lock()
+        self._file = AtomicFile(self.path, previous_path(self.path))
+        self._attempts, self._journal_unsure, self._document_unsure = [], False, False
+        self._attempted = set()
+        self._close_segment()
+        self._lock.reopen()
+        # Another thread may have been counting at the fork, so what is in memory is read again.
+        self._mark_data = b"fork"
+        self._epoch = -1
+        self._saved_sequence, self._only_in_document = self._sequence, False
+
+    @property
+    def _is_unsure(self) -> bool:
+        """Whether something may be on the disk of which nobody knows whether it stays there.
+
+        Until that is known the lock is kept, because nobody may build on it.
+        """
+        return bool(self._attempts) or self._journal_unsure or self._document_unsure
+
+    def _open(self) -> None:
         try:
-            if self._wait_for_lock():
-                # Temporary files live only while the lock is held, so these were left by a process that died.
-                for temporary in filesystem.temporaries(self.path):
-                    filesystem.discard(temporary)
-            document, identity = load(self.path, self._observer)
+            self._keep_lock = filesystem.filesystem_type(os.path.dirname(self.path)).is_network
+            if self._keep_lock and not self._lock.take_if_free():
+                raise StoreError(
+                    f"{self.path}: another process has it open, and on a network filesystem only one may; stop that "
+                    "one, send savings to its service, or use a store on a local disk"
+                )
+            try:
+                self._lock.take()
+            except BlockingIOError:
+                # Its holder may be waiting for a disk. What is durable can be read, and the first commit catches up.
+                self._load(only_marked=True)
+                self.must_save = True
+                return
+            # Temporary files live only while the lock is held, so these were left by a process that died.
+            for temporary in filesystem.temporaries(self.path):
+                filesystem.discard(temporary)
+            self._load()
         except OSError as error:
             raise _cannot("read", self.path, error) from None
         finally:
-            self._release_lock()
-        for problem in document.problems:
+            self._let_go()
+
+    def _goes_by_document(self, batch: Batch) -> bool:
+        """Whether a batch cannot go into the journal: without asking the disk."""
+        return (
+            self._is_unsure
+            or self.must_save
+            or not self._document.is_ours
+            or batch.folded.records > 0
+            or time.monotonic() < self._no_segment_until
+        )
+
+    def _commit_to_journal(self, batch: Batch) -> bool:
+        """Commit a batch as one frame; False when it turned out that it has to go by the document."""
+        with observed(self._observer, COMMIT, links=batch.links) as operation:
+            self.failed_step = PREPARE
+            try:
+                self._lock.take()
+                self._catch_up()
+                if self.must_save:
+                    return False
+                plan = self._planned(batch)
+                if plan.last == self._sequence:
+                    with self.changing:
+                        plan.settle()
+                    return True
+                payload = _payload_of(plan)
+                if len(payload) > journal.LARGEST_PAYLOAD_BYTES:
+                    return False
+                self._append(plan, payload, operation)
+                return True
+            finally:
+                self.failed_step = operation.failed_step or PREPARE
+                self._let_go()
+
+    def _append(self, plan: _Plan, payload: bytes, operation: Operation) -> None:
+        records = plan.last - plan.base
+        segment = self._segment_for(journal.frame_bytes(payload), operation)
+        frame = journal.frame_of(self._store_id, segment.epoch, plan.base + 1, records, payload)
+        operation.records, operation.sequence, operation.size = records, plan.last, len(frame)
+        self._attempts = [plan]
+        try:
+            with observed(self._observer, APPEND, operation) as step:
+                step.size = len(frame)
+                segment.append(frame)
+            with observed(self._observer, FSYNC_JOURNAL, operation) as step:
+                step.fsync_target = "journal"
+                segment.sync()
+        except OSError:
+            # The segment is never written again, and what was counted so far is as it was.
+            self._journal_unsure, self._attempts = True, []
+            raise
+        self._write_mark(segment.epoch, segment.offset, plan.last)
+        with self.changing:
+            _count(plan, self._since, self._document.ledger, self._limits)
+            self._number(plan)
+            if segment.epoch != self._epoch:
+                self._journal_bytes += self._offset
+            self._epoch, self._offset = segment.epoch, segment.offset
+            plan.settle()
+        self._attempts = []
+
+    def _segment_for(self, size: int, operation: Operation) -> journal.Segment:
+        """A segment that has room for a frame of this size, made when there is none."""
+        segment = self._segment
+        if segment is not None and segment.has_room_for(size):
+            return segment
+        # One that nothing was committed to may have been left half made, and is made anew.
+        epoch = self._next_epoch() if self._offset else self._epoch
+        path = journal.segment_path(self.path, epoch)
+        try:
+            with observed(self._observer, ROTATE) as rotation:
+                rotation.size = journal.SEGMENT_BYTES
+                self._file.beside(path).save(bytes(journal.SEGMENT_BYTES), self._observer, rotation)
+                self._close_segment()
+                self._segment = segment = journal.Segment(path, epoch, 0)
+        except OSError:
+            operation.failed_step = ROTATE
+            self._no_segment_until = time.monotonic() + _NO_SEGMENT_SECONDS
+            raise
+        return segment
+
+    def _save(self, batch: Batch) -> None:
+        with observed(self._observer, SAVE, links=batch.links) as operation:
+            self.failed_step = PREPARE
+            try:
+                self._lock.take()
+                self._catch_up()
+                self._refuse_strangers()
+                # What was interrupted before anything of it could be seen has not landed.
+                landed = self._attempts = [plan for plan in self._attempts if plan.last <= self._sequence]
+                carried = Batch() if any(plan.batch is batch for plan in landed) else batch
+                self._save_document(carried, landed, operation)
+            finally:
+                self.failed_step = operation.failed_step or PREPARE
+                self._let_go()
+
+    def _save_document(self, batch: Batch, landed: list[_Plan], operation: Operation) -> None:
+        """Run the recipe with a batch counted in. What had ``landed`` is on the disk, and becomes durable with it."""
+        plan = self._planned(batch)
+        self._keep_damage_aside()
+        # A segment that may hold what nobody knows of is not written again.
+        is_new_epoch = self.must_save or self._is_unsure or not self._document.is_ours
+        epoch, offset = (self._next_epoch(), 0) if is_new_epoch else (self._epoch, self._offset)
+        document = self._document_with(plan, epoch, offset)
+        data = encode(document)
+        operation.records, operation.sequence, operation.size = plan.last - plan.base, plan.last, len(data)
+        keeps_previous = self._file.keeps_previous
+        # Without them the journal holds all that the document does, so either one may come back after a power loss.
+        says_more = is_new_epoch or plan.last > plan.base
+        self._attempts = [*landed, plan]
+        try:
+            self._file.save(data, self._observer, operation, self._will_be)
+        except OSError:
+            # Nothing of it was counted in, and the next save has other bytes under another name.
+            self._attempts = landed
+            self._document_unsure = self._file.outcome_unknown and (says_more or self._document_unsure)
+            raise
+        needed_from = min(epoch, self._document_epoch)
+        with self.changing:
+            self._document, self._identity, self._since = document, self._written, Delta()
+            self._number(plan)
+            self._saved_sequence, self._document_epoch = plan.last, epoch
+            self._only_in_document = plan.last > plan.base
+            if is_new_epoch:
+                self._epoch, self._offset, self._journal_bytes = epoch, 0, 0
+            elif needed_from == epoch:
+                self._journal_bytes = 0
+            for each in (*landed, plan):
+                each.settle()
+        self._write_mark(epoch, offset, plan.last)
+        self._attempts, self._journal_unsure, self._document_unsure, self.must_save = [], False, False, False
+        self._attempted.clear()
+        self._file.previous = previous_path(self.path)
+        if is_new_epoch:
+            self._close_segment()
+        if keeps_previous:
+            self._retire(needed_from)
+
+    def _document_with(self, plan: _Plan, epoch: int, offset: int) -> Document:
+        now = datetime.now(timezone.utc)
+        delta = Delta()
+        _count(plan, delta, self._document.ledger, self._limits)
+        return msgspec.structs.replace(
+            self._document,
+            ledger=msgspec.structs.replace(self.state.ledger.plus(delta, self._limits, now), sequence=plan.last),
+            store=self._document.store or secrets.token_hex(8),
+            epoch=epoch,
+            offset=offset,
+            keys=self._keys.pack((keyed.key, sequence) for keyed, sequence in plan.fresh),
+            saved_at=now,
+        )
+
+    def _will_be(self, identity: filesystem.Identity) -> None:
+        """Remember what the document's next identity is, so that it is known also when the save ends unclear."""
+        self._written = identity
+        self._attempted.add(identity)
+
+    def _keep_damage_aside(self) -> None:
+        """Keep what recovery could not use, before a save hides it."""
+        found, self._found = self._found, None
+        if found is None:
+            return
+        try:
+            if found.damage is not None:
+                # The save before it is what can be relied on: it stays where it is.
+                self._file.previous = None
+                aside = ""
+                if found.identity is not None:
+                    aside = filesystem.unused_name(self.path, "corrupt")
+                    filesystem.keep_copy(self.path, aside)
+                    self._observer.recovered("corrupt_document")
+                self._observer.recovered("previous_document")
+                logger.error(
+                    "%s: %s; nothing is lost: its totals are those of the save before it and the journal%s",
+                    *(self.path, found.damage, f"; the damaged file is kept as {aside}" if aside else ""),
+                )
+            if found.tail is not None:
+                aside = filesystem.unused_name(found.tail.segment, "torn")
+                filesystem.write_aside(aside, found.tail.data)
+                self._observer.recovered("torn_tail")
+                logger.warning(
+                    "%s: ends with %d bytes of a commit that was never acknowledged; kept as %s",
+                    *(found.tail.segment, len(found.tail.data), aside),
+                )
+        except BaseException:
+            self._found = found
+            raise
+
+    def _retire(self, needed_from: int) -> None:
+        """Remove the segments that neither the document nor the one before it needs."""
+        for epoch, segment in journal.segments(self.path).items():
+            if epoch < needed_from:
+                filesystem.discard(segment)
+
+    def _catch_up(self) -> None:
+        """Know all that is in the store. Called with the lock held.
+
+        Raises:
+            OSError: it cannot be read; ESTALE when it is not what it was, and no later state of it.
+        """
+        if not self._attempts:
+            if self._is_unsure:
+                # The lock was kept, so nobody wrote since, and what is in memory is what was durable.
+                return
+            data = self._lock.read()
+            if data == self._mark_data:
+                if self._document.is_ours:
+                    if not self._is_written_on():
+                        return
+                elif filesystem.identity(self.path) == self._identity:
+                    return
+            elif (mark := unpacked(data)) is not None and self._follow(mark) and not self._is_written_on():
+                return
+        self._reload()
+
+    def _is_written_on(self) -> bool:
+        """Whether a process died after it had written a frame, and before it said that it was durable."""
+        return bool(self._offset) and self._known_segment().is_written_on()
+
+    def _known_segment(self) -> journal.Segment:
+        """The segment that the last commit that is known went to, up to where it is known."""
+        if self._segment is None or self._segment.epoch != self._epoch:
+            self._close_segment()
+            self._segment = journal.Segment(journal.segment_path(self.path, self._epoch), self._epoch, self._offset)
+        return self._segment
+
+    def _follow(self, mark: Mark) -> bool:
+        """Count in what others appended to the segment that is known; False when more than that has changed."""
+        if mark.store != self._store_id or mark.epoch != self._epoch or not 0 < self._offset <= mark.offset:
+            return False
+        segment, sequence = self._known_segment(), self._sequence
+        payloads = []
+        for frame in segment.frames(self._store_id, self._offset, mark.offset):
+            if isinstance(frame, journal.Damage) or frame.first != sequence + 1:
+                return False
+            sequence = frame.last
+            payloads.append(frame.payload)
+        if sequence != mark.sequence:
+            return False
+        records = journal.decoded(b"".join(payloads))
+        with self.changing:
+            self._since.add_all(records, self._document.ledger, self._limits)
+            for number, record in enumerate(records, self._sequence + 1):
+                if record.idempotency_key is not None:
+                    self._keys.remember(record.idempotency_key, number)
+            self._sequence, self._offset, self._merged = sequence, mark.offset, None
+            segment.offset = mark.offset
+            self._know_saved(mark)
+        self._mark_data = mark.packed()
+        return True
+
+    def _know_saved(self, mark: Mark) -> None:
+        if self._identity is None or not mark.is_of(self._identity):
+            self._identity = filesystem.Identity(0, mark.inode, mark.modified_ns, mark.size)
+            saved_at = datetime.fromtimestamp(mark.modified_ns / 1e9, timezone.utc)
+            self._document = msgspec.structs.replace(self._document, saved_at=saved_at)
+        self._saved_sequence, self._document_epoch = mark.saved_sequence, mark.document_epoch
+
+    def _reload(self) -> None:
+        """Read the store again as if it were opened. Called with the lock held."""
+        known_store, known_sequence = self._document.store, self._sequence
+        try:
+            mark_data, mark, found = self._find(only_marked=False)
+        except StoreError as error:
+            raise OSError(errno.ESTALE, f"was changed by another program ({error})", self.path) from error
+        if found.sequence < known_sequence or (known_store and found.document.store != known_store):
+            raise OSError(errno.ESTALE, "was changed by another program", self.path)
+        self._take_over(found, mark_data, mark)
+
+    def _load(self, *, only_marked: bool = False) -> None:
+        mark_data, mark, found = self._find(only_marked=only_marked)
+        self._take_over(found, mark_data, mark)
+
+    def _find(self, *, only_marked: bool) -> tuple[bytes, Mark | None, Found]:
+        for attempt in range(1, _READING_ATTEMPTS + 1):
+            mark_data = self._lock.read()
+            mark = unpacked(mark_data)
+            try:
+                found = find(self.path, self._limits, mark, only_marked=only_marked)
+                refuse_losses(self.path, found)
+                break
+            except (FileNotFoundError, StoreError):
+                # Without the lock, a document may be replaced between our reading it and its segments.
+                if not only_marked or attempt == _READING_ATTEMPTS:
+                    raise
+        return mark_data, mark, found
+
+    def _take_over(self, found: Found, mark_data: bytes, mark: Mark | None) -> None:
+        """Make what was found the state in memory."""
+        document = found.document
+        for problem in (*document.problems, *found.harmless):
             logger.warning("%s: %s", self.path, problem)
         if not document.is_ours:
             history = thinned(document.ledger.history, datetime.now(timezone.utc))
             ledger = msgspec.structs.replace(document.ledger.bounded(self._limits), history=history)
-            document = msgspec.structs.replace(document, ledger=ledger, store=secrets.token_hex(8))
-        return document, identity
+            document = msgspec.structs.replace(document, ledger=ledger)
+        self._close_segment()
+        is_marked = mark is not None and mark.store == found.store
+        with self.changing:
+            self._document, self._identity = document, found.identity
+            self._since, self._keys, self._sequence = found.since, found.keys, found.sequence
+            self._epoch, self._offset = found.epoch, found.offset
+            self._journal_bytes = max(found.journal_bytes - found.offset, 0)
+            self._merged = None
+            self._saved_sequence = mark.saved_sequence if mark and is_marked else document.ledger.sequence
+            self._document_epoch = mark.document_epoch if mark and is_marked else document.epoch
+            self._only_in_document = False
+        self._mark_data = mark_data
+        self._found = found
+        if self._lock.held:
+            # On a network filesystem another host may have written since, so what is cached here says nothing.
+            self.must_save = found.exists and (self._keep_lock or not found.is_as_marked(mark))
 
-    def _catch_up(self) -> None:
-        """Take over what another process saved since.
-
-        Raises:
-            OSError: ESTALE when the file is not a later save of this store.
-        """
+    def _refuse_strangers(self) -> None:
+        """Raise when the document is not the one that was last saved, and no later one of this store."""
         current = filesystem.identity(self.path)
-        if current is None or current == self._identity:
-            # A document that was taken away is written anew from memory: less would be a loss.
+        if current is None or current in self._attempted or (self._identity and current[1:] == self._identity[1:]):
             return
-        data, identity = filesystem.read(self.path)
-        try:
-            document = decode(data)
-        except StoreError as error:
-            raise OSError(errno.ESTALE, f"was changed by another program ({error})", self.path) from error
-        if document.save in {self._document.save, *self._attempts} - {""}:
-            self._identity = identity
-            return
-        is_first_sight = self._identity is None and not self._attempts
-        is_later = document.store == self._document.store and document.ledger.sequence >= self.ledger.sequence
-        if not document.is_ours or not (is_first_sight or is_later) or self._file.outcome_unknown:
-            raise OSError(errno.ESTALE, "was changed by another program", self.path)
-        self._document, self._identity = document, identity
+        self._reload()
 
-    def _take_lock(self) -> None:
-        if not self._locked and not self._wait_for_lock():
-            raise BlockingIOError(errno.EAGAIN, "another process holds the lock for long", lock_path(self.path))
+    def _planned(self, batch: Batch) -> _Plan:
+        fresh: list[tuple[Keyed, int]] = []
+        repeated: list[tuple[Keyed, int]] = []
+        sequence = self._sequence + batch.unkeyed
+        for keyed in batch.keyed:
+            known = self._keys.sequence_of(keyed.key)
+            if known is None:
+                sequence += len(keyed.records)
+                fresh.append((keyed, sequence))
+            else:
+                repeated.append((keyed, known))
+        return _Plan(batch, self._sequence, fresh, repeated)
 
-    def _wait_for_lock(self) -> bool:
-        deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
-        while not self._try_lock():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_LOCK_POLL_SECONDS)
-        return True
+    def _number(self, plan: _Plan) -> None:
+        self._sequence, self._merged = plan.last, None
+        for keyed, sequence in plan.fresh:
+            self._keys.remember(keyed.key, sequence)
 
-    def _try_lock(self) -> bool:
-        if not filesystem.is_at(self._lock, lock_path(self.path)):
-            # Somebody removed the lock file, and a process that came later made another: agree with it.
-            replaced, self._lock = self._lock, filesystem.open_lock(lock_path(self.path))
-            filesystem.close(replaced)
-        if not filesystem.try_lock(self._lock):
-            return False
-        self._locked = filesystem.is_at(self._lock, lock_path(self.path))
-        if not self._locked:
-            filesystem.unlock(self._lock)
-        return self._locked
+    @property
+    def _store_id(self) -> bytes:
+        return bytes.fromhex(self._document.store)
 
-    def _release_lock(self) -> None:
-        if self._locked:
-            filesystem.unlock(self._lock)
-            self._locked = False
+    def _next_epoch(self) -> int:
+        return max([self._epoch, self._document_epoch, *journal.segments(self.path)]) + 1
 
+    def _write_mark(self, epoch: int, offset: int, sequence: int) -> None:
+        identity = self._identity or filesystem.Identity(0, 0, 0, 0)
+        mark = Mark(self._store_id, epoch, offset, sequence, self._saved_sequence, self._document_epoch, *identity[1:])
+        self._mark_data = mark.packed()
+        self._lock.write(self._mark_data)
 
-def previous_path(path: str) -> str:
-    """Where the save before the last one is kept."""
-    return path + ".previous"
+    def _close_segment(self) -> None:
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            segment.close()
+
+    def _let_go(self) -> None:
+        if not self._is_unsure and not self._keep_lock:
+            self._lock.release()
 
 
-def lock_path(path: str) -> str:
-    """The lock file of a store."""
-    return path + ".lock"
+def _payload_of(plan: _Plan) -> bytes:
+    keyed = (journal.keyed_payload_of(keyed.records, keyed.key) for keyed, _ in plan.fresh)
+    return journal.payload_of(plan.batch.records) + b"".join(keyed)
 
 
-def load(path: str, observer: Observer | None = None) -> tuple[Document, filesystem.Identity | None]:
-    """Read the document at a path, an empty one where there is nothing yet.
-
-    With an observer, a damaged document is mended where that loses nothing: it is kept aside, and the save before
-    it, which holds the same totals, takes its place.
-
-    Raises:
-        OSError: it cannot be read.
-        StoreError: it is damaged or newer; the message says what would be lost and how to mend it.
-    """
-    if filesystem.identity(path) is None:
-        if filesystem.identity(previous_path(path)) is None:
-            return Document(), None
-        raise CorruptStoreError(_damage(path, "is missing", _decoded(previous_path(path))))
-    data, identity = filesystem.read(path)
-    try:
-        return decode(data), identity
-    except NewerSchemaError as error:
-        raise NewerSchemaError(
-            f"{path}: {error}; use the newer program, or another --store. If nothing newer ever wrote it, it is "
-            f"damaged: move it away, then savings-exporter verify --repair --store {path}"
-        ) from None
-    except CorruptStoreError as error:
-        previous = _decoded(previous_path(path))
-        if observer is None or previous is None or not _says_the_same(data, previous):
-            raise CorruptStoreError(_damage(path, f"is damaged: {error}", previous)) from None
-        aside = _put_previous_in_place(path, observer)
-        logger.error(
-            "%s: was damaged (%s); kept as %s, nothing is lost: the save before it is in place", *(path, error, aside)
-        )
-        return load(path)
+def _count(plan: _Plan, delta: Delta, ledger: Ledger, limits: Limits) -> None:
+    """Count a plan's records into a delta, in the order of the journal."""
+    delta.absorb(plan.batch.folded, ledger, limits)
+    delta.add_all(plan.batch.records, ledger, limits)
+    for keyed, _ in plan.fresh:
+        delta.add_all(keyed.records, ledger, limits)
 
 
-class Inspection(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``inspect`` found: the totals that a tracker would open with, and what is wrong, in words."""
-
-    ledger: Ledger | None
-    saved_at: datetime | None
-    problems: tuple[str, ...]
-
-
-def inspect(path: str) -> Inspection:
-    """Look at a store without changing anything.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    path = filesystem.resolved(path)
-    problems: list[str] = []
-    ledger, saved_at = None, None
-    try:
-        document, identity = load(path)
-        if identity is None:
-            problems.append(f"{path}: there is no store yet")
-        else:
-            ledger, saved_at = document.ledger, document.saved_at
-            problems += [f"{path}: {problem}" for problem in document.problems]
-    except StoreError as error:
-        problems.append(str(error))
-    if filesystem.identity(previous_path(path)) is not None and _decoded(previous_path(path)) is None:
-        problems.append(f"{previous_path(path)}: is damaged; the next save replaces it")
-    return Inspection(ledger=ledger, saved_at=saved_at, problems=tuple(problems))
-
-
-def repair(path: str, observer: Observer) -> str:
-    """Put the save before the last one in the place of a damaged or missing document, which is kept aside.
-
-    Returns:
-        What was done, in words.
-
-    Raises:
-        StoreError: there is nothing to mend, or nothing to mend it with.
-        OSError: the disk would not.
-    """
-    path = filesystem.resolved(path)
-    lock = _opened_lock(path)
-    try:
-        if not filesystem.try_lock(lock):
-            raise StoreError(f"{path}: another process is saving it; stop it first")
-        try:
-            load(path)
-        except CorruptStoreError:
-            previous = _decoded(previous_path(path))
-            if previous is None:
-                raise
-            aside = _put_previous_in_place(path, observer)
-            kept = f"; the damaged document is kept as {aside}" if aside else ""
-            return f"{path}: went back to {_described(previous)}; what was recorded after that is lost{kept}"
-        raise StoreError(f"{path}: there is nothing to repair")
-    finally:
-        filesystem.close(lock)
-
-
-def _put_previous_in_place(path: str, observer: Observer) -> str | None:
-    data, _ = filesystem.read(previous_path(path))
-    aside = None
-    if filesystem.identity(path) is not None:
-        aside = filesystem.unused_name(path, "corrupt")
-        filesystem.rename(path, aside)
-        observer.recovered("corrupt_document")
-    with observed(observer, SAVE) as operation:
-        operation.size = len(data)
-        AtomicFile(path, previous_path(path)).save(data, observer, operation)
-    observer.recovered("previous_document")
-    return aside
-
-
-def _says_the_same(damaged: bytes, previous: Document) -> bool:
-    """Whether a damaged document can still be read and its sums are those of the document before it."""
-    try:
-        raw = json.loads(damaged)
-        lifetime = raw["lifetime"]
-        sums = msgspec.structs.asdict(previous.ledger.lifetime)
-        return raw["savings_exporter"]["sequence"] == previous.ledger.sequence and all(
-            lifetime[name] == value for name, value in sums.items()
-        )
-    except (ValueError, RecursionError, KeyError, TypeError):
-        return False
-
-
-def _decoded(path: str) -> Document | None:
-    """The document at a path, or None when there is no whole one."""
-    try:
-        return decode(filesystem.read(path)[0])
-    except (OSError, StoreError):
-        return None
-
-
-def _damage(path: str, what: str, previous: Document | None) -> str:
-    if previous is None:
-        return (
-            f"{path}: {what}; there is no whole save before it, so its totals are lost. Restore it from a backup, or "
-            f"move it (and its .previous, where there is one) away to start from zero"
-        )
-    return (
-        f"{path}: {what}; the save before it is whole and holds {_described(previous)}; what was recorded after that "
-        f"is lost. To go on from there: savings-exporter verify --repair --store {path}"
-    )
-
-
-def _described(document: Document) -> str:
-    saved = f", saved {document.saved_at:%Y-%m-%d %H:%M:%S} UTC" if document.saved_at else ""
-    return f"{document.ledger.lifetime.tokens_saved} tokens saved in {document.ledger.sequence} records{saved}"
-
-
-def _opened_lock(path: str) -> int:
+def _opened_lock(path: str) -> StoreLock:
     try:
         if filesystem.is_directory(path):
             raise StoreError(f"{path}: is a directory; name a file in it, such as {path}/proxy_savings.json")
-        return filesystem.open_lock(lock_path(path))
+        return StoreLock(path)
     except FileNotFoundError:
         directory = os.path.dirname(path)
         raise StoreError(f"{path}: the directory does not exist; make it first: mkdir -p {directory}") from None

@@ -9,15 +9,18 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Protocol
 
 from opentelemetry import trace
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, values
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from savings_exporter.records import UNKNOWN
 from savings_exporter.storage.steps import (
+    COMMIT,
+    COMMIT_STEPS,
     FSYNC_DIR,
     FSYNC_TARGETS,
     PREPARE,
+    ROTATE,
     SAVE,
     SAVE_STEPS,
     Operation,
@@ -38,7 +41,14 @@ _LATENCY_BUCKETS = (
 _LIKELY_ERRORS = tuple(
     errno.errorcode[number] for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 )
-_RECOVERIES = ("corrupt_document", "previous_document")
+# What another process or another program causes.
+_PREPARE_ERRORS = (*_LIKELY_ERRORS, *(errno.errorcode[number] for number in (errno.EAGAIN, errno.ESTALE)))
+_RECOVERIES = ("corrupt_document", "previous_document", "torn_tail")
+
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
+
+# Prometheus's own multiprocess mode keeps instruments in files that its collector adds up.
+_IS_MULTIPROCESS = bool(getattr(values.ValueClass, "_multiprocess", False))
 
 _MODEL_COUNTERS = {
     "tokens_saved": ("tokens_saved", "Tokens that compression saved, over the store's lifetime."),
@@ -71,7 +81,7 @@ class Source(Protocol):
 class TrackedSource(Source, Protocol):
     """A source that saves."""
 
-    save_metrics: SaveMetrics
+    store_metrics: StoreMetrics
 
 
 class SavingsCollector(Collector):
@@ -80,7 +90,11 @@ class SavingsCollector(Collector):
         REGISTRY.register(SavingsCollector(tracker))
 
     Lifetime counters come from the store at each scrape, so they go on across restarts and show what every process
-    saved. They only count what is durable.
+    recorded. They only count what is durable.
+
+    In prometheus-client's multiprocess mode (``PROMETHEUS_MULTIPROC_DIR``) the registry needs a
+    ``MultiProcessCollector`` beside this one, as for any other metric: that adds up the histograms and failure counters
+    of all processes.
     """
 
     def __init__(self, tracker: TrackedSource) -> None:
@@ -89,7 +103,8 @@ class SavingsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All families of the store and of its saves."""
         yield from totals_families(self._tracker)
-        yield from self._tracker.save_metrics.collect()
+        if not _IS_MULTIPROCESS:
+            yield from self._tracker.store_metrics.collect()
 
 
 class WatchCollector(Collector):
@@ -103,29 +118,34 @@ class WatchCollector(Collector):
         yield from totals_families(self._watched)
 
 
-class SaveMetrics:
-    """Observes a store and counts what happens to its saves."""
+class StoreMetrics:
+    """Observes a store and counts what happens to its commits and saves."""
 
     def __init__(self) -> None:
         self._saves = Counter("savings_saves", "Saves of the document that were tried.", registry=None)
-        self._failures = Counter(
+        self._save_failures = Counter(
             "savings_save_failures",
             "Saves of the document that failed, by the step and the error (an errno's symbol).",
             ["step", "error"],
             registry=None,
         )
-        self._duration = Histogram(
-            "savings_save_duration_seconds",
-            "How long a whole save of the document took.",
-            buckets=_LATENCY_BUCKETS,
+        self._save_duration = _latency("savings_save_duration_seconds", "How long a whole save of the document took.")
+        self._step_duration = _latency(
+            "savings_save_step_duration_seconds", "How long one step of a save took.", ["step"]
+        )
+        self._commits = Counter("savings_commits", "Commits to the journal that were tried.", registry=None)
+        self._commit_failures = Counter(
+            "savings_commit_failures",
+            "Commits to the journal that failed, by the step and the error (an errno's symbol).",
+            ["step", "error"],
             registry=None,
         )
-        self._step_duration = Histogram(
-            "savings_save_step_duration_seconds",
-            "How long one step of a save took.",
-            ["step"],
-            buckets=_LATENCY_BUCKETS,
-            registry=None,
+        self._commit_duration = _latency(
+            "savings_commit_duration_seconds",
+            "How long one commit to the journal took, other processes' turns included.",
+        )
+        self._commit_records = Histogram(
+            "savings_commit_records", "How many records one commit carried.", buckets=_BATCH_BUCKETS, registry=None
         )
         self._fsync_failures = Counter(
             "savings_fsync_failures", "Syncs that failed, by what was synced.", ["target"], registry=None
@@ -134,17 +154,25 @@ class SaveMetrics:
             "savings_dir_fsync_supported",
             "Whether the store's filesystem has directory fsync: 0 means that a save can vanish in a power loss.",
             registry=None,
+            multiprocess_mode="mostrecent",
         )
         self._last_dir_fsync = Gauge(
-            "savings_last_dir_fsync_success", "Whether the last directory fsync did not fail.", registry=None
+            "savings_last_dir_fsync_success",
+            "Whether the last directory fsync did not fail.",
+            registry=None,
+            multiprocess_mode="mostrecent",
         )
         self._recoveries = Counter(
             "savings_recoveries", "Damage that was mended when the store was opened, by kind.", ["kind"], registry=None
         )
         # A series that first appears at 1 has no increase(), so all that can be known are there at 0.
-        for step in (PREPARE, *SAVE_STEPS):
-            for error in _LIKELY_ERRORS:
-                self._failures.labels(step, error)
+        for failures, steps in (
+            (self._save_failures, (PREPARE, *SAVE_STEPS)),
+            (self._commit_failures, (PREPARE, ROTATE, *COMMIT_STEPS)),
+        ):
+            for step in steps:
+                for error in _PREPARE_ERRORS if step == PREPARE else _LIKELY_ERRORS:
+                    failures.labels(step, error)
         for step in SAVE_STEPS:
             self._step_duration.labels(step)
         for target in FSYNC_TARGETS:
@@ -158,33 +186,50 @@ class SaveMetrics:
         """Nothing is known yet."""
 
     def end(self, operation: Operation) -> None:
-        """Count it. Observations carry the current trace as an exemplar."""
-        if operation.name == SAVE:
+        """Count it. Observations carry the operation's trace as an exemplar."""
+        if operation.parent is not None:
+            self._count_step(operation)
+        elif operation.name == COMMIT:
+            # One that found its records counted already, or went by the document instead, committed nothing.
+            if operation.records or operation.error is not None:
+                self._count_commit(operation)
+        elif operation.name == SAVE:
             self._saves.inc()
-            self._duration.observe(operation.duration, _exemplar())
+            self._save_duration.observe(operation.duration, _exemplar(operation))
             if operation.error is not None:
-                self._failures.labels(operation.failed_step or PREPARE, error_symbol(operation.error)).inc()
-            return
-        self._step_duration.labels(operation.name).observe(operation.duration, _exemplar())
-        if operation.outcome == "failed" and operation.fsync_target is not None:
-            self._fsync_failures.labels(operation.fsync_target).inc()
-        if operation.name == FSYNC_DIR:
-            self._last_dir_fsync.set(operation.outcome != "failed")
-            if operation.outcome != "failed":
-                self._dir_fsync_supported.set(operation.outcome == "ok")
+                self._save_failures.labels(operation.failed_step or PREPARE, error_symbol(operation.error)).inc()
 
     def recovered(self, kind: str) -> None:
         """Count it."""
         self._recoveries.labels(kind).inc()
 
     def collect(self) -> Iterator[Metric]:
-        """All families of the saves."""
+        """All families of commits and saves."""
         instruments: tuple[Collector, ...] = (
-            *(self._saves, self._failures, self._duration, self._step_duration),
+            *(self._commits, self._commit_failures, self._commit_duration, self._commit_records),
+            *(self._saves, self._save_failures, self._save_duration, self._step_duration),
             *(self._fsync_failures, self._dir_fsync_supported, self._last_dir_fsync, self._recoveries),
         )
         for instrument in instruments:
             yield from instrument.collect()
+
+    def _count_commit(self, operation: Operation) -> None:
+        self._commits.inc()
+        self._commit_duration.observe(operation.duration, _exemplar(operation))
+        if operation.error is None:
+            self._commit_records.observe(operation.records)
+        else:
+            self._commit_failures.labels(operation.failed_step or PREPARE, error_symbol(operation.error)).inc()
+
+    def _count_step(self, operation: Operation) -> None:
+        if operation.parent is not None and operation.parent.name == SAVE:
+            self._step_duration.labels(operation.name).observe(operation.duration, _exemplar(operation))
+        if operation.outcome == "failed" and operation.fsync_target is not None:
+            self._fsync_failures.labels(operation.fsync_target).inc()
+        if operation.name == FSYNC_DIR:
+            self._last_dir_fsync.set(operation.outcome != "failed")
+            if operation.outcome != "failed":
+                self._dir_fsync_supported.set(operation.outcome == "ok")
 
 
 def totals_families(source: Source) -> Iterator[Metric]:
@@ -210,6 +255,7 @@ def totals_families(source: Source) -> Iterator[Metric]:
         ),
         ("last_save_success_timestamp_seconds", "When the document was last saved, 0 if never.", saved_at),
         ("document_size_bytes", "The document's size.", snapshot.document_bytes),
+        ("journal_size_bytes", "How much of the journal's segments is written.", snapshot.journal_bytes),
     ):
         yield GaugeMetricFamily(f"savings_{name}", help_text, value=value)
     build = {"version": version("savings-exporter"), "python_version": platform.python_version()}
@@ -224,8 +270,14 @@ def _filled(
     return family
 
 
-def _exemplar() -> dict[str, str] | None:
-    span = trace.get_current_span().get_span_context()
-    if not span.is_valid or not span.trace_flags.sampled:
+def _latency(name: str, help_text: str, labels: Iterable[str] = ()) -> Histogram:
+    return Histogram(name, help_text, labels, buckets=_LATENCY_BUCKETS, registry=None)
+
+
+def _exemplar(operation: Operation) -> dict[str, str] | None:
+    if operation.trace is None:
         return None
-    return {"trace_id": trace.format_trace_id(span.trace_id), "span_id": trace.format_span_id(span.span_id)}
+    context = operation.trace.get_span_context()
+    if not context.trace_flags.sampled:
+        return None
+    return {"trace_id": trace.format_trace_id(context.trace_id), "span_id": trace.format_span_id(context.span_id)}

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from savings_exporter import CorruptStoreError, SavingsTracker, StoreError
 from savings_exporter.storage.steps import Observers
-from savings_exporter.storage.store import inspect, previous_path, repair
+from savings_exporter.storage.recovery import previous_path
+from savings_exporter.storage.repair import inspect, repair
 from savings_exporter.telemetry.metrics import SavingsCollector
 from support import DATA, samples
 

@@ -37,6 +37,8 @@ def test_the_mode_of_a_document_stays(store_path: Path) -> None:
         tracker.record_request(model="m", tokens_saved=1)
         store_path.chmod(0o640)
         tracker.record_request(model="m", tokens_saved=1)
+        segment = store_path.with_name("proxy_savings.json.journal.00000001")
+        assert stat.S_IMODE(segment.stat().st_mode) == 0o640
     assert stat.S_IMODE(store_path.stat().st_mode) == 0o640
 
 
@@ -44,7 +46,7 @@ def test_the_mode_of_a_document_stays(store_path: Path) -> None:
 def test_the_owner_of_a_document_stays(tracker: SavingsTracker, store_path: Path) -> None:
     tracker.record_request(model="m", tokens_saved=1)
     os.chown(store_path, 1234, 4321)
-    tracker.record_request(model="m", tokens_saved=1)
+    assert tracker.save()
     assert (store_path.stat().st_uid, store_path.stat().st_gid) == (1234, 4321)
 
 
@@ -66,6 +68,7 @@ def test_the_save_before_is_kept_whole(tracker: SavingsTracker, store_path: Path
     tracker.record_request(model="m", tokens_saved=1)
     before = store_path.read_bytes()
     tracker.record_request(model="m", tokens_saved=2)
+    assert tracker.save()
     assert store_path.with_name("proxy_savings.json.previous").read_bytes() == before
 
 
@@ -78,7 +81,7 @@ def test_without_hard_links_the_save_before_is_copied(
     monkeypatch.setattr(os, "link", link)
     tracker.record_request(model="m", tokens_saved=1)
     before = store_path.read_bytes()
-    assert tracker.record_request(model="m", tokens_saved=2).durable
+    assert tracker.save()
     assert store_path.with_name("proxy_savings.json.previous").read_bytes() == before
 
 
@@ -98,6 +101,7 @@ def test_a_document_that_was_taken_away_is_written_anew(tracker: SavingsTracker,
     tracker.record_request(model="m", tokens_saved=1)
     store_path.unlink()
     assert tracker.record_request(model="m", tokens_saved=2).durable
+    assert tracker.save()
     assert json.loads(store_path.read_bytes())["lifetime"]["tokens_saved"] == 3
 
 

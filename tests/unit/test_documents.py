@@ -37,7 +37,7 @@ def document_of(**members: Any) -> bytes:
 
 
 def rewritten(document: Document) -> Document:
-    ours = msgspec.structs.replace(document, store="store", save="save")
+    ours = msgspec.structs.replace(document, store="0123456789abcdef")
     return decode(encode(ours))
 
 
@@ -376,9 +376,9 @@ ledgers = st.builds(
 
 @given(ledgers, st.none() | st.datetimes(timezones=st.just(timezone.utc)))
 def test_what_is_written_is_read(ledger: Ledger, saved_at: datetime | None) -> None:
-    document = Document(ledger=ledger, store="store", save="save", saved_at=saved_at)
+    document = Document(ledger=ledger, store="store", epoch=3, offset=4096, keys="a2V5", saved_at=saved_at)
     again = decode(encode(document))
-    assert (again.ledger, again.saved_at, again.store, again.save) == (ledger, saved_at, "store", "save")
+    assert msgspec.structs.replace(again, kept={}) == document
     assert encode(again) == encode(document) or again.kept
 
 

@@ -1,0 +1,69 @@
+"""Records on their way: accepted together, made durable together, each key counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from savings_exporter.records import SavingsRecord
+from savings_exporter.totals import Delta, Ledger, Limits
+
+
+class Keyed:
+    """Records whose sender may send them again, and the key that tells."""
+
+    __slots__ = ("key", "records", "sequence")
+
+    def __init__(self, key: str, records: Sequence[SavingsRecord]) -> None:
+        self.key = key
+        self.records = records
+        self.sequence: int | None = None
+        """What the last of them was counted under, once that is durable."""
+
+
+class Batch:
+    """Records that become durable together: first those without a key, in their order, then those with one.
+
+    ``count`` and ``tokens`` are all of them and what they saved. ``base`` is the store's sequence before them, once
+    they are durable. ``links`` is what the observers link a commit to.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[SavingsRecord] = []
+        self.keyed: list[Keyed] = []
+        self.folded = Delta()
+        self.unkeyed = 0
+        self.count = 0
+        self.tokens = 0
+        self.links: list[Any] = []
+        self.base: int | None = None
+
+    @property
+    def durable(self) -> bool:
+        """Whether the records survive a power loss from now on."""
+        return self.base is not None
+
+    def add(self, records: Sequence[SavingsRecord]) -> int:
+        """Take on records without a key; where the last of them stands among those."""
+        self.records += records
+        self.unkeyed += len(records)
+        self._count(records)
+        return self.unkeyed
+
+    def add_keyed(self, keyed: Keyed) -> None:
+        """Take on records with a key."""
+        self.keyed.append(keyed)
+        self._count(keyed.records)
+
+    def fold(self, ledger: Ledger, limits: Limits) -> None:
+        """Keep no more than the sums of the records without a key.
+
+        They take no more memory then, however many they are, and no longer fit into a frame of the journal.
+        """
+        records, self.records = self.records, []
+        self.folded.add_all(records, ledger, limits)
+
+    def _count(self, records: Sequence[SavingsRecord]) -> None:
+        self.count += len(records)
+        for record in records:
+            self.tokens += record.tokens_saved

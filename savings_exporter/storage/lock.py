@@ -1,0 +1,161 @@
+"""The lock file: who may write, and the mark that says what is known to be durable.
+
+Whoever holds the lock writes, and writes the mark when what it wrote is durable, never before. So what the mark
+names was acknowledged, and what lies beyond it was left by a process that died, or whose sync failed. The mark is not
+synced: living processes see it in the page cache, and after a power loss an older one is just as true.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from savings_exporter.storage import filesystem
+
+# How long to wait for another process to finish what it writes before calling it a failure and trying again later.
+_PATIENCE_SECONDS = 2.0
+_READER_PATIENCE_SECONDS = 0.2
+# A commit takes some hundred microseconds, so waiting for one begins with short pauses.
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.00005, 0.002
+
+_MAGIC = b"SXM1"
+_MARK = struct.Struct("<4s8sQQQQQQQQ")
+_CHECK = struct.Struct("<I")
+MARK_BYTES = _MARK.size + _CHECK.size
+
+
+class Mark(NamedTuple):
+    """What is durable in a store.
+
+    Up to record ``sequence``: in the journal up to ``offset`` of segment ``epoch``, and up to ``saved_sequence`` in the
+    document, which is the file of ``inode``, ``modified_ns`` and ``size`` and needs the journal from
+    ``document_epoch`` on.
+    """
+
+    store: bytes
+    epoch: int
+    offset: int
+    sequence: int
+    saved_sequence: int
+    document_epoch: int
+    inode: int
+    modified_ns: int
+    size: int
+
+    def packed(self) -> bytes:
+        """The mark as the lock file holds it."""
+        data = _MARK.pack(_MAGIC, *self)
+        return data + _CHECK.pack(zlib.crc32(data))
+
+    def is_of(self, document: filesystem.Identity | None) -> bool:
+        """Whether this is the document that was saved last. Devices are numbered anew at each mount."""
+        return document is not None and (self.inode, self.modified_ns, self.size) == document[1:]
+
+
+def unpacked(data: bytes) -> Mark | None:
+    """The mark in a lock file's bytes; None when there is none, or it is being written at this moment."""
+    if len(data) != MARK_BYTES or data[:4] != _MAGIC:
+        return None
+    if zlib.crc32(data[: _MARK.size]) != _CHECK.unpack_from(data, _MARK.size)[0]:
+        return None
+    return Mark(*_MARK.unpack_from(data)[1:])
+
+
+def lock_path(path: str) -> str:
+    """The lock file of a store."""
+    return path + ".lock"
+
+
+class StoreLock:
+    """The lock of one store, as this process has it. One thread at a time uses it.
+
+    Raises:
+        OSError: the lock file cannot be opened or made.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = lock_path(path)
+        self.held = False
+        self._descriptor = filesystem.open_lock(self.path)
+
+    def take(self) -> None:
+        """Take the lock, unless it is held already.
+
+        Raises:
+            BlockingIOError: EAGAIN, another process has held it for 2 s.
+        """
+        if not self.held and not self._wait():
+            raise BlockingIOError(errno.EAGAIN, "another process holds the lock for long", self.path)
+
+    def take_if_free(self) -> bool:
+        """Take the lock, unless another process holds it."""
+        if not filesystem.is_linked(self._descriptor):
+            # Somebody removed the lock file, and a process that came later made another: agree with it.
+            self.reopen()
+        if not filesystem.try_lock(self._descriptor):
+            return False
+        self.held = filesystem.is_linked(self._descriptor)
+        if not self.held:
+            filesystem.unlock(self._descriptor)
+        return self.held
+
+    def release(self) -> None:
+        """Let go of the lock."""
+        if self.held:
+            self.held = False
+            filesystem.unlock(self._descriptor)
+
+    def reopen(self) -> None:
+        """Open the lock file anew. In a forked copy the old one is the parent's, and only closed."""
+        self.held = False
+        old, self._descriptor = self._descriptor, filesystem.open_lock(self.path)
+        filesystem.close(old)
+
+    def read(self) -> bytes:
+        """The mark's bytes, whatever they are."""
+        return filesystem.read_at(self._descriptor, MARK_BYTES, 0)
+
+    def write(self, mark: bytes) -> None:
+        """Write the mark. That it fails costs a later process a recovery, and no record."""
+        filesystem.write_mark(self._descriptor, mark)
+
+    def close(self) -> None:
+        """Let go of the lock and its file."""
+        self.release()
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            filesystem.close(descriptor)
+
+    def _wait(self) -> bool:
+        deadline, pause = time.monotonic() + _PATIENCE_SECONDS, _SHORTEST_PAUSE_SECONDS
+        while not self.take_if_free():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(pause)
+            pause = min(pause * 1.1, _LONGEST_PAUSE_SECONDS)
+        return True
+
+
+def read_mark(path: str) -> Mark | None:
+    """The mark of a store, for those who only read; None when there is none."""
+    try:
+        return unpacked(filesystem.read(lock_path(path))[0][:MARK_BYTES])
+    except OSError:
+        return None
+
+
+@contextmanager
+def nobody_writing(path: str) -> Iterator[bool]:
+    """Keep writers away for the length of a block, if they let us soon; whether they did. Needs only to read."""
+    with filesystem.opened_shared(lock_path(path)) as descriptor:
+        deadline = time.monotonic() + _READER_PATIENCE_SECONDS
+        while not (free := descriptor is None or filesystem.try_shared_lock(descriptor)):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_SHORTEST_PAUSE_SECONDS)
+        yield free

@@ -1,0 +1,150 @@
+"""Saying what is wrong with a store, and mending what can be mended."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from datetime import datetime, timezone
+
+import msgspec
+
+from savings_exporter.documents import encode
+from savings_exporter.errors import CorruptStoreError, StoreError
+from savings_exporter.storage import filesystem, journal
+from savings_exporter.storage.atomic_file import AtomicFile
+from savings_exporter.storage.lock import StoreLock, nobody_writing, read_mark
+from savings_exporter.storage.recovery import (
+    Found,
+    decoded,
+    described,
+    described_losses,
+    find,
+    previous_path,
+    salvage,
+)
+from savings_exporter.storage.steps import SAVE, Observer, observed
+from savings_exporter.totals import Ledger, Limits
+
+
+class Inspection(msgspec.Struct, frozen=True, kw_only=True):
+    """What a store holds, as far as it can be told, and what is wrong with it, in words."""
+
+    ledger: Ledger | None
+    saved_at: datetime | None
+    problems: tuple[str, ...]
+
+
+def inspect(path: str) -> Inspection:
+    """Look at a store without changing anything.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    path = filesystem.resolved(path)
+    with nobody_writing(path) as quiet:
+        mark = read_mark(path)
+        try:
+            found = find(path, Limits(), mark, only_marked=not quiet)
+        except StoreError as error:
+            return Inspection(ledger=None, saved_at=None, problems=(str(error),))
+        if not found.exists:
+            return Inspection(ledger=None, saved_at=None, problems=(f"{path}: there is no store yet",))
+        problems = [f"{path}: {problem}" for problem in found.document.problems]
+        problems += found.harmless
+        if found.damage is not None:
+            whole = "" if found.lost else "; nothing is lost: it is written anew when the store is next opened"
+            problems.append(f"{path}: {found.damage}{whole}")
+        if found.lost:
+            problems.append(
+                f"{path}: {described_losses(found.lost)}. To go on with what is left: savings-exporter verify --repair "
+                f"--store {path}"
+            )
+        if found.tail is not None:
+            problems.append(
+                f"{found.tail.segment}: ends with {len(found.tail.data)} bytes of a commit that was never "
+                "acknowledged; they are put aside when the store is next opened"
+            )
+        problems += _problem_of_previous(path)
+        return Inspection(ledger=found.totals(Limits()), saved_at=found.document.saved_at, problems=tuple(problems))
+
+
+def repair(path: str, observer: Observer) -> str:
+    """Mend a store: what is whole is saved as a new document, and what is damaged is kept aside.
+
+    Returns:
+        What was done and what is lost, in words.
+
+    Raises:
+        StoreError: there is nothing to mend it with, or another process has the store.
+        OSError: the disk would not.
+    """
+    path = filesystem.resolved(path)
+    lock = StoreLock(path)
+    try:
+        if not lock.take_if_free():
+            raise StoreError(f"{path}: another process is writing to it; stop it first")
+        mark = read_mark(path)
+        try:
+            found = find(path, Limits(), mark)
+        except CorruptStoreError:
+            found = salvage(path, Limits(), mark)
+        if not found.exists:
+            raise StoreError(f"{path}: there is no store yet")
+        if not found.damage and not found.lost and not found.tail and not found.harmless:
+            return f"{path}: there is nothing to repair: it holds {described(found)}"
+        aside = _put_aside(path, found)
+        _save(path, found, observer)
+        lock.write(b"")
+    finally:
+        lock.close()
+    parts = [f"{path}: holds {described(found)}"]
+    parts.append(described_losses(found.lost) if found.lost else "nothing is lost")
+    if aside:
+        parts.append(f"kept aside: {', '.join(aside)}")
+    return "; ".join(parts)
+
+
+def _put_aside(path: str, found: Found) -> list[str]:
+    """Give damaged files other names: the document a second one, because it is replaced as a whole."""
+    aside = []
+    if found.damage is not None and found.identity is not None:
+        aside.append(filesystem.unused_name(path, "corrupt"))
+        filesystem.keep_copy(path, aside[-1])
+    return aside + [_copied_aside(segment) for segment in found.damaged_segments]
+
+
+def _copied_aside(segment: str) -> str:
+    aside = filesystem.unused_name(segment, "corrupt")
+    filesystem.keep_copy(segment, aside)
+    return aside
+
+
+def _save(path: str, found: Found, observer: Observer) -> None:
+    """Save what was found twice, so that the document and the one before it both hold it, and remove the segments."""
+    document = msgspec.structs.replace(
+        found.document,
+        ledger=found.totals(Limits()),
+        store=found.document.store or found.store.hex() or secrets.token_hex(8),
+        epoch=found.newest_epoch + 1,
+        offset=0,
+        keys=found.keys.pack(),
+        saved_at=datetime.now(timezone.utc),
+    )
+    data = encode(document)
+    for file in (AtomicFile(path), AtomicFile(path, previous_path(path))):
+        with observed(observer, SAVE) as operation:
+            operation.size = len(data)
+            file.save(data, observer, operation)
+    _discard(journal.segments(path).values())
+
+
+def _discard(segments: Iterable[str]) -> None:
+    for segment in segments:
+        filesystem.discard(segment)
+
+
+def _problem_of_previous(path: str) -> list[str]:
+    previous = previous_path(path)
+    if filesystem.identity(previous) is None or decoded(previous) is not None:
+        return []
+    return [f"{previous}: is damaged; the next save replaces it"]
