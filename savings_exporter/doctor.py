@@ -114,12 +114,12 @@ def examine(directory: str) -> Report:
         reason = f"{error.strerror or error} ({error_symbol(error)})"
         raise StoreError(f"{directory}: a store cannot be kept here: {reason}; mend that or name another") from None
     return Report(
-        directory=directory,
+        directory=_text(directory),
         filesystem=Filesystem(
             type=found.name,
             is_network=found.is_network,
-            mount_point=mount.point if mount else None,
-            device=mount.device if mount else None,
+            mount_point=_text(mount.point) if mount else None,
+            device=_text(mount.device) if mount else None,
         ),
         directory_fsync_supported=steps[FSYNC_DIR] is not None,
         steps=steps,
@@ -223,6 +223,11 @@ def _closed(descriptor: int) -> Iterator[int]:
         yield descriptor
     finally:
         filesystem.close(descriptor)
+
+
+def _text(path: str) -> str:
+    """A path that can be printed: names on a disk need not be UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _verdict(commits: dict[int, float]) -> str:

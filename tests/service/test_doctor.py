@@ -64,12 +64,14 @@ def test_json_has_every_figure_of_the_default_stores_disk(tmp_path: Path) -> Non
 
 @pytest.mark.needs("mount")
 def test_a_table_for_people_warns_of_syncs_that_are_not_real(tmp_path: Path) -> None:
-    with mounted(tmp_path, "tmpfs"):
-        done = run_cli("doctor", str(tmp_path / "savings.json"))
+    disk = tmp_path / os.fsdecode(b"disk \xff")
+    with mounted(disk, "tmpfs"):
+        done = run_cli("doctor", str(disk / "savings.json"), env={"PYTHONIOENCODING": "utf-8:strict"})
         assert (done.returncode, done.stderr) == (0, "")
-        assert list(tmp_path.iterdir()) == []
+        assert list(disk.iterdir()) == []
     lines = done.stdout.splitlines()
-    assert lines[0] == f"{tmp_path}: tmpfs, mounted on {tmp_path} from savings-test"
+    name = f"{tmp_path}/disk \N{REPLACEMENT CHARACTER}"
+    assert lines[0] == f"{name}: tmpfs, mounted on {name} from savings-test"
     steps = [line.split()[0] for line in lines if re.search(r" (µs|ms|s) +[\d,]+$", line)]
     assert steps == STEPS
     threads = [line.split()[0] for line in lines if re.fullmatch(r"\d+ +[\d,]+", line)]
