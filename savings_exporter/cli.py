@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -14,9 +15,11 @@ from typing import Annotated, Any, Literal, NoReturn
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from savings_exporter import doctor as disk_doctor
 from savings_exporter.errors import StoreError
 from savings_exporter.headroom import WatchedFile
 from savings_exporter.records import SavingsRecord
@@ -285,6 +288,32 @@ def verify(
         raise CommandError("; ".join(found.problems))
 
 
+@app.command()
+def doctor(
+    path: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PATH",
+            envvar="SAVINGS_EXPORTER_STORE",
+            callback=_expanded,
+            help="A directory, or a document in one. Default: the default store's directory.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Measure what a saving costs on a disk, for some seconds; say what is wrong with that disk for a store."""
+    settings.be_quiet()
+    directory = disk_doctor.directory_of(path)
+    # Raised where the command is, so that what it made is removed on its way out.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    with Console(stderr=True).status(f"measuring {escape(directory)}"):
+        report = disk_doctor.examine(directory)
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(report)).decode())
+    else:
+        _print_report(report)
+
+
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
     try:
@@ -327,9 +356,21 @@ def _saved(moment: datetime | None) -> str:
     return f", saved {moment:%Y-%m-%d %H:%M:%S} UTC" if moment else ""
 
 
-def _print_tables(snapshot: Snapshot, path: str) -> None:
+def _console() -> Console:
     # Not a terminal: wide enough for names, whatever the file or pipe is for.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def _table(first: str, *headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first, overflow="fold", min_width=16)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _print_tables(snapshot: Snapshot, path: str) -> None:
+    console = _console()
     lifetime = snapshot.lifetime
     console.print(
         Text(
@@ -343,10 +384,7 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
         if not rows:
             continue
         largest = rows[0][1].tokens_saved
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column(kind, overflow="fold", min_width=16)
-        for heading in ("tokens saved", "tool tokens", "of input", "requests", "US dollars"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        table = _table(kind, "tokens saved", "tool tokens", "of input", "requests", "US dollars")
         table.add_column("", no_wrap=True, width=_BAR_WIDTH)
         for name, totals in rows:
             table.add_row(
@@ -362,3 +400,28 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
         console.print(table)
     console.print()
     console.print(Text(f"{path}{_saved(snapshot.saved_at)}", style="dim"), soft_wrap=True)
+
+
+def _print_report(report: disk_doctor.Report) -> None:
+    console = _console()
+    found = report.filesystem
+    where = f", mounted on {found.mount_point} from {found.device}" if found.mount_point else ""
+    network = ", a network filesystem" if found.is_network else ""
+    console.print(Text(f"{report.directory}: {found.type}{network}{where}"), soft_wrap=True)
+    steps = _table("step", "median", "worst", "runs")
+    for name, timing in report.steps.items():
+        if timing is None:
+            steps.add_row(name, "not supported")
+        else:
+            median, worst = disk_doctor.readable(timing.median_seconds), disk_doctor.readable(timing.worst_seconds)
+            steps.add_row(name, median, worst, f"{timing.runs:,}")
+    commits = _table("threads", "commits a second")
+    for threads, rate in report.commits_per_second.items():
+        commits.add_row(str(threads), f"{rate:,.0f}")
+    for table in (steps, commits):
+        console.print()
+        console.print(table)
+    console.print()
+    console.print(Text(report.verdict))
+    for warning in report.warnings:
+        console.print(Text(f"Warning: {warning}", style="yellow"))

@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 
 from savings_exporter import SavingsTracker
-from support import HEADROOM_PYTHON, can_mount
+from support import HEADROOM_PYTHON, can_mount, can_mount_fuse
 
 _LEFT_OUT = pytest.StashKey[dict[str, list[str]]]()
 
 _NEEDS = {
     "linux": lambda: sys.platform == "linux",
     "mount": can_mount,
+    "fuse": can_mount_fuse,
     "root": lambda: hasattr(os, "geteuid") and os.geteuid() == 0,
     "prometheus": lambda: shutil.which("prometheus") and shutil.which("promtool"),
     "strace": lambda: shutil.which("strace"),
@@ -33,6 +34,7 @@ _NEEDS = {
 _WHY = {
     "linux": "this is not Linux",
     "mount": "mounting a tmpfs needs root on Linux",
+    "fuse": "mounting a FUSE filesystem needs root on Linux, and /dev/fuse",
     "root": "it needs root",
     "prometheus": "prometheus and promtool are not installed (Debian: apt-get install prometheus)",
     "strace": "strace is not installed (Debian: apt-get install strace)",

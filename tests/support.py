@@ -38,6 +38,22 @@ def can_mount() -> bool:
     return sys.platform == "linux" and os.geteuid() == 0
 
 
+def can_mount_fuse() -> bool:
+    """Whether this user may mount a FUSE filesystem that a test answers for."""
+    return can_mount() and os.path.exists("/dev/fuse")
+
+
+@contextmanager
+def mounted(mountpoint: Path, kind: str, *, source: str = "savings-test", options: str = "rw") -> Iterator[None]:
+    """A filesystem mounted on a directory, which is made if needed; unmounted at the end."""
+    mountpoint.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", kind, "-o", options, source, mountpoint], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", mountpoint], check=True)
+
+
 class Faults:
     """Makes a step of a save or a commit fail, by making the ``os`` call it stands for raise.
 

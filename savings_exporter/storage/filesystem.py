@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import re
 import secrets
 import stat
 import sys
@@ -24,6 +26,54 @@ _BINARY = getattr(os, "O_BINARY", 0)
 IS_WINDOWS = sys.platform == "win32"
 _TEMPORARY = ".tmp"
 _NEW_FILE_MODE = 0o600
+_ZEROS = bytes(256 * 1024)
+
+# What statfs(2) gives as f_type: linux/magic.h, and the sources of those that the kernel does not list there.
+_LOCAL_FILESYSTEMS = {
+    0x0000EF53: "ext4",
+    0x58465342: "xfs",
+    0x9123683E: "btrfs",
+    0x2FC12FC1: "zfs",
+    0xF2F52010: "f2fs",
+    0xCA451A4E: "bcachefs",
+    0x00004D44: "vfat",
+    0x2011BAB0: "exfat",
+    0x794C7630: "overlayfs",
+    0x01021994: "tmpfs",
+    0x858458F6: "ramfs",
+}
+# Also those of a virtual machine's host (9p, vboxsf) and of disks that several hosts share (gfs2, ocfs2): what they
+# have in common is that somebody else than this kernel may change a file, and that a lock may hold on one host only.
+_NETWORK_FILESYSTEMS = {
+    0x00006969: "nfs",
+    0xFF534D42: "cifs",
+    0xFE534D42: "smb2",
+    0x0000517B: "smb",
+    0x0000564C: "ncp",
+    0x5346414F: "afs",
+    0x6B414653: "afs",
+    0x73757245: "coda",
+    0x00C36400: "ceph",
+    0x01021997: "9p",
+    0x786F4256: "vboxsf",
+    0x0BD00BD0: "lustre",
+    0x47504653: "gpfs",
+    0x19830326: "beegfs",
+    0x20030528: "orangefs",
+    0x01161970: "gfs2",
+    0x7461636F: "ocfs2",
+}
+# All of FUSE has one f_type; these are the types that /proc/self/mountinfo gives.
+_NETWORK_FUSE_TYPES = frozenset(
+    {
+        "virtiofs",
+        *("fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.ceph-fuse", "fuse.mfs", "fuse.lizardfs", "fuse.smbnetfs"),
+        *("fuse.s3fs", "fuse.mountpoint-s3", "fuse.goofys", "fuse.gcsfuse", "fuse.blobfuse", "fuse.blobfuse2"),
+        *("fuse.juicefs", "fuse.seaweedfs", "fuse.rclone", "fuse.curlftpfs", "fuse.gvfsd-fuse"),
+    }
+)
+# More than struct statfs takes on any platform; it begins with f_type.
+_STATFS_BYTES = 512
 
 
 class Identity(NamedTuple):
@@ -33,6 +83,21 @@ class Identity(NamedTuple):
     inode: int
     modified_ns: int
     size: int
+
+
+class FilesystemType(NamedTuple):
+    """What kind of filesystem a path is on; ``name`` is "unknown" where the platform does not say."""
+
+    name: str
+    is_network: bool
+
+
+class Mount(NamedTuple):
+    """Where a filesystem is mounted, of what type, and from which device (or server, or whatever its type has)."""
+
+    point: str
+    type: str
+    device: str
 
 
 class DirectoryFsyncUnsupportedError(Exception):
@@ -73,6 +138,49 @@ def is_directory(path: str) -> bool:
     return os.path.isdir(path)
 
 
+def filesystem_type(path: str) -> FilesystemType:
+    """The filesystem that a path is on, and whether other hosts may use it too (asked of Linux only).
+
+    Raises:
+        OSError: there is no such path, or it may not be looked at.
+    """
+    if sys.platform != "linux":
+        return FilesystemType("unknown", is_network=False)
+    magic = _statfs_type(path)
+    if magic in _NETWORK_FILESYSTEMS:
+        return FilesystemType(_NETWORK_FILESYSTEMS[magic], is_network=True)
+    if magic in _LOCAL_FILESYSTEMS:
+        return FilesystemType(_LOCAL_FILESYSTEMS[magic], is_network=False)
+    mount = mount_of(path)
+    if mount is None:
+        return FilesystemType("unknown", is_network=False)
+    return FilesystemType(mount.type, is_network=mount.type in _NETWORK_FUSE_TYPES)
+
+
+def mount_of(path: str) -> Mount | None:
+    """The mount that a path is on, or None where the platform does not say.
+
+    The kernel is asked for the mount's number (``mnt_id``, proc(5)), because device numbers do not tell mounts apart,
+    and paths do not tell which of two mounts lies on top.
+
+    Raises:
+        OSError: there is no such path, or it may not be looked at.
+    """
+    if sys.platform != "linux":
+        return None
+    with _opened(os.open(path, os.O_PATH | os.O_CLOEXEC)) as descriptor, suppress(FileNotFoundError):
+        with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as info:
+            number = next((line.split()[1] for line in info if line.startswith("mnt_id:")), None)
+        with open("/proc/self/mountinfo", "rb") as mounts:
+            for line in mounts:
+                fields = [_unescaped(field) for field in line.split()]
+                if fields[0] == number:
+                    # Before the dash there are optional fields, as many as there happen to be.
+                    kind, device = fields[fields.index("-", 6) + 1 :][:2]
+                    return Mount(fields[4], kind, device)
+    return None
+
+
 def read(path: str) -> tuple[bytes, Identity]:
     """The whole file, and the identity of what was read."""
     with open(path, "rb") as file:
@@ -101,6 +209,28 @@ def create_temporary(path: str, like: str) -> int:
     return descriptor
 
 
+def create_zero_filled(path: str, size: int) -> int:
+    """Make a new file of so many zero bytes, sync it, and open it to read and write.
+
+    Its size and its blocks do not change when it is written to later, so that a sync then has no metadata to write.
+    Its name is durable only after a sync of the directory.
+
+    Raises:
+        OSError: it failed, and there is no file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _CLOSE_ON_EXEC | _BINARY
+    descriptor = os.open(path, flags, _NEW_FILE_MODE)
+    try:
+        for start in range(0, size, len(_ZEROS)):
+            write_all(descriptor, _ZEROS[: size - start])
+        fsync_file(descriptor)
+    except BaseException:
+        close(descriptor)
+        discard(path)
+        raise
+    return descriptor
+
+
 def temporary_name(path: str) -> str:
     """A new name for a temporary file beside ``path``."""
     directory, name = os.path.split(path)
@@ -124,6 +254,28 @@ def open_segment(path: str) -> int:
     return os.open(path, os.O_RDWR | _NO_FOLLOW | _CLOSE_ON_EXEC | _BINARY)
 
 
+def append_at(descriptor: int, data: bytes, offset: int) -> None:
+    """Write every byte at an offset, however many calls it takes.
+
+    Raises:
+        OSError: it failed; EIO when the system takes no more bytes without saying why.
+    """
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        if written == 0:
+            raise OSError(errno.EIO, "Nothing was written")
+        view, offset = view[written:], offset + written
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """The bytes at an offset, fewer where the file ends."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
 def fsync_file(descriptor: int) -> None:
     """Have the file's data on the disk, not only in a cache of it.
 
@@ -136,6 +288,17 @@ def fsync_file(descriptor: int) -> None:
             fcntl.fcntl(descriptor, full_sync)
             return
     os.fsync(descriptor)
+
+
+def sync_data(descriptor: int) -> None:
+    """Have a file's data on the disk, and of its metadata only what reading the data takes (fdatasync(2)).
+
+    Where there is no ``fdatasync``, macOS among them, this is ``fsync_file``.
+    """
+    if hasattr(os, "fdatasync"):
+        os.fdatasync(descriptor)
+    else:
+        fsync_file(descriptor)
 
 
 def fsync_directory(path: str) -> None:
@@ -322,6 +485,21 @@ def unlock(descriptor: int) -> None:
 
 # On POSIX rename() replaces, on Windows it refuses to.
 _rename_over = os.replace if sys.platform == "win32" else os.rename
+
+
+def _statfs_type(path: str) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer = ctypes.create_string_buffer(_STATFS_BYTES)
+    if libc.statfs(os.fsencode(path), buffer) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    # A signed word of the machine's size, in which some types appear negative.
+    return ctypes.c_long.from_buffer(buffer).value & 0xFFFFFFFF
+
+
+def _unescaped(field: bytes) -> str:
+    """A field of mountinfo, where blanks and backslashes are written in octal."""
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), field))
 
 
 def _is_open_directory(descriptor: int) -> bool:

@@ -89,7 +89,7 @@ def test_a_wrong_web_config_is_named_with_its_field(tmp_path: Path, store_path: 
 
 def test_version_and_help() -> None:
     assert re.fullmatch(r"savings-exporter \d+\.\d+\.\d+\n", run_cli("--version").stdout)
-    for command in ([], ["serve"], ["watch"], ["record"], ["show"], ["verify"]):
+    for command in ([], ["serve"], ["watch"], ["record"], ["show"], ["verify"], ["doctor"]):
         done = run_cli(*command, "--help")
         assert (done.returncode, done.stderr) == (0, "")
         assert "Usage" in done.stdout

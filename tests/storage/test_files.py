@@ -12,19 +12,15 @@ from pathlib import Path
 import pytest
 
 from savings_exporter import SavingsTracker, StoreError
-from support import DATA, run_cli
+from support import DATA, mounted, run_cli
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 256 KiB, unmounted at the end."""
     mountpoint = tmp_path / "disk"
-    mountpoint.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "savings-test", mountpoint], check=True)
-    try:
+    with mounted(mountpoint, "tmpfs", options="size=256k"):
         yield mountpoint
-    finally:
-        subprocess.run(["umount", "--lazy", mountpoint], check=True)
 
 
 def test_a_new_document_is_for_its_owner_only(tracker: SavingsTracker, store_path: Path) -> None:

@@ -1,0 +1,267 @@
+"""What a disk can do for a store: each step of a save and of a commit, and savings made durable a second.
+
+PostgreSQL's pg_test_fsync answers the same question for its write-ahead log.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from statistics import median
+
+import msgspec
+
+from savings_exporter.errors import StoreError
+from savings_exporter.storage import filesystem
+from savings_exporter.storage.atomic_file import AtomicFile
+from savings_exporter.storage.steps import FSYNC_DIR, SAVE, SAVE_STEPS, Operation, error_symbol, observed
+from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker, default_path
+
+THREADS = (1, 8, 64)
+
+_APPEND, _FSYNC_JOURNAL, _GROWING_FILE = "append", "fsync_journal", "append_and_fsync_growing_file"
+
+# Some seconds in all: people wait for it.
+_SAVE_SECONDS, _JOURNAL_SECONDS, _GROWING_FILE_SECONDS, _COMMITS_SECONDS = 1.5, 0.75, 0.5, 1.0
+
+_DOCUMENT_BYTES = 64 * 1024
+"""A document with some models and weeks of history is about as large."""
+
+_FRAME_BYTES = 4096
+"""The block that a small commit to a journal writes."""
+
+_SEGMENT_BYTES = 4 * 1024 * 1024
+"""The most that one of the journal's files takes, so that measuring fills no disk."""
+
+_FASTEST_REAL_SYNC_SECONDS = 20e-6
+"""In less, nothing goes to a device and comes back."""
+
+
+class Filesystem(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the directory lies. The mount point and the device are None where the platform does not say."""
+
+    type: str
+    is_network: bool
+    mount_point: str | None
+    device: str | None
+
+
+class Timing(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a step took, in seconds, over so many runs."""
+
+    runs: int
+    median_seconds: float
+    worst_seconds: float
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found in a directory.
+
+    ``steps`` are those of a save, those of a commit to a journal, and for comparison an append to a growing file with
+    its sync; ``fsync_dir`` is None where it is not supported. ``commits_per_second`` are savings made durable a second,
+    each recorded by one call, by the number of threads that call.
+    """
+
+    directory: str
+    filesystem: Filesystem
+    directory_fsync_supported: bool
+    steps: dict[str, Timing | None]
+    commits_per_second: dict[int, float]
+    verdict: str
+    warnings: tuple[str, ...]
+
+
+def directory_of(path: str | None) -> str:
+    """The directory that is measured for a path, which is a directory itself or a document in one.
+
+    For None it is the default store's directory, or the nearest one above it while there is none.
+
+    Raises:
+        StoreError: there is no such directory.
+    """
+    if path is None:
+        directory = os.path.dirname(default_path())
+        while not filesystem.is_directory(directory):
+            directory = os.path.dirname(directory)
+        return directory
+    path = filesystem.resolved(path)
+    directory = path if filesystem.is_directory(path) else os.path.dirname(path)
+    if not filesystem.is_directory(directory):
+        raise StoreError(f"{directory}: the directory does not exist; make it first: mkdir -p {directory}")
+    return directory
+
+
+def examine(directory: str) -> Report:
+    """Measure a directory for some seconds, in a temporary directory in it that is always removed.
+
+    Raises:
+        StoreError: a store cannot be kept in it; the message says why.
+    """
+    try:
+        found = filesystem.filesystem_type(directory)
+        mount = filesystem.mount_of(directory)
+        with tempfile.TemporaryDirectory(prefix=".savings-exporter-doctor-", dir=directory) as scratch:
+            steps = {**_save_steps(scratch), **_journal_steps(scratch)}
+            commits = _commits_per_second(os.path.join(scratch, DOCUMENT_NAME))
+    except OSError as error:
+        reason = f"{error.strerror or error} ({error_symbol(error)})"
+        raise StoreError(f"{directory}: a store cannot be kept here: {reason}; mend that or name another") from None
+    return Report(
+        directory=_text(directory),
+        filesystem=Filesystem(
+            type=found.name,
+            is_network=found.is_network,
+            mount_point=_text(mount.point) if mount else None,
+            device=_text(mount.device) if mount else None,
+        ),
+        directory_fsync_supported=steps[FSYNC_DIR] is not None,
+        steps=steps,
+        commits_per_second=commits,
+        verdict=_verdict(commits),
+        warnings=tuple(_warnings(found, steps)),
+    )
+
+
+class _Timings:
+    """An observer that keeps each step's durations."""
+
+    def __init__(self) -> None:
+        self._durations: dict[str, list[float]] = {}
+
+    def begin(self, operation: Operation) -> None:
+        pass
+
+    def end(self, operation: Operation) -> None:
+        if operation.outcome == "ok":
+            self._durations.setdefault(operation.name, []).append(operation.duration)
+
+    def recovered(self, kind: str) -> None:
+        pass
+
+    def of(self, step: str) -> Timing | None:
+        """None when it never succeeded."""
+        durations = self._durations.get(step)
+        if durations is None:
+            return None
+        return Timing(
+            runs=len(durations), median_seconds=round(median(durations), 9), worst_seconds=round(max(durations), 9)
+        )
+
+
+def _save_steps(scratch: str) -> dict[str, Timing | None]:
+    timings = _Timings()
+    path = os.path.join(scratch, "document")
+    file = AtomicFile(path, path + ".previous")
+    data = secrets.token_bytes(_DOCUMENT_BYTES)  # which no filesystem can compress
+    for _ in _runs(_SAVE_SECONDS):
+        with observed(timings, SAVE) as save:
+            file.save(data, timings, save)
+    return {step: timings.of(step) for step in SAVE_STEPS}
+
+
+def _journal_steps(scratch: str) -> dict[str, Timing | None]:
+    timings = _Timings()
+    frame = secrets.token_bytes(_FRAME_BYTES)
+    with _closed(filesystem.create_zero_filled(os.path.join(scratch, "segment"), _SEGMENT_BYTES)) as segment:
+        for run in _runs(_JOURNAL_SECONDS):
+            offset = run * _FRAME_BYTES % _SEGMENT_BYTES
+            with observed(timings, _APPEND):
+                filesystem.append_at(segment, frame, offset)
+            with observed(timings, _FSYNC_JOURNAL):
+                filesystem.sync_data(segment)
+        if filesystem.read_at(segment, _FRAME_BYTES, 0) != frame:
+            raise OSError(errno.EIO, "What is read is not what was written")
+    with _closed(filesystem.create_zero_filled(os.path.join(scratch, "growing"), 0)) as growing:
+        for run in islice(_runs(_GROWING_FILE_SECONDS), _SEGMENT_BYTES // _FRAME_BYTES):
+            with observed(timings, _GROWING_FILE):
+                filesystem.append_at(growing, frame, run * _FRAME_BYTES)
+                filesystem.sync_data(growing)
+    return {step: timings.of(step) for step in (_APPEND, _FSYNC_JOURNAL, _GROWING_FILE)}
+
+
+def _commits_per_second(path: str) -> dict[int, float]:
+    with SavingsTracker(path) as tracker:
+        return {threads: _rate(tracker, threads) for threads in THREADS}
+
+
+def _rate(tracker: SavingsTracker, threads: int) -> float:
+    # Every call is made by a thread of the pool, so that an interrupt of this one meets no save.
+    with ThreadPoolExecutor(threads) as pool:
+        started = time.perf_counter()
+        recorded = sum(pool.map(_recorded, [tracker] * threads))
+        return recorded / (time.perf_counter() - started)
+
+
+def _recorded(tracker: SavingsTracker) -> int:
+    recorded = 0
+    for _ in _runs(_COMMITS_SECONDS):
+        if not tracker.record_request(model="doctor", tokens_saved=1).durable:
+            raise StoreError(f"a store that was tried out failed: {tracker.health().reason}")
+        recorded += 1
+    return recorded
+
+
+def _runs(seconds: float) -> Iterator[int]:
+    """Count for so long, and at least once: 0, 1, 2, ..."""
+    deadline = time.perf_counter() + seconds
+    run = 0
+    while run == 0 or time.perf_counter() < deadline:
+        yield run
+        run += 1
+
+
+@contextmanager
+def _closed(descriptor: int) -> Iterator[int]:
+    try:
+        yield descriptor
+    finally:
+        filesystem.close(descriptor)
+
+
+def _text(path: str) -> str:
+    """A path that can be printed: names on a disk need not be UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def _verdict(commits: dict[int, float]) -> str:
+    fewest, *_, most = THREADS
+    return (
+        f"A saving costs its caller {readable(1 / commits[fewest])} here; {most} threads together make "
+        f"{commits[most]:,.0f} savings durable a second."
+    )
+
+
+def _warnings(found: filesystem.FilesystemType, steps: dict[str, Timing | None]) -> Iterator[str]:
+    sync = steps[_FSYNC_JOURNAL]
+    if sync is not None and sync.median_seconds < _FASTEST_REAL_SYNC_SECONDS:
+        yield (
+            f"A sync takes {readable(sync.median_seconds)}, less than a disk needs: this filesystem is in memory, or "
+            "the disk or the virtual machine ignores flushes. A power loss would then take savings that were "
+            "acknowledged. (A disk whose cache survives a power loss may be that fast.)"
+        )
+    if steps[FSYNC_DIR] is None:
+        yield (
+            "This filesystem has no directory fsync: the renamed file is synced instead, and a power loss may bring "
+            "back the document of the save before."
+        )
+    if found.is_network:
+        yield (
+            f"{found.name} is a network filesystem: its locks may hold on one host only, so let one process only use "
+            "a store here."
+        )
+
+
+def readable(seconds: float) -> str:
+    """A duration for people: three digits, in µs, ms or s."""
+    for unit, factor in (("µs", 1e6), ("ms", 1e3)):
+        value = float(f"{seconds * factor:.3g}")
+        if value < 1000:
+            return f"{value:g} {unit}"
+    return f"{seconds:.3g} s"
