@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import math
 import multiprocessing.process
 import multiprocessing.util
 import os
@@ -152,6 +153,7 @@ class SavingsTracker:
         self._retry_at = 0.0
         self._save_at: float | None = None
         self._bell = threading.Event()
+        self._wakes_at = math.inf
         self._thread: threading.Thread | None = None
 
     def record_request(
@@ -475,6 +477,9 @@ class SavingsTracker:
     def _committed(self, batch: _Batch) -> None:
         with self._mutex:
             was_failing, self._failure, self._retries = self._failure is not None, None, 0
+            if self._store.is_saved:
+                # It went by the document.
+                self._save_failure, self._save_at = None, None
             self._sealed = None
             for keyed in batch.keyed:
                 self._pending_keys.pop(keyed.key, None)
@@ -515,18 +520,17 @@ class SavingsTracker:
             if self._sealed is not None and self._sealed.durable:
                 # An interrupt came between the commit and taking note of it.
                 self._committed(self._sealed)
-            if self._save_failure is None and not self._closed:
+            if self._save_failure is None:
                 if self._store.is_full:
                     self._save_at = 0.0
                 elif self._save_at is None and self._store.unsaved:
                     self._save_at = time.monotonic() + self._save_interval
-                    self._bell.set()
-            if self._open.count or self._sealed is not None or self._save_at == 0.0:
-                self._bell.set()
             self._leader = None
             queue, self._queue = self._queue, []
             for turn in queue:
                 turn.release()
+            if self._due_at() < self._wakes_at:
+                self._bell.set()
 
     def _back_off(self) -> float:
         delay = min(_FIRST_RETRY_SECONDS * 2.0**self._retries, _LONGEST_RETRY_SECONDS)
@@ -563,14 +567,16 @@ class SavingsTracker:
         me = threading.get_ident()
         while not self._closed:
             with self._mutex:
-                due = self._seconds_until_due()
-            self._bell.wait(due)
+                self._wakes_at = self._due_at()
+            pause = self._wakes_at - time.monotonic()
+            self._bell.wait(max(pause, 0.0) if pause < math.inf else None)
             self._bell.clear()
             with self._mutex:
-                if self._leader is not None or self._closing or self._seconds_until_due() != 0:
+                now = time.monotonic()
+                if self._leader is not None or self._closing or self._due_at() > now:
                     continue
                 self._leader = me
-                save = self._save_at is not None and self._save_at <= time.monotonic()
+                save = self._save_at is not None and self._save_at <= now
             self._lead_in_background(save)
 
     def _lead_in_background(self, save: bool) -> None:
@@ -582,16 +588,16 @@ class SavingsTracker:
                 self._save_at = None
         self._lead(save=save)
 
-    def _seconds_until_due(self) -> float | None:
-        """How long the background thread has nothing to do; None: until somebody rings."""
-        now = time.monotonic()
+    def _due_at(self) -> float:
+        """When the background thread has something to do next, on the monotonic clock."""
         if self._leader is not None:
-            return None
+            # Who leads will ring when there is something left.
+            return math.inf
         if self._failure is not None:
-            return max(self._retry_at - now, 0.0)
+            return self._retry_at
         if self._open.count or self._sealed is not None:
             return 0.0
-        return max(self._save_at - now, 0.0) if self._save_at is not None else None
+        return self._save_at if self._save_at is not None else math.inf
 
     def _begin_in_fork(self) -> None:
         """Begin anew in a forked copy. What was pending is the parent's."""

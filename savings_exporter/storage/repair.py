@@ -94,7 +94,6 @@ def repair(path: str, observer: Observer) -> str:
             return f"{path}: there is nothing to repair: it holds {described(found)}"
         aside = _put_aside(path, found)
         _save(path, found, observer)
-        lock.write(b"")
     finally:
         lock.close()
     parts = [f"{path}: holds {described(found)}"]
@@ -121,9 +120,11 @@ def _copied_aside(segment: str) -> str:
 
 def _save(path: str, found: Found, observer: Observer) -> None:
     """Save what was found twice, so that the document and the one before it both hold it, and remove the segments."""
+    # Numbers that were given out, also of what is lost, are not given out again.
+    sequence = max([found.sequence, *(last for _, last in found.lost)])
     document = msgspec.structs.replace(
         found.document,
-        ledger=found.totals(Limits()),
+        ledger=msgspec.structs.replace(found.totals(Limits()), sequence=sequence),
         store=found.document.store or found.store.hex() or secrets.token_hex(8),
         epoch=found.newest_epoch + 1,
         offset=0,

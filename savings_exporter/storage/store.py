@@ -148,9 +148,14 @@ class Store:
         return self._identity is not None
 
     @property
+    def is_saved(self) -> bool:
+        """Whether the document has all that is durable."""
+        return self._sequence == self._saved_sequence and not self.must_save
+
+    @property
     def unsaved(self) -> bool:
         """Whether the document, or the one before it together with the journal, lacks something."""
-        return self._sequence != self._saved_sequence or self._only_in_document
+        return not self.is_saved or self._only_in_document
 
     @property
     def is_full(self) -> bool:

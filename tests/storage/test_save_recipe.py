@@ -188,7 +188,8 @@ def test_an_unsupported_directory_fsync_is_no_failure(
     _assert_unsupported(traced)
     assert len([message for message in caplog.messages if "no directory fsync" in message]) == 1
     # Asked for once, then remembered; the renamed file is synced instead.
-    assert faults.calls == [*STEPS, "fsync_file", "write", "fsync_file", "replace", "fsync_file"]
+    segment = ["write", "fsync_file", "replace", "fsync_file"]
+    assert faults.calls == [*STEPS, "fsync_file", *segment, "append", "fsync_journal"]
 
 
 def test_windows_has_no_directory_fsync(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
