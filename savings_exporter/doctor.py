@@ -21,12 +21,22 @@ import msgspec
 from savings_exporter.errors import StoreError
 from savings_exporter.storage import filesystem
 from savings_exporter.storage.atomic_file import AtomicFile
-from savings_exporter.storage.steps import FSYNC_DIR, SAVE, SAVE_STEPS, Operation, error_symbol, observed
+from savings_exporter.storage.steps import (
+    APPEND,
+    COMMIT_STEPS,
+    FSYNC_DIR,
+    FSYNC_JOURNAL,
+    SAVE,
+    SAVE_STEPS,
+    Operation,
+    error_symbol,
+    observed,
+)
 from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker, default_path
 
 THREADS = (1, 8, 64)
 
-_APPEND, _FSYNC_JOURNAL, _GROWING_FILE = "append", "fsync_journal", "append_and_fsync_growing_file"
+_GROWING_FILE = "append_and_fsync_growing_file"
 
 # Some seconds in all: people wait for it.
 _SAVE_SECONDS, _JOURNAL_SECONDS, _GROWING_FILE_SECONDS, _COMMITS_SECONDS = 1.5, 0.75, 0.5, 1.0
@@ -172,9 +182,9 @@ def _journal_steps(scratch: str) -> dict[str, Timing | None]:
     with _closed(filesystem.create_zero_filled(os.path.join(scratch, "segment"), _SEGMENT_BYTES)) as segment:
         for run in _runs(_JOURNAL_SECONDS):
             offset = run * _FRAME_BYTES % _SEGMENT_BYTES
-            with observed(timings, _APPEND):
+            with observed(timings, APPEND):
                 filesystem.append_at(segment, frame, offset)
-            with observed(timings, _FSYNC_JOURNAL):
+            with observed(timings, FSYNC_JOURNAL):
                 filesystem.sync_data(segment)
         if filesystem.read_at(segment, _FRAME_BYTES, 0) != frame:
             raise OSError(errno.EIO, "What is read is not what was written")
@@ -183,7 +193,7 @@ def _journal_steps(scratch: str) -> dict[str, Timing | None]:
             with observed(timings, _GROWING_FILE):
                 filesystem.append_at(growing, frame, run * _FRAME_BYTES)
                 filesystem.sync_data(growing)
-    return {step: timings.of(step) for step in (_APPEND, _FSYNC_JOURNAL, _GROWING_FILE)}
+    return {step: timings.of(step) for step in (*COMMIT_STEPS, _GROWING_FILE)}
 
 
 def _commits_per_second(path: str) -> dict[int, float]:
@@ -239,7 +249,7 @@ def _verdict(commits: dict[int, float]) -> str:
 
 
 def _warnings(found: filesystem.FilesystemType, steps: dict[str, Timing | None]) -> Iterator[str]:
-    sync = steps[_FSYNC_JOURNAL]
+    sync = steps[FSYNC_JOURNAL]
     if sync is not None and sync.median_seconds < _FASTEST_REAL_SYNC_SECONDS:
         yield (
             f"A sync takes {readable(sync.median_seconds)}, less than a disk needs: this filesystem is in memory, or "
