@@ -8,7 +8,7 @@ ARGS ?=
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format headroom clean
+.PHONY: help run test bench lint format headroom clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -20,6 +20,10 @@ run: .venv/.package ## serve the default store on http://127.0.0.1:9478 (ARGS="-
 test: .venv/.dev ## run every test that this machine can run (ARGS="-k name" and others go to pytest)
 	-@$(MAKE) --no-print-directory headroom
 	@.venv/bin/python -m pytest $(ARGS)
+
+bench: .venv/.dev ## measure the store against its peers, a quarter of an hour (ARGS="threads --repeat 3" and others)
+	-@$(MAKE) --no-print-directory headroom
+	@.venv/bin/python -m benchmarks $(ARGS)
 
 lint: .venv/.dev ## check style, format and types
 	.venv/bin/ruff check

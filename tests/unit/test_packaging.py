@@ -74,7 +74,15 @@ def test_the_development_tools_are_nobody_elses_dependencies(metadata: Message) 
 def test_the_sdist_holds_what_building_and_testing_need(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames()}
-    needed = {"pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "Makefile", "tests/conftest.py"}
+    needed = {
+        "pyproject.toml",
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "Makefile",
+        "tests/conftest.py",
+        "benchmarks/works.py",
+    }
     assert needed | {"savings_exporter/py.typed", "tests/unit/test_packaging.py"} <= names
     assert not [name for name in names if name.startswith(".venv") or "__pycache__" in name]
 

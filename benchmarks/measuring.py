@@ -1,0 +1,165 @@
+"""Taking turns with a peer, and what comes of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.workload import REQUESTS, Fields
+
+Recorder = Callable[[Fields], object]
+"""Makes one request durable, and returns only then."""
+
+Opened = Callable[[], AbstractContextManager[Recorder]]
+"""Opens what records. Every thread or process that is measured opens its own."""
+
+# Longer than the default save_interval, so that every run of ours pays for a save of the document.
+_RUN_SECONDS = 6.0
+_WARM_UP = 0.1
+_START_TOGETHER_SECONDS = 60.0
+
+_start: threading.Barrier
+
+
+class LeftOutError(Exception):
+    """A work cannot be measured here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and how long to measure. ``scale`` multiplies the runs' seconds and the counts of records."""
+
+    directory: Path
+    repeat: int = 5
+    scale: float = 1.0
+
+    @property
+    def seconds(self) -> float:
+        """How long one run lasts."""
+        return _RUN_SECONDS * self.scale
+
+    def count(self, records: int) -> int:
+        """A number of records."""
+        return max(round(records * self.scale), 1)
+
+    @contextmanager
+    def fresh(self) -> Iterator[Path]:
+        """An empty directory for one run."""
+        with tempfile.TemporaryDirectory(dir=self.directory) as directory:
+            yield Path(directory)
+
+    def taking_turns(self, ours: Callable[[], float], peer: Callable[[], float]) -> tuple[list[float], list[float]]:
+        """Ours, peer, ours, peer...: what slows the machine down for a while hits both."""
+        figures = [(ours(), peer()) for _ in range(self.repeat)]
+        return [figure for figure, _ in figures], [figure for _, figure in figures]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What is required: a ratio (``x``) of ours to the peer's figure, or a difference in the figures' own unit."""
+
+    value: float
+    at_least: bool
+    is_difference: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """The figures of one work, one a run, in ``unit``; the medians are compared."""
+
+    work: str
+    peer: str
+    unit: str
+    ours: Sequence[float]
+    theirs: Sequence[float]
+    bound: Bound
+    notes: Sequence[str] = ()
+
+    @property
+    def figure(self) -> float:
+        """The ratio or the difference."""
+        ours, theirs = statistics.median(self.ours), statistics.median(self.theirs)
+        return ours - theirs if self.bound.is_difference else ours / theirs
+
+    @property
+    def is_met(self) -> bool:
+        """Whether it is what is required."""
+        return self.figure >= self.bound.value if self.bound.at_least else self.figure <= self.bound.value
+
+
+class Run(NamedTuple):
+    """One thread's or process's run: the seconds that each record took, and when it began and ended."""
+
+    took: list[float]
+    began: float
+    ended: float
+
+
+def in_threads(opened: Opened, threads: int, seconds: float) -> list[Run]:
+    """Record for so many seconds, in threads that begin together after a warm-up."""
+    barrier = threading.Barrier(threads)
+    with ThreadPoolExecutor(threads, initializer=_start_at, initargs=(barrier,)) as pool:
+        return _runs(pool, opened, threads, seconds)
+
+
+def in_processes(opened: Opened, processes: int, seconds: float) -> list[Run]:
+    """The same, in processes of one thread."""
+    spawn = multiprocessing.get_context("spawn")
+    barrier = spawn.Barrier(processes)
+    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start_at, initargs=(barrier,)) as pool:
+        return _runs(pool, opened, processes, seconds)
+
+
+def rate(runs: Sequence[Run]) -> float:
+    """Records a second, of all together, from the first one's begin to the last one's end."""
+    return sum(len(run.took) for run in runs) / (max(run.ended for run in runs) - min(run.began for run in runs))
+
+
+def p99(runs: Sequence[Run]) -> float:
+    """The time that 99 of 100 records do not exceed, in seconds."""
+    took = sorted(itertools.chain.from_iterable(run.took for run in runs))
+    return took[math.ceil(len(took) * 0.99) - 1]
+
+
+def _runs(pool: Executor, opened: Opened, workers: int, seconds: float) -> list[Run]:
+    return [future.result() for future in [pool.submit(_measured, opened, seconds) for _ in range(workers)]]
+
+
+def _start_at(barrier: threading.Barrier) -> None:
+    global _start
+    _start = barrier
+
+
+def _measured(opened: Opened, seconds: float) -> Run:
+    try:
+        with opened() as record:
+            _repeated(record, seconds * _WARM_UP)
+            _start.wait(_START_TOGETHER_SECONDS)
+            return _repeated(record, seconds)
+    except BaseException:
+        # The others must not wait for one that will not come.
+        _start.abort()
+        raise
+
+
+def _repeated(record: Recorder, seconds: float) -> Run:
+    took: list[float] = []
+    began = now = time.perf_counter()
+    for fields in itertools.cycle(REQUESTS):
+        record(fields)
+        before, now = now, time.perf_counter()
+        took.append(now - before)
+        if now - began >= seconds:
+            break
+    return Run(took, began, now)
