@@ -143,7 +143,7 @@ def test_a_newer_schema_is_refused_and_left_alone(version: int, store_path: Path
 
 
 def test_a_newer_format_of_our_own_is_refused_and_left_alone(store_path: Path) -> None:
-    ours = json.loads(encode(Document(store="store", save="save")))
+    ours = json.loads(encode(Document(store="0123456789abcdef")))
     ours["savings_exporter"]["format"] += 1
     assert_refused_as_newer(json.dumps(ours).encode(), store_path)
 
