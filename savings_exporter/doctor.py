@@ -23,6 +23,7 @@ from savings_exporter.storage import filesystem
 from savings_exporter.storage.atomic_file import AtomicFile
 from savings_exporter.storage.steps import (
     APPEND,
+    COMMIT,
     COMMIT_STEPS,
     FSYNC_DIR,
     FSYNC_JOURNAL,
@@ -30,7 +31,6 @@ from savings_exporter.storage.steps import (
     SAVE_STEPS,
     Operation,
     error_symbol,
-    observed,
 )
 from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker, default_path
 
@@ -145,12 +145,10 @@ class _Timings:
     def __init__(self) -> None:
         self._durations: dict[str, list[float]] = {}
 
-    def begin(self, operation: Operation) -> None:
-        pass
-
-    def end(self, operation: Operation) -> None:
-        if operation.outcome == "ok":
-            self._durations.setdefault(operation.name, []).append(operation.duration)
+    def ended(self, operation: Operation) -> None:
+        for step in operation.steps:
+            if step.outcome == "ok":
+                self._durations.setdefault(step.name, []).append(step.duration)
 
     def recovered(self, kind: str) -> None:
         pass
@@ -171,8 +169,8 @@ def _save_steps(scratch: str) -> dict[str, Timing | None]:
     file = AtomicFile(path, path + ".previous")
     data = secrets.token_bytes(_DOCUMENT_BYTES)  # which no filesystem can compress
     for _ in _runs(_SAVE_SECONDS):
-        with observed(timings, SAVE) as save:
-            file.save(data, timings, save)
+        with Operation(SAVE, timings) as save:
+            file.save(data, save)
     return {step: timings.of(step) for step in SAVE_STEPS}
 
 
@@ -182,15 +180,16 @@ def _journal_steps(scratch: str) -> dict[str, Timing | None]:
     with _closed(filesystem.create_zero_filled(os.path.join(scratch, "segment"), _SEGMENT_BYTES)) as segment:
         for run in _runs(_JOURNAL_SECONDS):
             offset = run * _FRAME_BYTES % _SEGMENT_BYTES
-            with observed(timings, APPEND):
-                filesystem.append_at(segment, frame, offset)
-            with observed(timings, FSYNC_JOURNAL):
-                filesystem.sync_data(segment)
+            with Operation(COMMIT, timings) as commit:
+                with commit.step(APPEND):
+                    filesystem.append_at(segment, frame, offset)
+                with commit.step(FSYNC_JOURNAL):
+                    filesystem.sync_data(segment)
         if filesystem.read_at(segment, _FRAME_BYTES, 0) != frame:
             raise OSError(errno.EIO, "What is read is not what was written")
     with _closed(filesystem.create_zero_filled(os.path.join(scratch, "growing"), 0)) as growing:
         for run in islice(_runs(_GROWING_FILE_SECONDS), _SEGMENT_BYTES // _FRAME_BYTES):
-            with observed(timings, _GROWING_FILE):
+            with Operation(COMMIT, timings) as commit, commit.step(_GROWING_FILE):
                 filesystem.append_at(growing, frame, run * _FRAME_BYTES)
                 filesystem.sync_data(growing)
     return {step: timings.of(step) for step in (*COMMIT_STEPS, _GROWING_FILE)}

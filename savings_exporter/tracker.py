@@ -141,7 +141,7 @@ class SavingsTracker:
         self._mutex = self._store.changing
         # Which thread commits or saves: the one whose identifier this is, and only that one gives it up.
         self._leader: int | None = None
-        self._queue: list[threading.Lock] = []
+        self._queue: list[tuple[int, threading.Lock]] = []
         # What the leader is committing, or failed to commit; and what is taken on meanwhile.
         self._sealed: _Batch | None = None
         self._open = _Batch(self._mutex)
@@ -434,17 +434,24 @@ class SavingsTracker:
     def _take_lead(self) -> bool:
         """Become the leader, after whoever is; False when this thread is it already, below a signal handler."""
         me = threading.get_ident()
-        while True:
+        turn = None
+        try:
             with self._mutex:
+                if self._leader == me:
+                    return False
                 if self._leader is None:
                     self._leader = me
                     return True
-                if self._leader == me:
-                    return False
-                turn = threading.Lock()
-                turn.acquire()
-                self._queue.append(turn)
+                turn = _taken_lock()
+                self._queue.append((me, turn))
             turn.acquire()
+            return True
+        except BaseException:
+            with self._mutex:
+                self._queue = [waiting for waiting in self._queue if waiting[1] is not turn]
+                if self._leader == me:
+                    self._resign()
+            raise
 
     def _lead(self, *, save: bool = False) -> None:
         """Commit what waits and, if asked and if that worked, save the document. The lead is given up at the end."""
@@ -525,11 +532,14 @@ class SavingsTracker:
                     self._save_at = 0.0
                 elif self._save_at is None and self._store.unsaved:
                     self._save_at = time.monotonic() + self._save_interval
-            self._leader = None
-            queue, self._queue = self._queue, []
-            for turn in queue:
+            if self._queue:
+                # Handed over, because a thread that records all the time would be faster each time.
+                self._leader, turn = self._queue.pop(0)
                 turn.release()
+                return
+            self._leader = None
             if self._due_at() < self._wakes_at:
+                self._wakes_at = 0.0
                 self._bell.set()
 
     def _back_off(self) -> float:
@@ -564,35 +574,27 @@ class SavingsTracker:
 
     def _work(self) -> None:
         """Lead what nobody else does, until the tracker is closed."""
-        me = threading.get_ident()
         while not self._closed:
             with self._mutex:
                 self._wakes_at = self._due_at()
             pause = self._wakes_at - time.monotonic()
             self._bell.wait(max(pause, 0.0) if pause < math.inf else None)
             self._bell.clear()
-            with self._mutex:
-                now = time.monotonic()
-                if self._leader is not None or self._closing or self._due_at() > now:
-                    continue
-                self._leader = me
-                save = self._save_at is not None and self._save_at <= now
-            self._lead_in_background(save)
+            if self._due_at() <= time.monotonic() and not self._closing:
+                self._take_lead()
+                self._lead_in_background()
 
-    def _lead_in_background(self, save: bool) -> None:
+    def _lead_in_background(self) -> None:
+        save = self._save_at is not None and self._save_at <= time.monotonic()
         if save:
             # Another process may have saved meanwhile.
             self._store.refresh()
-            save = self._store.unsaved
-            if not save:
-                self._save_at = None
+            if not self._store.unsaved:
+                save, self._save_at = False, None
         self._lead(save=save)
 
     def _due_at(self) -> float:
         """When the background thread has something to do next, on the monotonic clock."""
-        if self._leader is not None:
-            # Who leads will ring when there is something left.
-            return math.inf
         if self._failure is not None:
             return self._retry_at
         if self._open.count or self._sealed is not None:
@@ -650,8 +652,7 @@ class _Batch(Batch):
 
     def follow(self) -> threading.Lock:
         """A lock that can be taken when the batch's next commit has ended."""
-        lock = threading.Lock()
-        lock.acquire()
+        lock = _taken_lock()
         self._followers.append(lock)
         return lock
 
@@ -714,6 +715,12 @@ def _made_default_path() -> str:
         directory = os.path.dirname(path)
         raise StoreError(f"{directory}: cannot be made: {error.strerror}; name a store with --store PATH") from None
     return path
+
+
+def _taken_lock() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
 
 
 def _finish(futures: Iterable[asyncio.Future[None]]) -> None:

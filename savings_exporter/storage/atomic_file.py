@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable
 
 from savings_exporter.storage import filesystem
-from savings_exporter.storage.steps import FSYNC_DIR, FSYNC_FILE, REPLACE, WRITE, Observer, Operation, observed
+from savings_exporter.storage.steps import FSYNC_DIR, FSYNC_FILE, REPLACE, WRITE, Operation, Step
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,6 @@ class AtomicFile:
     def save(
         self,
         data: bytes,
-        observer: Observer,
         operation: Operation,
         written: Callable[[filesystem.Identity], object] | None = None,
     ) -> None:
@@ -70,10 +69,10 @@ class AtomicFile:
         """
         temporary = filesystem.temporary_name(self.path)
         try:
-            identity = self._write_durably(temporary, data, observer, operation)
+            identity = self._write_durably(temporary, data, operation)
             if written is not None:
                 written(identity)
-            with observed(observer, REPLACE, operation):
+            with operation.step(REPLACE):
                 self._keep_previous()
                 # From here on even an error may hide a success, and nothing is ever unlinked again.
                 self.outcome_unknown = True
@@ -82,20 +81,18 @@ class AtomicFile:
             # Harmless where the replace did happen: the temporary name is gone then, and the target is not touched.
             filesystem.discard(temporary)
             raise
-        with observed(observer, FSYNC_DIR, operation) as step:
+        with operation.step(FSYNC_DIR) as step:
             self._make_rename_durable(step)
         self.outcome_unknown = False
 
-    def _write_durably(
-        self, temporary: str, data: bytes, observer: Observer, operation: Operation
-    ) -> filesystem.Identity:
+    def _write_durably(self, temporary: str, data: bytes, operation: Operation) -> filesystem.Identity:
         descriptor = -1
         try:
-            with observed(observer, WRITE, operation) as step:
+            with operation.step(WRITE) as step:
                 step.size = len(data)
                 descriptor = filesystem.create_temporary(temporary, like=self._like)
                 filesystem.write_all(descriptor, data)
-            with observed(observer, FSYNC_FILE, operation) as step:
+            with operation.step(FSYNC_FILE) as step:
                 step.fsync_target = "file"
                 filesystem.fsync_file(descriptor)
             return filesystem.identity_of(descriptor)
@@ -107,7 +104,7 @@ class AtomicFile:
         if self.previous is not None and self.keeps_previous and filesystem.identity(self.path) is not None:
             filesystem.keep_copy(self.path, self.previous)
 
-    def _make_rename_durable(self, step: Operation) -> None:
+    def _make_rename_durable(self, step: Step) -> None:
         step.fsync_target = "directory"
         device = filesystem.device_of(self.directory)
         if device not in self._devices_without_dir_fsync:

@@ -31,7 +31,7 @@ class Batch:
     def __init__(self) -> None:
         self.records: list[SavingsRecord] = []
         self.keyed: list[Keyed] = []
-        self.folded = Delta()
+        self.folded: Delta | None = None
         self.unkeyed = 0
         self.count = 0
         self.tokens = 0
@@ -60,6 +60,8 @@ class Batch:
 
         They take no more memory then, however many they are, and no longer fit into a frame of the journal.
         """
+        if self.folded is None:
+            self.folded = Delta()
         records, self.records = self.records, []
         self.folded.add_all(records, ledger, limits)
 

@@ -146,11 +146,9 @@ class Segment:
 
     def is_written_on(self) -> bool:
         """Whether there is something where the next frame will go, which nobody says is durable."""
-        boundary = _next_block(self.offset)
-        head = filesystem.read_at(self._descriptor, len(_MAGIC), self.offset)
-        return any(head) or (
-            boundary != self.offset and any(filesystem.read_at(self._descriptor, len(_MAGIC), boundary))
-        )
+        # A frame begins right there, or with the next block.
+        data = filesystem.read_at(self._descriptor, _next_block(self.offset) + len(_MAGIC) - self.offset, self.offset)
+        return data.count(0) != len(data)
 
     def append(self, frame: bytes) -> None:
         """Write a frame behind the last one."""

@@ -89,7 +89,7 @@ class StoreLock:
         Raises:
             BlockingIOError: EAGAIN, another process has held it for 2 s.
         """
-        if not self.held and not self._wait():
+        if not self.held and not self.take_if_free() and not self._wait():
             raise BlockingIOError(errno.EAGAIN, "another process holds the lock for long", self.path)
 
     def take_if_free(self) -> bool:
@@ -133,12 +133,12 @@ class StoreLock:
 
     def _wait(self) -> bool:
         deadline, pause = time.monotonic() + _PATIENCE_SECONDS, _SHORTEST_PAUSE_SECONDS
-        while not self.take_if_free():
-            if time.monotonic() > deadline:
-                return False
+        while time.monotonic() < deadline:
             time.sleep(pause)
+            if self.take_if_free():
+                return True
             pause = min(pause * 1.1, _LONGEST_PAUSE_SECONDS)
-        return True
+        return False
 
 
 def read_mark(path: str) -> Mark | None:

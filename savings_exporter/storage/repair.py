@@ -22,7 +22,7 @@ from savings_exporter.storage.recovery import (
     previous_path,
     salvage,
 )
-from savings_exporter.storage.steps import SAVE, Observer, observed
+from savings_exporter.storage.steps import SAVE, Observer, Operation
 from savings_exporter.totals import Ledger, Limits
 
 
@@ -133,9 +133,9 @@ def _save(path: str, found: Found, observer: Observer) -> None:
     )
     data = encode(document)
     for file in (AtomicFile(path), AtomicFile(path, previous_path(path))):
-        with observed(observer, SAVE) as operation:
+        with Operation(SAVE, observer) as operation:
             operation.size = len(data)
-            file.save(data, observer, operation)
+            file.save(data, operation)
     _discard(journal.segments(path).values())
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar
 logger = logging.getLogger(__name__)
 
 Subject = TypeVar("Subject")
+SomeStep = TypeVar("SomeStep", bound="Step")
 Outcome = Literal["ok", "failed", "unsupported"]
 FsyncTarget = Literal["file", "directory", "journal"]
 
@@ -30,92 +31,89 @@ DIR_FSYNC_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP
 """What ``fsync`` of a directory says on a filesystem that has no such thing."""
 
 
-class Operation:
-    """A save, a commit or a rotation, or one step of it, while it runs and when it has ended.
+class Step:
+    """One step while it runs, as a block of its operation, and when it has ended.
 
-    ``duration`` is in seconds. ``fsync_target`` is what a failed step was syncing, if it was syncing. ``links`` and
-    ``trace`` belong to the observers: what the carried records were part of, and what this operation is shown as.
+    ``began_ns`` is nanoseconds since 1970, ``duration`` seconds. ``fsync_target`` is what it syncs, if it does.
+    ``trace`` belongs to the observers: what the step is shown as.
     """
 
-    __slots__ = (
-        *("name", "parent", "outcome", "error", "failed_step", "fsync_target", "duration"),
-        *("records", "sequence", "size", "links", "trace"),
-    )
+    outcome: Outcome = "ok"
+    error: BaseException | None = None
+    duration = 0.0
+    size: int | None = None
+    fsync_target: FsyncTarget | None = None
+    trace: Any = None
 
-    def __init__(self, name: str, parent: Operation | None = None, links: Sequence[Any] = ()) -> None:
+    def __init__(self, name: str, operation: Operation | None) -> None:
         self.name = name
-        self.parent = parent
+        self._operation = operation
+
+    def __enter__(self: SomeStep) -> SomeStep:
+        self.began_ns = time.time_ns()
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        self.duration = time.perf_counter() - self._began
+        if error is not None:
+            self.outcome, self.error = "failed", error
+            if self._operation is not None:
+                self._operation.failed_step = self.name
+
+
+class Operation(Step):
+    """A save, a commit or a rotation, as a block; its observer is told when it has ended.
+
+    ``links`` are the observers' too: what the records that it carries were part of.
+    """
+
+    records = 0
+    sequence: int | None = None
+    failed_step: str | None = None
+
+    def __init__(self, name: str, observer: Observer, links: Sequence[Any] = ()) -> None:
+        super().__init__(name, None)
         self.links = links
-        self.outcome: Outcome = "ok"
-        self.error: BaseException | None = None
-        self.failed_step: str | None = None
-        self.fsync_target: FsyncTarget | None = None
-        self.duration = 0.0
-        self.records = 0
-        self.sequence: int | None = None
-        self.size: int | None = None
-        self.trace: Any = None
+        self.steps: list[Step] = []
+        self._observer = observer
+
+    def step(self, name: str) -> Step:
+        """The next step of it, to be run as a block."""
+        step = Step(name, self)
+        self.steps.append(step)
+        return step
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        super().__exit__(_kind, error, _traceback)
+        self._observer.ended(self)
 
 
 class Observer(Protocol):
-    """Sees every operation begin and end, in the thread that runs it; steps lie within their operation."""
+    """Is told of operations in the thread that ran them."""
 
-    def begin(self, operation: Operation) -> None:
-        """An operation begins."""
-
-    def end(self, operation: Operation) -> None:
-        """It has ended; outcome, error, duration and sizes are filled in."""
+    def ended(self, operation: Operation) -> None:
+        """An operation has ended; what is known of it and its steps is filled in."""
 
     def recovered(self, kind: str) -> None:
         """Opening the store mended something; ``kind`` says what."""
 
 
 class Observers:
-    """Several observers as one. What an observer raises is logged: watching a save must not break it."""
+    """Several observers as one, told in this order. What one raises is logged: watching a save must not break it."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = tuple(observers)
 
-    def begin(self, operation: Operation) -> None:
-        """Tell each observer, in order."""
+    def ended(self, operation: Operation) -> None:
+        """Tell each observer."""
         for observer in self._observers:
-            _guarded(observer.begin, operation)
-
-    def end(self, operation: Operation) -> None:
-        """Tell each observer, in the opposite order, so that the first one spans the others."""
-        for observer in reversed(self._observers):
-            _guarded(observer.end, operation)
+            _guarded(observer.ended, operation)
 
     def recovered(self, kind: str) -> None:
         """Tell each observer."""
         for observer in self._observers:
             _guarded(observer.recovered, kind)
-
-
-class observed:  # noqa: N801  # used as a statement; a class, because a commit pays for three of them
-    """Run a block as an operation: timed, and its outcome told to the observer."""
-
-    __slots__ = ("_observer", "_operation", "_started")
-
-    def __init__(
-        self, observer: Observer, name: str, parent: Operation | None = None, links: Sequence[Any] = ()
-    ) -> None:
-        self._observer = observer
-        self._operation = Operation(name, parent, links)
-
-    def __enter__(self) -> Operation:
-        self._observer.begin(self._operation)
-        self._started = time.perf_counter()
-        return self._operation
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        operation = self._operation
-        operation.duration = time.perf_counter() - self._started
-        if error is not None:
-            operation.outcome, operation.error = "failed", error
-            if operation.parent is not None:
-                operation.parent.failed_step = operation.name
-        self._observer.end(operation)
 
 
 def error_symbol(error: BaseException) -> str:

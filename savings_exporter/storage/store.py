@@ -17,6 +17,7 @@ import msgspec
 from savings_exporter.documents import Document, encode
 from savings_exporter.errors import StoreError
 from savings_exporter.idempotency import Keys
+from savings_exporter.records import SavingsRecord
 from savings_exporter.storage import filesystem, journal
 from savings_exporter.storage.atomic_file import AtomicFile
 from savings_exporter.storage.batch import Batch, Keyed
@@ -32,7 +33,6 @@ from savings_exporter.storage.steps import (
     Observer,
     Operation,
     error_symbol,
-    observed,
 )
 from savings_exporter.totals import Delta, Ledger, Limits, thinned
 
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _NO_SEGMENT_SECONDS = 5.0
 
 _READING_ATTEMPTS = 3
+_MOST_UNCOUNTED = 500
 
 
 class State(NamedTuple):
@@ -111,6 +112,8 @@ class Store:
         self._document = Document()
         self._identity: filesystem.Identity | None = None
         self._since, self._keys, self._sequence = Delta(), Keys(), 0
+        # Part of what the journal holds, too, and not counted into the totals yet: in bulk that costs a fraction.
+        self._uncounted: list[SavingsRecord] = []
         self._epoch, self._offset, self._journal_bytes = 0, 0, 0
         self._saved_sequence, self._document_epoch, self._only_in_document = 0, 0, False
         self._mark_data = b""
@@ -132,6 +135,7 @@ class Store:
         """What is durable, as one consistent piece."""
         with self.changing:
             if self._merged is None:
+                self._count_waiting()
                 ledger = self._document.ledger
                 if self._since.records:
                     ledger = ledger.plus(self._since, self._limits, datetime.now(timezone.utc))
@@ -222,9 +226,8 @@ class Store:
         self._attempted = set()
         self._close_segment()
         self._lock.reopen()
-        # Another thread may have been counting at the fork, so what is in memory is read again.
-        self._mark_data = b"fork"
-        self._epoch = -1
+        # Another thread may have been counting at the fork.
+        self._forget()
         self._saved_sequence, self._only_in_document = self._sequence, False
 
     @property
@@ -265,13 +268,13 @@ class Store:
             self._is_unsure
             or self.must_save
             or not self._document.is_ours
-            or batch.folded.records > 0
+            or batch.folded is not None
             or time.monotonic() < self._no_segment_until
         )
 
     def _commit_to_journal(self, batch: Batch) -> bool:
         """Commit a batch as one frame; False when it turned out that it has to go by the document."""
-        with observed(self._observer, COMMIT, links=batch.links) as operation:
+        with Operation(COMMIT, self._observer, batch.links) as operation:
             self.failed_step = PREPARE
             try:
                 self._lock.take()
@@ -299,10 +302,10 @@ class Store:
         operation.records, operation.sequence, operation.size = records, plan.last, len(frame)
         self._attempts = [plan]
         try:
-            with observed(self._observer, APPEND, operation) as step:
+            with operation.step(APPEND) as step:
                 step.size = len(frame)
                 segment.append(frame)
-            with observed(self._observer, FSYNC_JOURNAL, operation) as step:
+            with operation.step(FSYNC_JOURNAL) as step:
                 step.fsync_target = "journal"
                 segment.sync()
         except OSError:
@@ -311,7 +314,9 @@ class Store:
             raise
         self._write_mark(segment.epoch, segment.offset, plan.last)
         with self.changing:
-            _count(plan, self._since, self._document.ledger, self._limits)
+            self._uncounted += plan.batch.records
+            for keyed, _ in plan.fresh:
+                self._uncounted += keyed.records
             self._number(plan)
             if segment.epoch != self._epoch:
                 self._journal_bytes += self._offset
@@ -328,9 +333,9 @@ class Store:
         epoch = self._next_epoch() if self._offset else self._epoch
         path = journal.segment_path(self.path, epoch)
         try:
-            with observed(self._observer, ROTATE) as rotation:
+            with Operation(ROTATE, self._observer) as rotation:
                 rotation.size = journal.SEGMENT_BYTES
-                self._file.beside(path).save(bytes(journal.SEGMENT_BYTES), self._observer, rotation)
+                self._file.beside(path).save(bytes(journal.SEGMENT_BYTES), rotation)
                 self._close_segment()
                 self._segment = segment = journal.Segment(path, epoch, 0)
         except OSError:
@@ -340,7 +345,7 @@ class Store:
         return segment
 
     def _save(self, batch: Batch) -> None:
-        with observed(self._observer, SAVE, links=batch.links) as operation:
+        with Operation(SAVE, self._observer, batch.links) as operation:
             self.failed_step = PREPARE
             try:
                 self._lock.take()
@@ -369,7 +374,7 @@ class Store:
         says_more = is_new_epoch or plan.last > plan.base
         self._attempts = [*landed, plan]
         try:
-            self._file.save(data, self._observer, operation, self._will_be)
+            self._file.save(data, operation, self._will_be)
         except OSError:
             # Nothing of it was counted in, and the next save has other bytes under another name.
             self._attempts = landed
@@ -377,7 +382,8 @@ class Store:
             raise
         needed_from = min(epoch, self._document_epoch)
         with self.changing:
-            self._document, self._identity, self._since = document, self._written, Delta()
+            self._document, self._identity = document, self._written
+            self._since, self._uncounted = Delta(), []
             self._number(plan)
             self._saved_sequence, self._document_epoch = plan.last, epoch
             self._only_in_document = plan.last > plan.base
@@ -499,7 +505,7 @@ class Store:
             return False
         records = journal.decoded(b"".join(payloads))
         with self.changing:
-            self._since.add_all(records, self._document.ledger, self._limits)
+            self._uncounted += records
             for number, record in enumerate(records, self._sequence + 1):
                 if record.idempotency_key is not None:
                     self._keys.remember(record.idempotency_key, number)
@@ -558,7 +564,8 @@ class Store:
         is_marked = mark is not None and mark.store == found.store
         with self.changing:
             self._document, self._identity = document, found.identity
-            self._since, self._keys, self._sequence = found.since, found.keys, found.sequence
+            self._since, self._uncounted = found.since, []
+            self._keys, self._sequence = found.keys, found.sequence
             self._epoch, self._offset = found.epoch, found.offset
             self._journal_bytes = max(found.journal_bytes - found.offset, 0)
             self._merged = None
@@ -578,7 +585,21 @@ class Store:
             return
         self._reload()
 
+    def _count_waiting(self) -> None:
+        waiting, self._uncounted = self._uncounted, []
+        try:
+            self._since.add_all(waiting, self._document.ledger, self._limits)
+        except BaseException:
+            self._forget()
+            raise
+
+    def _forget(self) -> None:
+        """Have what is in memory read again before it is used, because an interrupt may have left it half counted."""
+        self._mark_data, self._epoch = b"forgotten", -1
+
     def _planned(self, batch: Batch) -> _Plan:
+        if not batch.keyed:
+            return _Plan(batch, self._sequence, (), ())
         fresh: list[tuple[Keyed, int]] = []
         repeated: list[tuple[Keyed, int]] = []
         sequence = self._sequence + batch.unkeyed
@@ -593,6 +614,8 @@ class Store:
 
     def _number(self, plan: _Plan) -> None:
         self._sequence, self._merged = plan.last, None
+        if len(self._uncounted) > _MOST_UNCOUNTED:
+            self._count_waiting()
         for keyed, sequence in plan.fresh:
             self._keys.remember(keyed.key, sequence)
 
@@ -626,7 +649,8 @@ def _payload_of(plan: _Plan) -> bytes:
 
 def _count(plan: _Plan, delta: Delta, ledger: Ledger, limits: Limits) -> None:
     """Count a plan's records into a delta, in the order of the journal."""
-    delta.absorb(plan.batch.folded, ledger, limits)
+    if plan.batch.folded is not None:
+        delta.absorb(plan.batch.folded, ledger, limits)
     delta.add_all(plan.batch.records, ledger, limits)
     for keyed, _ in plan.fresh:
         delta.add_all(keyed.records, ledger, limits)

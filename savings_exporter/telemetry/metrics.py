@@ -24,6 +24,7 @@ from savings_exporter.storage.steps import (
     SAVE,
     SAVE_STEPS,
     Operation,
+    Step,
     error_symbol,
 )
 from savings_exporter.totals import Totals
@@ -182,14 +183,11 @@ class StoreMetrics:
         self._dir_fsync_supported.set(1)
         self._last_dir_fsync.set(1)
 
-    def begin(self, operation: Operation) -> None:
-        """Nothing is known yet."""
-
-    def end(self, operation: Operation) -> None:
-        """Count it. Observations carry the operation's trace as an exemplar."""
-        if operation.parent is not None:
-            self._count_step(operation)
-        elif operation.name == COMMIT:
+    def ended(self, operation: Operation) -> None:
+        """Count it and its steps. Observations carry their trace as an exemplar."""
+        for step in operation.steps:
+            self._count_step(step, operation)
+        if operation.name == COMMIT:
             # One that found its records counted already, or went by the document instead, committed nothing.
             if operation.records or operation.error is not None:
                 self._count_commit(operation)
@@ -221,15 +219,15 @@ class StoreMetrics:
         else:
             self._commit_failures.labels(operation.failed_step or PREPARE, error_symbol(operation.error)).inc()
 
-    def _count_step(self, operation: Operation) -> None:
-        if operation.parent is not None and operation.parent.name == SAVE:
-            self._step_duration.labels(operation.name).observe(operation.duration, _exemplar(operation))
-        if operation.outcome == "failed" and operation.fsync_target is not None:
-            self._fsync_failures.labels(operation.fsync_target).inc()
-        if operation.name == FSYNC_DIR:
-            self._last_dir_fsync.set(operation.outcome != "failed")
-            if operation.outcome != "failed":
-                self._dir_fsync_supported.set(operation.outcome == "ok")
+    def _count_step(self, step: Step, operation: Operation) -> None:
+        if operation.name == SAVE:
+            self._step_duration.labels(step.name).observe(step.duration, _exemplar(step))
+        if step.outcome == "failed" and step.fsync_target is not None:
+            self._fsync_failures.labels(step.fsync_target).inc()
+        if step.name == FSYNC_DIR:
+            self._last_dir_fsync.set(step.outcome != "failed")
+            if step.outcome != "failed":
+                self._dir_fsync_supported.set(step.outcome == "ok")
 
 
 def totals_families(source: Source) -> Iterator[Metric]:
@@ -274,10 +272,8 @@ def _latency(name: str, help_text: str, labels: Iterable[str] = ()) -> Histogram
     return Histogram(name, help_text, labels, buckets=_LATENCY_BUCKETS, registry=None)
 
 
-def _exemplar(operation: Operation) -> dict[str, str] | None:
-    if operation.trace is None:
-        return None
-    context = operation.trace.get_span_context()
-    if not context.trace_flags.sampled:
+def _exemplar(step: Step) -> dict[str, str] | None:
+    context = step.trace
+    if context is None or not context.trace_flags.sampled:
         return None
     return {"trace_id": trace.format_trace_id(context.trace_id), "span_id": trace.format_span_id(context.span_id)}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from opentelemetry import trace
 from opentelemetry.trace import Link, Span, SpanContext, Status, StatusCode
 
-from savings_exporter.storage.steps import FSYNC_DIR, Operation, error_symbol
+from savings_exporter.storage.steps import FSYNC_DIR, Operation, Step, error_symbol
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -18,31 +18,32 @@ class StoreTracing:
     """Observes a store: ``savings.commit`` and ``savings.save`` with a child span for each step.
 
     Each is a child of the current span of the thread that leads it, root where there is none, and a commit is linked to
-    the spans of the records that it carries. An operation's ``trace`` is its span, None when nobody records it.
+    the spans of the records that it carries. A ``trace`` is the span's context, None where nobody records it.
     """
 
     def __init__(self, provider: TracerProvider | None = None) -> None:
         self._tracer = trace.get_tracer("savings_exporter", version("savings-exporter"), tracer_provider=provider)
 
-    def begin(self, operation: Operation) -> None:
-        """Start a span, unless nobody would see it."""
-        parent = operation.parent
-        if parent is None:
-            links = [Link(context) for context in operation.links]
-            span = self._tracer.start_span(f"savings.{operation.name}", links=links)
-        elif parent.trace is None:
+    def ended(self, operation: Operation) -> None:
+        """Make spans of an operation and its steps. Made when it has ended, they hold up no step of it."""
+        links = [Link(context) for context in operation.links]
+        name = f"savings.{operation.name}"
+        attributes: dict[str, str | int] = {"savings.records": operation.records}
+        if operation.sequence is not None:
+            attributes["savings.sequence"] = operation.sequence
+        span = self._tracer.start_span(
+            name, links=links, start_time=operation.began_ns, attributes=_described(operation, attributes)
+        )
+        if not span.is_recording():
             return
-        else:
-            name = f"savings.{parent.name}.{operation.name}"
-            span = self._tracer.start_span(name, trace.set_span_in_context(parent.trace))
-        if span.is_recording():
-            operation.trace = span
-
-    def end(self, operation: Operation) -> None:
-        """End it, with what is known now."""
-        if operation.trace is not None:
-            _describe(operation.trace, operation)
-            operation.trace.end()
+        context = trace.set_span_in_context(span)
+        for step in operation.steps:
+            attributes = _described(step, {})
+            child = self._tracer.start_span(
+                f"{name}.{step.name}", context, start_time=step.began_ns, attributes=attributes
+            )
+            _end(child, step)
+        _end(span, operation)
 
     def recovered(self, kind: str) -> None:
         """Say so on the current span."""
@@ -55,18 +56,20 @@ def current_span() -> SpanContext | None:
     return span.get_span_context() if span.is_recording() else None
 
 
-def _describe(span: Span, operation: Operation) -> None:
-    attributes: dict[str, str | int] = {}
-    if operation.parent is None:
-        attributes["savings.records"] = operation.records
-    if operation.sequence is not None:
-        attributes["savings.sequence"] = operation.sequence
-    if operation.size is not None:
-        attributes["file.size"] = operation.size
-    if operation.name == FSYNC_DIR:
-        attributes["savings.dir_fsync.result"] = operation.outcome
-    if operation.error is not None:
-        attributes["error.type"] = error_symbol(operation.error)
-        span.record_exception(operation.error)
-        span.set_status(Status(StatusCode.ERROR, str(operation.error)))
-    span.set_attributes(attributes)
+def _described(step: Step, attributes: dict[str, str | int]) -> dict[str, str | int]:
+    if step.size is not None:
+        attributes["file.size"] = step.size
+    if step.name == FSYNC_DIR:
+        attributes["savings.dir_fsync.result"] = step.outcome
+    if step.error is not None:
+        attributes["error.type"] = error_symbol(step.error)
+    return attributes
+
+
+def _end(span: Span, step: Step) -> None:
+    step.trace = span.get_span_context()
+    end_ns = step.began_ns + round(step.duration * 1e9)
+    if step.error is not None:
+        span.record_exception(step.error, timestamp=end_ns)
+        span.set_status(Status(StatusCode.ERROR, str(step.error)))
+    span.end(end_ns)
