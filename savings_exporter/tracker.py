@@ -378,10 +378,13 @@ class SavingsTracker:
             else:
                 mine.acquire()
             return receipt
-        finally:
+        except BaseException:
+            with self._mutex:
+                self._open.recount()
             if mine is None and self._leader == me:
                 # Interrupted between taking the lead and giving it up.
                 self._resign()
+            raise
 
     def _take_on(self, records: Sequence[SavingsRecord], key: Any, ended: asyncio.Future[None] | None) -> Receipt:
         """Take records on for the background thread; ``ended`` is done when a commit that carried them has ended."""
@@ -407,7 +410,7 @@ class SavingsTracker:
         batch = self._open
         position = batch.add(records)
         self._link(batch)
-        if self._failure is not None or len(batch.records) > _MOST_UNFOLDED:
+        if len(batch.records) > _MOST_UNFOLDED:
             batch.fold(self._store.ledger, self._limits)
         return Receipt(batch, position)
 
@@ -497,7 +500,6 @@ class SavingsTracker:
     def _commit_failed(self, batch: _Batch, failure: Exception) -> None:
         with self._mutex:
             self._failure, self._failed_step = failure, self._store.failed_step
-            self._open.fold(self._store.ledger, self._limits)
             self._open.release()
             batch.release()
             delay = self._back_off()
@@ -597,7 +599,7 @@ class SavingsTracker:
         """When the background thread has something to do next, on the monotonic clock."""
         if self._failure is not None:
             return self._retry_at
-        if self._open.count or self._sealed is not None:
+        if self._leader is None and (self._open.count or self._sealed is not None):
             return 0.0
         return self._save_at if self._save_at is not None else math.inf
 

@@ -60,10 +60,23 @@ class Batch:
 
         They take no more memory then, however many they are, and no longer fit into a frame of the journal.
         """
-        if self.folded is None:
-            self.folded = Delta()
-        records, self.records = self.records, []
-        self.folded.add_all(records, ledger, limits)
+        folded = Delta()
+        if self.folded is not None:
+            folded.absorb(self.folded, ledger, limits)
+        folded.add_all(self.records, ledger, limits)
+        self.folded, self.records = folded, []
+
+    def recount(self) -> None:
+        """Count anew what is in it, after an interrupt that may have come between its parts."""
+        folded, self.count, self.tokens = self.folded, 0, 0
+        self.unkeyed = len(self.records)
+        self._count(self.records)
+        for keyed in self.keyed:
+            self._count(keyed.records)
+        if folded is not None:
+            self.unkeyed += folded.records
+            self.count += folded.records
+            self.tokens += folded.lifetime.tokens_saved
 
     def _count(self, records: Sequence[SavingsRecord]) -> None:
         self.count += len(records)

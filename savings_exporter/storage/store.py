@@ -118,6 +118,9 @@ class Store:
         self._saved_sequence, self._document_epoch, self._only_in_document = 0, 0, False
         self._mark_data = b""
         self._merged: Ledger | None = None
+        self._shown = State(Ledger(), None, 0, 0)
+        # Set while what is above changes. Who finds it set was preceded by an interrupt, and has it read again.
+        self._torn = False
         self._found: Found | None = None
         try:
             self._open()
@@ -134,6 +137,8 @@ class Store:
     def state(self) -> State:
         """What is durable, as one consistent piece."""
         with self.changing:
+            if self._torn:
+                return self._shown
             if self._merged is None:
                 self._count_waiting()
                 ledger = self._document.ledger
@@ -144,7 +149,8 @@ class Store:
             if self._identity is not None:
                 size = self._identity.size
                 saved_at = saved_at or datetime.fromtimestamp(self._identity.modified_ns / 1e9, timezone.utc)
-            return State(self._merged, saved_at, size, self._journal_bytes + self._offset)
+            self._shown = State(self._merged, saved_at, size, self._journal_bytes + self._offset)
+            return self._shown
 
     @property
     def exists(self) -> bool:
@@ -201,7 +207,10 @@ class Store:
         """Know what other processes made durable. Costs one read when that is nothing; never fails, never waits."""
         if self._working.acquire(blocking=False):
             try:
-                if not self._is_unsure and (data := self._lock.read()) != self._mark_data:
+                if self._attempts or self._torn:
+                    # An interrupt came between, and it may have left the totals half counted.
+                    self._load(only_marked=True)
+                elif not self._is_unsure and (data := self._lock.read()) != self._mark_data:
                     mark = unpacked(data)
                     if mark is not None and not self._follow(mark):
                         self._load(only_marked=True)
@@ -227,7 +236,7 @@ class Store:
         self._close_segment()
         self._lock.reopen()
         # Another thread may have been counting at the fork.
-        self._forget()
+        self._torn = True
         self._saved_sequence, self._only_in_document = self._sequence, False
 
     @property
@@ -314,6 +323,7 @@ class Store:
             raise
         self._write_mark(segment.epoch, segment.offset, plan.last)
         with self.changing:
+            self._torn = True
             self._uncounted += plan.batch.records
             for keyed, _ in plan.fresh:
                 self._uncounted += keyed.records
@@ -322,6 +332,7 @@ class Store:
                 self._journal_bytes += self._offset
             self._epoch, self._offset = segment.epoch, segment.offset
             plan.settle()
+            self._torn = False
         self._attempts = []
 
     def _segment_for(self, size: int, operation: Operation) -> journal.Segment:
@@ -382,6 +393,7 @@ class Store:
             raise
         needed_from = min(epoch, self._document_epoch)
         with self.changing:
+            self._torn = True
             self._document, self._identity = document, self._written
             self._since, self._uncounted = Delta(), []
             self._number(plan)
@@ -393,6 +405,7 @@ class Store:
                 self._journal_bytes = 0
             for each in (*landed, plan):
                 each.settle()
+            self._torn = False
         self._write_mark(epoch, offset, plan.last)
         self._attempts, self._journal_unsure, self._document_unsure, self.must_save = [], False, False, False
         self._attempted.clear()
@@ -464,7 +477,7 @@ class Store:
         Raises:
             OSError: it cannot be read; ESTALE when it is not what it was, and no later state of it.
         """
-        if not self._attempts:
+        if not self._attempts and not self._torn:
             if self._is_unsure:
                 # The lock was kept, so nobody wrote since, and what is in memory is what was durable.
                 return
@@ -505,6 +518,7 @@ class Store:
             return False
         records = journal.decoded(b"".join(payloads))
         with self.changing:
+            self._torn = True
             self._uncounted += records
             for number, record in enumerate(records, self._sequence + 1):
                 if record.idempotency_key is not None:
@@ -512,6 +526,7 @@ class Store:
             self._sequence, self._offset, self._merged = sequence, mark.offset, None
             segment.offset = mark.offset
             self._know_saved(mark)
+            self._torn = False
         self._mark_data = mark.packed()
         return True
 
@@ -563,6 +578,7 @@ class Store:
         self._close_segment()
         is_marked = mark is not None and mark.store == found.store
         with self.changing:
+            self._torn = True
             self._document, self._identity = document, found.identity
             self._since, self._uncounted = found.since, []
             self._keys, self._sequence = found.keys, found.sequence
@@ -572,6 +588,7 @@ class Store:
             self._saved_sequence = mark.saved_sequence if mark and is_marked else document.ledger.sequence
             self._document_epoch = mark.document_epoch if mark and is_marked else document.epoch
             self._only_in_document = False
+            self._torn = False
         self._mark_data = mark_data
         self._found = found
         if self._lock.held:
@@ -586,16 +603,10 @@ class Store:
         self._reload()
 
     def _count_waiting(self) -> None:
+        was_torn, self._torn = self._torn, True
         waiting, self._uncounted = self._uncounted, []
-        try:
-            self._since.add_all(waiting, self._document.ledger, self._limits)
-        except BaseException:
-            self._forget()
-            raise
-
-    def _forget(self) -> None:
-        """Have what is in memory read again before it is used, because an interrupt may have left it half counted."""
-        self._mark_data, self._epoch = b"forgotten", -1
+        self._since.add_all(waiting, self._document.ledger, self._limits)
+        self._torn = was_torn
 
     def _planned(self, batch: Batch) -> _Plan:
         if not batch.keyed:
