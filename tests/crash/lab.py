@@ -1,0 +1,278 @@
+"""The crash lab: disks that lose power, writers that are killed, and what must hold when the store is opened again.
+
+A power loss is the shutdown ioctl of ext4 and XFS with the log not flushed: what the filesystem had not written to
+its device is gone, and every call fails until it is mounted again. It says nothing about a drive that forgets what it
+was told to flush.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import struct
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from crash import writers
+from crash.ledger import Account
+from savings_exporter import SavingsTracker, Snapshot, StoreError
+from savings_exporter.telemetry.metrics import SavingsCollector
+from savings_exporter.totals import Totals
+from support import eventually, run_cli, samples
+
+LONG = os.environ.get("CRASH_LAB") == "long"
+
+FILESYSTEMS = ("ext4", "xfs")
+
+# ext4 flushes a file that is about to replace another by itself. Other filesystems do not, and no promise rests on it.
+_MOUNT_OPTIONS = {"ext4": "loop,noauto_da_alloc", "xfs": "loop"}
+_IMAGE_BYTES = 320 * 1024 * 1024  # XFS takes no less than 300 MiB
+
+_SHUTDOWN = 0x8004587D
+_DONT_FLUSH_THE_LOG = struct.pack("I", 2)
+
+# Processes are forked from one that has imported the package already and has no threads.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["crash.writers", "savings_exporter"])
+
+
+class LostError(AssertionError):
+    """The store does not hold what was acknowledged."""
+
+
+@dataclass
+class Figures:
+    """What one experiment did and found, over all its rounds."""
+
+    crashes: int = 0
+    attempted: int = 0
+    acknowledged: int = 0
+    recovered: int = 0
+    lost: int = 0
+    duplicates: int = 0
+    torn_frames: int = 0
+    faults_injected: int = 0
+    bytes_damaged: int = 0
+
+
+RESULTS: dict[str, Figures] = {}
+"""The figures of every experiment of this run, by its name."""
+
+
+def rounds(short: int, long: int) -> int:
+    """How many rounds an experiment has: the short form is part of every run, the long form is ``make crash``."""
+    return long if LONG else short
+
+
+class Disk:
+    """An image of a filesystem, mounted over a loop device."""
+
+    def __init__(self, filesystem: str, image: Path, mountpoint: Path) -> None:
+        self.mountpoint = mountpoint
+        self._image = image
+        self._options = _MOUNT_OPTIONS[filesystem]
+        with image.open("wb") as file:
+            file.truncate(_IMAGE_BYTES)
+        subprocess.run([f"mkfs.{filesystem}", "-q", image], check=True)
+        mountpoint.mkdir()
+
+    def mount(self) -> None:
+        """Mount it, replaying the log after a power loss."""
+        subprocess.run(["mount", "-o", self._options, self._image, self.mountpoint], check=True)
+
+    def unmount(self) -> None:
+        """Unmount it, as soon as nobody uses it; its loop device goes by itself."""
+        unmount(self.mountpoint)
+
+    def lose_power(self) -> None:
+        """Forget what is not on the device, and fail every call from now on."""
+        descriptor = os.open(self.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.ioctl(descriptor, _SHUTDOWN, _DONT_FLUSH_THE_LOG)
+        finally:
+            os.close(descriptor)
+
+
+def unmount(mountpoint: Path) -> None:
+    """Unmount what is mounted there, as soon as nobody uses it."""
+    eventually(
+        lambda: subprocess.run(["umount", mountpoint], check=False, capture_output=True).returncode == 0,
+        f"the end of those who use {mountpoint}",
+    )
+
+
+@contextmanager
+def mounted(filesystem: str, directory: Path, image: Path | None = None) -> Iterator[Disk]:
+    """A new disk, mounted under the directory and unmounted at the end, whatever happens."""
+    disk = Disk(filesystem, image or directory / f"{filesystem}.img", directory / filesystem)
+    disk.mount()
+    try:
+        yield disk
+    finally:
+        if os.path.ismount(disk.mountpoint):
+            disk.unmount()
+
+
+@contextmanager
+def experiment(name: str, store: Path, outside: Path) -> Iterator[Lab]:
+    """A lab whose figures are reported under this name, and whose processes are gone at the end."""
+    outside.mkdir()
+    lab = Lab(store, outside, RESULTS.setdefault(name, Figures()))
+    try:
+        yield lab
+    finally:
+        lab.kill()
+
+
+class Lab:
+    """A store, the processes that record in it, and the accounts of what they were told.
+
+    ``outside`` is a directory on a disk that is not in the experiment.
+    """
+
+    def __init__(self, store: Path, outside: Path, figures: Figures) -> None:
+        self.store = store
+        self.figures = figures
+        self.accounts: dict[str, Account] = {}
+        self.running: dict[str, BaseProcess] = {}
+        self._outside = outside
+        self._counted = Counter[str]()
+
+    def account(self, name: str, *, size: int = 1, keyed: bool = writers.KEYED) -> Account:
+        """The account of a stream, opened at its first use."""
+        return self.accounts.setdefault(name, Account(self._outside / name, size=size, keyed=keyed))
+
+    def start(self, name: str, kind: str, sabotage: str | None = None) -> None:
+        """Start a process, going on with the streams of the one that had this name before."""
+        names = [f"{name}-{n}" for n in range(writers.THREADS)] if kind == "threads" else [name]
+        accounts = [self.account(stream, size=writers.BATCH if kind == "batches" else 1) for stream in names]
+        for account in accounts:
+            account.read()
+        streams = [account.stream for account in accounts]
+        process = _processes.Process(target=writers.run, args=(kind, self.store, streams, sabotage), daemon=True)
+        process.start()
+        self.running[name] = process
+
+    def kill(self, *names: str) -> None:
+        """Kill these processes (all, when none is named), and see that they had ended in no other way."""
+        for name in names or tuple(self.running):
+            process = self.running.pop(name)
+            process.kill()
+            process.join()
+        raised = sorted(self._outside.glob(f"*{writers.RAISED}"))
+        assert not raised, "a writer raised:\n" + raised[0].read_text()
+
+    def check(self) -> Snapshot:
+        """Open the store again, and see that nothing is lost, nothing counted twice, and nothing left behind."""
+        for account in self.accounts.values():
+            account.read()
+        try:
+            self._check_document()
+            with SavingsTracker(self.store) as tracker:
+                snapshot, metrics, health = tracker.snapshot(), samples(SavingsCollector(tracker)), tracker.health()
+        except (ValueError, StoreError) as error:
+            self._count_streams({})
+            raise LostError(f"the store is not whole: {error}") from error
+        assert health.healthy, health.reason
+        self.figures.torn_frames += int(metrics.get('savings_recoveries_total{kind="torn_tail"}', 0))
+        self._count_streams(snapshot.by_model)
+        self._check_streams(snapshot.by_model)
+        self._check_claims()
+        self._check_exports(snapshot)
+        self._check_sums(snapshot)
+        self._check_files(snapshot)
+        for name, account in self.accounts.items():
+            account.settle(_requests(snapshot.by_model, name))
+        return snapshot
+
+    def verify(self) -> None:
+        """See that ``savings-exporter verify`` finds nothing wrong either."""
+        verified = run_cli("verify", "--store", str(self.store))
+        assert verified.returncode == 0, verified.stderr
+
+    def _check_document(self) -> None:
+        """Before it is mended, the document is whole, and no older than what ``save`` said was in it."""
+        saved = max((account.saved for account in self.accounts.values()), default=0)
+        held = _records_in(self.store)
+        if held < saved:
+            raise LostError(f"a save of the document with {saved} records is gone; the one there has {held}")
+
+    def _count_streams(self, by_model: Mapping[str, Totals]) -> None:
+        """Add to the figures what is new since the last check."""
+        counted = Counter[str]()
+        for name, account in self.accounts.items():
+            recovered = _requests(by_model, name)
+            counted["attempted"] += account.notes["attempted"] * account.size
+            counted["acknowledged"] += account.notes["acknowledged"] * account.size
+            counted["recovered"] += recovered
+            counted["lost"] += max(account.least - recovered, 0)
+            counted["duplicates"] += max(recovered - account.most, 0)
+        for figure, value in counted.items():
+            setattr(self.figures, figure, getattr(self.figures, figure) + value - self._counted[figure])
+        self._counted = counted
+
+    def _check_streams(self, by_model: Mapping[str, Totals]) -> None:
+        """Acknowledged, recovered, attempted: each is part of the next. A batch is there as a whole or not at all."""
+        lost, wrong = [], []
+        for name, account in self.accounts.items():
+            recovered = _requests(by_model, name)
+            says = f"{name}: {account.least} acknowledged, {recovered} recovered, {account.most} attempted"
+            if recovered < account.least:
+                lost.append(says)
+            if recovered > account.most or recovered % account.size:
+                wrong.append(says)
+        if lost:
+            raise LostError("; ".join(lost))
+        assert not wrong, "; ".join(wrong)
+
+    def _check_claims(self) -> None:
+        """No two receipts name the same place in the store."""
+        claims = sorted(
+            (sequence, account.size, f"{name} {number}")
+            for name, account in self.accounts.items()
+            for number, sequence in account.answers
+        )
+        for (before, _, one), (sequence, size, other) in pairwise(claims):
+            if sequence - size < before:
+                self.figures.duplicates += 1
+                raise AssertionError(f"{one} and {other} were both told that they are record {before}")
+
+    def _check_exports(self, snapshot: Snapshot) -> None:
+        """What was shown to a reader is there, and never went back."""
+        for account in self.accounts.values():
+            assert account.seen == sorted(account.seen), f"a lifetime total went back: {account.seen}"
+            if account.seen and snapshot.lifetime.tokens_saved < account.seen[-1]:
+                raise LostError(f"{account.seen[-1]} tokens were exported, {snapshot.lifetime.tokens_saved} are there")
+            del account.seen[:-1]
+
+    def _check_sums(self, snapshot: Snapshot) -> None:
+        """Every record is worth one token, and the total is the sum of the streams."""
+        assert snapshot.by_model.keys() <= self.accounts.keys()
+        assert all(totals.requests == totals.tokens_saved for totals in snapshot.by_model.values())
+        requests = sum(totals.requests for totals in snapshot.by_model.values())
+        assert requests == snapshot.lifetime.requests == snapshot.lifetime.tokens_saved == snapshot.sequence
+
+    def _check_files(self, snapshot: Snapshot) -> None:
+        assert _records_in(self.store) == snapshot.sequence, "the document saved at the end lacks something"
+        left = [entry.name for entry in self.store.parent.iterdir() if entry.name.endswith(".tmp")]
+        assert not left, f"temporary files stayed: {left}"
+
+
+def _requests(by_model: Mapping[str, Totals], name: str) -> int:
+    return by_model[name].requests if name in by_model else 0
+
+
+def _records_in(document: Path) -> int:
+    """How many records a document holds, for a reader that only knows JSON; 0 when there is none yet."""
+    if not document.exists():
+        return 0
+    records: int = json.loads(document.read_bytes())["lifetime"]["requests"]
+    return records
