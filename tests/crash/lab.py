@@ -143,6 +143,7 @@ class Lab:
         self.figures = figures
         self.accounts: dict[str, Account] = {}
         self.running: dict[str, BaseProcess] = {}
+        self._streams: dict[str, list[Account]] = {}
         self._outside = outside
         self._counted = Counter[str]()
 
@@ -154,12 +155,18 @@ class Lab:
         """Start a process, going on with the streams of the one that had this name before."""
         names = [f"{name}-{n}" for n in range(writers.THREADS)] if kind == "threads" else [name]
         accounts = [self.account(stream, size=writers.BATCH if kind == "batches" else 1) for stream in names]
-        for account in accounts:
-            account.read()
+        self._streams[name] = accounts
+        self.told(name)
         streams = [account.stream for account in accounts]
         process = _processes.Process(target=writers.run, args=(kind, self.store, streams, sabotage), daemon=True)
         process.start()
         self.running[name] = process
+
+    def told(self, name: str) -> int:
+        """How often a process was told of something durable until now."""
+        for account in self._streams[name]:
+            account.read()
+        return sum(account.notes["acknowledged"] + account.notes["seen"] for account in self._streams[name])
 
     def kill(self, *names: str) -> None:
         """Kill these processes (all, when none is named), and see that they had ended in no other way."""
