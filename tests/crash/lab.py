@@ -34,6 +34,7 @@ FILESYSTEMS = ("ext4", "xfs")
 
 # ext4 flushes a file that is about to replace another by itself. Other filesystems do not, and no promise rests on it.
 _MOUNT_OPTIONS = {"ext4": "loop,noauto_da_alloc", "xfs": "loop"}
+_MAKE = {"ext4": ["mkfs.ext4", "-q", "-b", "4096"], "xfs": ["mkfs.xfs", "-q"]}
 _IMAGE_BYTES = 320 * 1024 * 1024  # XFS takes no less than 300 MiB
 
 _SHUTDOWN = 0x8004587D
@@ -75,22 +76,25 @@ def rounds(short: int, long: int) -> int:
 class Disk:
     """An image of a filesystem, mounted over a loop device."""
 
-    def __init__(self, filesystem: str, image: Path, mountpoint: Path) -> None:
-        self.mountpoint = mountpoint
-        self._image = image
+    def __init__(self, filesystem: str, directory: Path) -> None:
+        self.mountpoint = directory / "disk"
+        self.is_mounted = False
+        self._image = directory / "image"
         self._options = _MOUNT_OPTIONS[filesystem]
-        with image.open("wb") as file:
+        with self._image.open("wb") as file:
             file.truncate(_IMAGE_BYTES)
-        subprocess.run([f"mkfs.{filesystem}", "-q", image], check=True)
-        mountpoint.mkdir()
+        subprocess.run([*_MAKE[filesystem], self._image], check=True)
+        self.mountpoint.mkdir()
 
     def mount(self) -> None:
         """Mount it, replaying the log after a power loss."""
         subprocess.run(["mount", "-o", self._options, self._image, self.mountpoint], check=True)
+        self.is_mounted = True
 
     def unmount(self) -> None:
         """Unmount it, as soon as nobody uses it; its loop device goes by itself."""
         unmount(self.mountpoint)
+        self.is_mounted = False
 
     def lose_power(self) -> None:
         """Forget what is not on the device, and fail every call from now on."""
@@ -99,6 +103,59 @@ class Disk:
             fcntl.ioctl(descriptor, _SHUTDOWN, _DONT_FLUSH_THE_LOG)
         finally:
             os.close(descriptor)
+
+
+class ThinDisk(Disk):
+    """A disk that takes room as blocks are written, and gives it back as they are freed.
+
+    Its device is written page by page: the loop driver of Linux 6.18 says that a request was written when there was
+    room for a part of it only. No filesystem notices that, so nothing above one can.
+    """
+
+    def mount(self) -> None:
+        """Mount it."""
+        super().mount()
+        subprocess.run(["mount", "-o", "remount,discard", self.mountpoint], check=True)
+        device = self.mountpoint.stat().st_dev
+        self._request_size = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/queue/max_sectors_kb")
+        self._usual_size = self._request_size.read_text()
+        self._request_size.write_text("4")
+
+    def unmount(self) -> None:
+        """Unmount it, and leave its loop device as it was."""
+        super().unmount()
+        self._request_size.write_text(self._usual_size)
+
+
+class Pool:
+    """A tmpfs that thin disks lie on. When it has no room left, their devices fail."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={2 * _IMAGE_BYTES}", "crash-lab", path], check=True)
+
+    def leave_no_room(self) -> None:
+        """Take all the room that is left."""
+        # While others write, the room that is used now may be too small a moment later.
+        eventually(lambda: self._resize(self._used()), "the pool to be as small as what is in it")
+
+    def enlarge(self) -> None:
+        """Give room for whatever the filesystems can hold."""
+        assert self._resize(2 * _IMAGE_BYTES)
+
+    def _used(self) -> int:
+        status = os.statvfs(self.path)
+        return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+    def _resize(self, size: int) -> bool:
+        resized = subprocess.run(["mount", "-o", f"remount,size={size}", self.path], check=False, capture_output=True)
+        return resized.returncode == 0
+
+
+def drop_caches() -> None:
+    """Have the kernel forget what it believes to be on the disks."""
+    Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 def unmount(mountpoint: Path) -> None:
@@ -110,15 +167,24 @@ def unmount(mountpoint: Path) -> None:
 
 
 @contextmanager
-def mounted(filesystem: str, directory: Path, image: Path | None = None) -> Iterator[Disk]:
-    """A new disk, mounted under the directory and unmounted at the end, whatever happens."""
-    disk = Disk(filesystem, image or directory / f"{filesystem}.img", directory / filesystem)
-    disk.mount()
+def mounted(disk: Disk) -> Iterator[Disk]:
+    """Mount a disk, and unmount it at the end, whatever happens."""
     try:
+        disk.mount()
         yield disk
     finally:
-        if os.path.ismount(disk.mountpoint):
+        if disk.is_mounted:
             disk.unmount()
+
+
+@contextmanager
+def pooled(directory: Path) -> Iterator[Pool]:
+    """A new pool in a directory, unmounted at the end. A disk in it has to be gone by then."""
+    pool = Pool(directory / "pool")
+    try:
+        yield pool
+    finally:
+        unmount(pool.path)
 
 
 @contextmanager
@@ -155,18 +221,30 @@ class Lab:
         """Start a process, going on with the streams of the one that had this name before."""
         names = [f"{name}-{n}" for n in range(writers.THREADS)] if kind == "threads" else [name]
         accounts = [self.account(stream, size=writers.BATCH if kind == "batches" else 1) for stream in names]
+        for account in accounts:
+            account.read()
         self._streams[name] = accounts
-        self.told(name)
         streams = [account.stream for account in accounts]
         process = _processes.Process(target=writers.run, args=(kind, self.store, streams, sabotage), daemon=True)
         process.start()
         self.running[name] = process
 
-    def told(self, name: str) -> int:
-        """How often a process was told of something durable until now."""
+    def goes_on(self) -> None:
+        """Wait until every process that runs has been told of something durable that it was not told of before."""
+        before = {name: self._told(name) for name in self.running}
+        eventually(lambda: all(self._told(name) > told for name, told in before.items()), "all writers to go on")
+
+    def failures(self) -> int:
+        """How often a writer has met a failing disk until now."""
+        return sum(self._noted(name, "failed") for name in self._streams)
+
+    def _told(self, name: str) -> int:
+        return self._noted(name, "acknowledged", "seen")
+
+    def _noted(self, name: str, *notes: str) -> int:
         for account in self._streams[name]:
             account.read()
-        return sum(account.notes["acknowledged"] + account.notes["seen"] for account in self._streams[name])
+        return sum(account.notes[note] for account in self._streams[name] for note in notes)
 
     def kill(self, *names: str) -> None:
         """Kill these processes (all, when none is named), and see that they had ended in no other way."""

@@ -50,11 +50,15 @@ class Ledger:
     def answer(self, number: int, receipt: Receipt) -> None:
         """Note the receipt's answer, waiting for the disk to mend where the record is pending."""
         if not receipt.durable:
-            self._note("pending", number)
+            self.failed()
             receipt.wait()
         if receipt.durable:
             assert receipt.sequence is not None
             self._note("acknowledged", number, receipt.sequence)
+
+    def failed(self) -> None:
+        """Note that the disk has failed."""
+        self._note("failed")
 
     def saved(self, sequence: int) -> None:
         """Note that the document was saved with this record in it."""

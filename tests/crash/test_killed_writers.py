@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from crash.lab import Lab, experiment, rounds
-from support import WAIT_SECONDS, eventually
+from support import WAIT_SECONDS
 
 pytestmark = pytest.mark.needs("linux")
 
@@ -28,7 +28,7 @@ def test_writers_go_on_when_others_are_killed_and_nothing_is_lost(tmp_path: Path
             lab.kill(victim)
             if number % 2:
                 die_in_a_write(lab, victim, kinds[victim])
-            others_go_on(lab)
+            lab.goes_on()
             lab.start(victim, kinds[victim])
             lab.figures.crashes += 1
         lab.kill()
@@ -44,9 +44,3 @@ def die_in_a_write(lab: Lab, name: str, kind: str) -> None:
     lab.running[name].join(WAIT_SECONDS)
     assert not lab.running[name].is_alive()
     lab.kill(name)
-
-
-def others_go_on(lab: Lab) -> None:
-    """Wait until every process that still runs has been told of something new."""
-    before = {name: lab.told(name) for name in lab.running}
-    eventually(lambda: all(lab.told(name) > told for name, told in before.items()), "the others to go on")

@@ -20,7 +20,7 @@ LONGEST_LIFE_SECONDS = 0.3
 
 @pytest.mark.parametrize("filesystem", FILESYSTEMS)
 def test_what_was_acknowledged_survives_a_power_loss_at_any_instant(tmp_path: Path, filesystem: str) -> None:
-    with mounted(filesystem, tmp_path) as disk:
+    with mounted(Disk(filesystem, tmp_path)) as disk:
         store = disk.mountpoint / "proxy_savings.json"
         with experiment(f"power loss, {filesystem}", store, tmp_path / "outside") as lab:
             for _ in range(rounds(40, 300)):
@@ -34,7 +34,7 @@ def test_what_was_acknowledged_survives_a_power_loss_at_any_instant(tmp_path: Pa
 @pytest.mark.parametrize("sabotage", ["no directory fsync", "no data sync"])
 @pytest.mark.parametrize("filesystem", FILESYSTEMS)
 def test_the_lab_sees_what_is_lost_without_a_sync(tmp_path: Path, filesystem: str, sabotage: str) -> None:
-    with mounted(filesystem, tmp_path) as disk:
+    with mounted(Disk(filesystem, tmp_path)) as disk:
         store = disk.mountpoint / "proxy_savings.json"
         with experiment(f"{sabotage}, {filesystem} (must lose)", store, tmp_path / "outside") as lab:
             for _ in range(rounds(60, 200)):

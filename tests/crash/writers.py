@@ -38,6 +38,10 @@ KEYED = "idempotency_key" in inspect.signature(SavingsTracker.record_request).pa
 """Whether this engine knows idempotency keys."""
 
 
+DATA_SYNCS = [name for name in ("fsync_file", "sync_data") if hasattr(filesystem, name)]
+"""How this engine has a file's data on the disk."""
+
+
 def run(kind: str, store: Path, streams: list[Stream], sabotage: str | None) -> None:
     """Be a process of the lab. What it raises is left beside its ledger, for the judge."""
     logging.disable()
@@ -128,9 +132,25 @@ def _skip_directory_fsync(_directory: Path, _ledger: Ledger) -> None:
 
 
 def _skip_data_sync(_directory: Path, _ledger: Ledger) -> None:
-    for name in ("fsync_file", "sync_data"):
-        if hasattr(filesystem, name):
-            setattr(filesystem, name, lambda descriptor: None)
+    for name in DATA_SYNCS:
+        setattr(filesystem, name, lambda descriptor: None)
+
+
+def _sync_again(_directory: Path, ledger: Ledger) -> None:
+    """Believe the second sync of a file whose first one failed."""
+
+    def believing(sync: Callable[[int], None]) -> Callable[[int], None]:
+        def sync_again(descriptor: int) -> None:
+            try:
+                sync(descriptor)
+            except OSError:
+                ledger.failed()
+                sync(descriptor)
+
+        return sync_again
+
+    for name in DATA_SYNCS:
+        setattr(filesystem, name, believing(getattr(filesystem, name)))
 
 
 def _die_in_a_write(directory: Path, ledger: Ledger) -> None:
@@ -156,6 +176,7 @@ def _die_in_a_write(directory: Path, ledger: Ledger) -> None:
 SABOTAGES = {
     "no directory fsync": _skip_directory_fsync,
     "no data sync": _skip_data_sync,
+    "sync again": _sync_again,
     "torn write": _die_in_a_write,
 }
 KINDS = {"alone": alone, "threads": threads, "batches": batches, "reader": reader}
