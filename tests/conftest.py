@@ -35,8 +35,8 @@ _NEEDS = {
 
 _WHY = {
     "linux": "this is not Linux",
-    "fuse": "mounting a FUSE filesystem needs root on Linux, and /dev/fuse",
     "mount": "mounting needs root on Linux",
+    "fuse": "mounting a FUSE filesystem needs root on Linux, and /dev/fuse",
     "root": "it needs root",
     "prometheus": "prometheus and promtool are not installed (Debian: apt-get install prometheus)",
     "strace": "strace is not installed (Debian: apt-get install strace)",

@@ -68,6 +68,11 @@ RESULTS: dict[str, Figures] = {}
 """The figures of every experiment of this run, by its name."""
 
 
+def reported(experiment: str) -> Figures:
+    """The figures of an experiment, which the run shows at its end."""
+    return RESULTS.setdefault(experiment, Figures())
+
+
 def rounds(short: int, long: int) -> int:
     """How many rounds an experiment has: the short form is part of every run, the long form is ``make crash``."""
     return long if LONG else short
@@ -187,21 +192,10 @@ def pooled(directory: Path) -> Iterator[Pool]:
         unmount(pool.path)
 
 
-@contextmanager
-def experiment(name: str, store: Path, outside: Path) -> Iterator[Lab]:
-    """A lab whose figures are reported under this name, and whose processes are gone at the end."""
-    outside.mkdir()
-    lab = Lab(store, outside, RESULTS.setdefault(name, Figures()))
-    try:
-        yield lab
-    finally:
-        lab.kill()
-
-
 class Lab:
     """A store, the processes that record in it, and the accounts of what they were told.
 
-    ``outside`` is a directory on a disk that is not in the experiment.
+    ``outside`` is a directory on a disk that is not in the experiment. At the end of a ``with`` no process is left.
     """
 
     def __init__(self, store: Path, outside: Path, figures: Figures) -> None:
@@ -212,6 +206,13 @@ class Lab:
         self._streams: dict[str, list[Account]] = {}
         self._outside = outside
         self._counted = Counter[str]()
+        outside.mkdir(exist_ok=True)
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.kill()
 
     def account(self, name: str, *, size: int = 1, keyed: bool = writers.KEYED) -> Account:
         """The account of a stream, opened at its first use."""

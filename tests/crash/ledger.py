@@ -47,11 +47,11 @@ class Ledger:
         """Note this before sending."""
         self._note("attempted", number)
 
-    def answer(self, number: int, receipt: Receipt) -> None:
-        """Note the receipt's answer, waiting for the disk to mend where the record is pending."""
+    def answer(self, number: int, receipt: Receipt, patience: float | None = None) -> None:
+        """Note the receipt's answer, waiting for a pending record, so many seconds at most (None: for ever)."""
         if not receipt.durable:
             self.failed()
-            receipt.wait()
+            receipt.wait(patience)
         if receipt.durable:
             assert receipt.sequence is not None
             self._note("acknowledged", number, receipt.sequence)

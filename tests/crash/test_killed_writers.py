@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from crash.lab import Lab, experiment, rounds
+from crash.lab import Lab, reported, rounds
 from support import WAIT_SECONDS
 
 pytestmark = pytest.mark.needs("linux")
@@ -19,7 +19,7 @@ def test_writers_go_on_when_others_are_killed_and_nothing_is_lost(tmp_path: Path
     kinds = {f"{kind}{n}": kind for n, kind in enumerate(KINDS)}
     store = tmp_path / "store" / "proxy_savings.json"
     store.parent.mkdir()
-    with experiment("killed writers", store, tmp_path / "outside") as lab:
+    with Lab(store, tmp_path / "outside", reported("killed writers")) as lab:
         for name, kind in kinds.items():
             lab.start(name, kind)
         lab.start("reader", "reader")

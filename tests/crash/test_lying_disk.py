@@ -14,9 +14,9 @@ from crash.lab import (
     Pool,
     ThinDisk,
     drop_caches,
-    experiment,
     mounted,
     pooled,
+    reported,
     rounds,
 )
 from support import eventually
@@ -30,7 +30,7 @@ WRITERS = ("alone", "threads", "batches", "reader")
 def test_what_was_acknowledged_is_on_a_disk_that_ran_full(tmp_path: Path, filesystem: str) -> None:
     with pooled(tmp_path) as pool, mounted(ThinDisk(filesystem, pool.path)) as disk:
         store = disk.mountpoint / "proxy_savings.json"
-        with experiment(f"full disk, {filesystem}", store, tmp_path / "outside") as lab:
+        with Lab(store, tmp_path / "outside", reported(f"full disk, {filesystem}")) as lab:
             for _ in range(rounds(5, 30)):
                 run_full_while_recording(pool, lab)
                 come_back(pool, disk, lab)
@@ -40,7 +40,7 @@ def test_what_was_acknowledged_is_on_a_disk_that_ran_full(tmp_path: Path, filesy
 def test_records_become_durable_when_xfs_has_room_again(tmp_path: Path) -> None:
     with pooled(tmp_path) as pool, mounted(ThinDisk("xfs", pool.path)) as disk:
         store = disk.mountpoint / "proxy_savings.json"
-        with experiment("room again, xfs", store, tmp_path / "outside") as lab:
+        with Lab(store, tmp_path / "outside", reported("room again, xfs")) as lab:
             for _ in range(rounds(5, 30)):
                 run_full_while_recording(pool, lab)
                 pool.enlarge()
@@ -52,7 +52,7 @@ def test_records_become_durable_when_xfs_has_room_again(tmp_path: Path) -> None:
 def test_the_lab_sees_what_is_lost_when_a_failed_sync_is_tried_again(tmp_path: Path) -> None:
     with pooled(tmp_path) as pool, mounted(ThinDisk("xfs", pool.path)) as disk:
         store = disk.mountpoint / "proxy_savings.json"
-        with experiment("sync again, xfs (must lose)", store, tmp_path / "outside") as lab:
+        with Lab(store, tmp_path / "outside", reported("sync again, xfs (must lose)")) as lab:
             for _ in range(rounds(20, 60)):
                 run_full_while_recording(pool, lab, "sync again")
                 try:

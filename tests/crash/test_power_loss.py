@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from crash.lab import FILESYSTEMS, Disk, Lab, LostError, experiment, mounted, rounds
+from crash.lab import FILESYSTEMS, Disk, Lab, LostError, mounted, reported, rounds
 
 pytestmark = pytest.mark.needs("linux", "root", "mount", "xfsprogs", "e2fsprogs")
 
@@ -22,7 +22,7 @@ LONGEST_LIFE_SECONDS = 0.3
 def test_what_was_acknowledged_survives_a_power_loss_at_any_instant(tmp_path: Path, filesystem: str) -> None:
     with mounted(Disk(filesystem, tmp_path)) as disk:
         store = disk.mountpoint / "proxy_savings.json"
-        with experiment(f"power loss, {filesystem}", store, tmp_path / "outside") as lab:
+        with Lab(store, tmp_path / "outside", reported(f"power loss, {filesystem}")) as lab:
             for _ in range(rounds(40, 300)):
                 lose_power_while_recording(disk, lab)
                 lab.check()
@@ -36,7 +36,7 @@ def test_what_was_acknowledged_survives_a_power_loss_at_any_instant(tmp_path: Pa
 def test_the_lab_sees_what_is_lost_without_a_sync(tmp_path: Path, filesystem: str, sabotage: str) -> None:
     with mounted(Disk(filesystem, tmp_path)) as disk:
         store = disk.mountpoint / "proxy_savings.json"
-        with experiment(f"{sabotage}, {filesystem} (must lose)", store, tmp_path / "outside") as lab:
+        with Lab(store, tmp_path / "outside", reported(f"{sabotage}, {filesystem} (must lose)")) as lab:
             for _ in range(rounds(60, 200)):
                 lose_power_while_recording(disk, lab, sabotage)
                 try:
