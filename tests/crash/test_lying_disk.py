@@ -32,7 +32,7 @@ def test_what_was_acknowledged_is_on_a_disk_that_ran_full(tmp_path: Path, filesy
         store = disk.mountpoint / "proxy_savings.json"
         with Lab(store, tmp_path / "outside", reported(f"full disk, {filesystem}")) as lab:
             for _ in range(rounds(5, 30)):
-                run_full_while_recording(pool, lab)
+                run_full_while_recording(pool, disk, lab)
                 come_back(pool, disk, lab)
             lab.verify()
 
@@ -42,7 +42,7 @@ def test_records_become_durable_when_xfs_has_room_again(tmp_path: Path) -> None:
         store = disk.mountpoint / "proxy_savings.json"
         with Lab(store, tmp_path / "outside", reported("room again, xfs")) as lab:
             for _ in range(rounds(5, 30)):
-                run_full_while_recording(pool, lab)
+                run_full_while_recording(pool, disk, lab)
                 pool.enlarge()
                 lab.goes_on()
                 come_back(pool, disk, lab)
@@ -54,7 +54,7 @@ def test_the_lab_sees_what_is_lost_when_a_failed_sync_is_tried_again(tmp_path: P
         store = disk.mountpoint / "proxy_savings.json"
         with Lab(store, tmp_path / "outside", reported("sync again, xfs (must lose)")) as lab:
             for _ in range(rounds(20, 60)):
-                run_full_while_recording(pool, lab, "sync again")
+                run_full_while_recording(pool, disk, lab, "sync again")
                 try:
                     come_back(pool, disk, lab)
                 except LostError:
@@ -62,7 +62,7 @@ def test_the_lab_sees_what_is_lost_when_a_failed_sync_is_tried_again(tmp_path: P
             pytest.fail(f"nothing was lost in {lab.figures.faults_injected} rounds")
 
 
-def run_full_while_recording(pool: Pool, lab: Lab, sabotage: str | None = None) -> None:
+def run_full_while_recording(pool: Pool, disk: ThinDisk, lab: Lab, sabotage: str | None = None) -> None:
     """Processes record, and then the device has no room for what they write."""
     for kind in WRITERS:
         lab.start(kind, kind, sabotage)
@@ -70,7 +70,7 @@ def run_full_while_recording(pool: Pool, lab: Lab, sabotage: str | None = None) 
     before = lab.failures()
 
     def fails() -> bool:
-        # What a file that was removed gave back is taken away, too.
+        disk.trim()
         pool.leave_no_room()
         return lab.failures() > before
 
