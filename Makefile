@@ -8,7 +8,7 @@ ARGS ?=
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench lint format headroom clean
+.PHONY: help run test crash bench lint format headroom clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -24,6 +24,10 @@ test: .venv/.dev ## run every test that this machine can run (ARGS="-k name" and
 bench: .venv/.dev ## measure the store against its peers, a quarter of an hour (ARGS="threads --repeat 3" and others)
 	-@$(MAKE) --no-print-directory headroom
 	@.venv/bin/python -m benchmarks $(ARGS)
+
+# What is part of every "make test", with more rounds and with every fault at every call.
+crash: .venv/.dev ## lose power, fill disks, fail and kill for a quarter of an hour (root, Linux); build/crash-lab.json
+	@CRASH_LAB=long REQUIRE_ALL=1 .venv/bin/python -m pytest tests/crash $(ARGS)
 
 lint: .venv/.dev ## check style, format and types
 	.venv/bin/ruff check

@@ -27,17 +27,21 @@ _NEEDS = {
     "root": lambda: hasattr(os, "geteuid") and os.geteuid() == 0,
     "prometheus": lambda: shutil.which("prometheus") and shutil.which("promtool"),
     "strace": lambda: shutil.which("strace"),
+    "e2fsprogs": lambda: shutil.which("mkfs.ext4"),
+    "xfsprogs": lambda: shutil.which("mkfs.xfs"),
     "oteltap": lambda: find_spec("oteltap"),
     "headroom": HEADROOM_PYTHON.exists,
 }
 
 _WHY = {
     "linux": "this is not Linux",
-    "mount": "mounting a tmpfs needs root on Linux",
+    "mount": "mounting needs root on Linux",
     "fuse": "mounting a FUSE filesystem needs root on Linux, and /dev/fuse",
     "root": "it needs root",
     "prometheus": "prometheus and promtool are not installed (Debian: apt-get install prometheus)",
     "strace": "strace is not installed (Debian: apt-get install strace)",
+    "e2fsprogs": "mkfs.ext4 is not installed (Debian: apt-get install e2fsprogs)",
+    "xfsprogs": "mkfs.xfs is not installed (Debian: apt-get install xfsprogs)",
     "oteltap": "oteltap is not installed (PyPI: oteltap)",
     "headroom": f"headroom-ai is not installed in {HEADROOM_PYTHON.parent.parent.name} (make headroom)",
 }

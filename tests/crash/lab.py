@@ -1,0 +1,373 @@
+"""The crash lab: disks that lose power, writers that are killed, and what must hold when the store is opened again.
+
+A power loss is the shutdown ioctl of ext4 and XFS with the log not flushed: what the filesystem had not written to
+its device is gone, and every call fails until it is mounted again. It says nothing about a drive that forgets what it
+was told to flush.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import struct
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TypeVar
+
+from crash import writers
+from crash.ledger import Account
+from savings_exporter import SavingsTracker, Snapshot, StoreError
+from savings_exporter.telemetry.metrics import SavingsCollector
+from savings_exporter.totals import Totals
+from support import eventually, run_cli, samples
+
+LONG = os.environ.get("CRASH_LAB") == "long"
+
+FILESYSTEMS = ("ext4", "xfs")
+
+# ext4 flushes a file that is about to replace another by itself. Other filesystems do not, and no promise rests on it.
+_MOUNT_OPTIONS = {"ext4": "loop,noauto_da_alloc", "xfs": "loop"}
+_MAKE = {"ext4": ["mkfs.ext4", "-q", "-b", "4096"], "xfs": ["mkfs.xfs", "-q"]}
+_IMAGE_BYTES = 320 * 1024 * 1024  # XFS takes no less than 300 MiB
+
+_SHUTDOWN = 0x8004587D
+_DONT_FLUSH_THE_LOG = struct.pack("I", 2)
+
+# Processes are forked from one that has imported the package already and has no threads.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["crash.writers", "savings_exporter"])
+
+
+class LostError(AssertionError):
+    """The store does not hold what was acknowledged."""
+
+
+@dataclass
+class Figures:
+    """What one experiment did and found, over all its rounds."""
+
+    crashes: int = 0
+    attempted: int = 0
+    acknowledged: int = 0
+    recovered: int = 0
+    lost: int = 0
+    duplicates: int = 0
+    torn_frames: int = 0
+    faults_injected: int = 0
+    bytes_damaged: int = 0
+
+
+RESULTS: dict[str, Figures] = {}
+"""The figures of every experiment of this run, by its name."""
+
+
+def reported(experiment: str) -> Figures:
+    """The figures of an experiment, which the run shows at its end."""
+    return RESULTS.setdefault(experiment, Figures())
+
+
+def rounds(short: int, long: int) -> int:
+    """How many rounds an experiment has: the short form is part of every run, the long form is ``make crash``."""
+    return long if LONG else short
+
+
+class Disk:
+    """An image of a filesystem, mounted over a loop device."""
+
+    def __init__(self, filesystem: str, directory: Path) -> None:
+        self.mountpoint = directory / "disk"
+        self.is_mounted = False
+        self._image = directory / "image"
+        self._options = _MOUNT_OPTIONS[filesystem]
+        with self._image.open("wb") as file:
+            file.truncate(_IMAGE_BYTES)
+        subprocess.run([*_MAKE[filesystem], self._image], check=True)
+        self.mountpoint.mkdir()
+
+    def mount(self) -> None:
+        """Mount it, replaying the log after a power loss."""
+        subprocess.run(["mount", "-o", self._options, self._image, self.mountpoint], check=True)
+        self.is_mounted = True
+
+    def unmount(self) -> None:
+        """Unmount it, as soon as nobody uses it; its loop device goes by itself."""
+        unmount(self.mountpoint)
+        self.is_mounted = False
+
+    def lose_power(self) -> None:
+        """Forget what is not on the device, and fail every call from now on."""
+        descriptor = os.open(self.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.ioctl(descriptor, _SHUTDOWN, _DONT_FLUSH_THE_LOG)
+        finally:
+            os.close(descriptor)
+
+
+class ThinDisk(Disk):
+    """A disk that takes room as blocks are written, and gives it back when it is trimmed.
+
+    Its device is written page by page: the loop driver of Linux 6.18 says that a request was written when there was
+    room for a part of it only. No filesystem notices that, so nothing above one can.
+    """
+
+    def mount(self) -> None:
+        """Mount it."""
+        super().mount()
+        device = self.mountpoint.stat().st_dev
+        self._request_size = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/queue/max_sectors_kb")
+        self._usual_size = self._request_size.read_text()
+        self._request_size.write_text("4")
+
+    def unmount(self) -> None:
+        """Unmount it, and leave its loop device as it was."""
+        super().unmount()
+        self._request_size.write_text(self._usual_size)
+
+    def trim(self) -> None:
+        """Give back the room of removed files. A disk that has failed already gives nothing."""
+        subprocess.run(["fstrim", self.mountpoint], check=False, capture_output=True)
+
+
+AnyDisk = TypeVar("AnyDisk", bound=Disk)
+
+
+class Pool:
+    """A tmpfs that thin disks lie on. When it has no room left, their devices fail."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={2 * _IMAGE_BYTES}", "crash-lab", path], check=True)
+
+    def leave_no_room(self) -> None:
+        """Take all the room that is left."""
+        # While others write, the room that is used now may be too small a moment later.
+        eventually(lambda: self._resize(self._used()), "the pool to be as small as what is in it")
+
+    def enlarge(self) -> None:
+        """Give room for whatever the filesystems can hold."""
+        assert self._resize(2 * _IMAGE_BYTES)
+
+    def _used(self) -> int:
+        status = os.statvfs(self.path)
+        return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+    def _resize(self, size: int) -> bool:
+        resized = subprocess.run(["mount", "-o", f"remount,size={size}", self.path], check=False, capture_output=True)
+        return resized.returncode == 0
+
+
+def drop_caches() -> None:
+    """Have the kernel forget what it believes to be on the disks."""
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def unmount(mountpoint: Path) -> None:
+    """Unmount what is mounted there, as soon as nobody uses it."""
+    eventually(
+        lambda: subprocess.run(["umount", mountpoint], check=False, capture_output=True).returncode == 0,
+        f"the end of those who use {mountpoint}",
+    )
+
+
+@contextmanager
+def mounted(disk: AnyDisk) -> Iterator[AnyDisk]:
+    """Mount a disk, and unmount it at the end, whatever happens."""
+    try:
+        disk.mount()
+        yield disk
+    finally:
+        if disk.is_mounted:
+            disk.unmount()
+
+
+@contextmanager
+def pooled(directory: Path) -> Iterator[Pool]:
+    """A new pool in a directory, unmounted at the end. A disk in it has to be gone by then."""
+    pool = Pool(directory / "pool")
+    try:
+        yield pool
+    finally:
+        unmount(pool.path)
+
+
+class Lab:
+    """A store, the processes that record in it, and the accounts of what they were told.
+
+    ``outside`` is a directory on a disk that is not in the experiment. At the end of a ``with`` no process is left.
+    """
+
+    def __init__(self, store: Path, outside: Path, figures: Figures) -> None:
+        self.store = store
+        self.figures = figures
+        self.accounts: dict[str, Account] = {}
+        self.running: dict[str, BaseProcess] = {}
+        self._streams: dict[str, list[Account]] = {}
+        self._outside = outside
+        self._counted = Counter[str]()
+        outside.mkdir(exist_ok=True)
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.kill()
+
+    def account(self, name: str, *, size: int = 1, keyed: bool = writers.KEYED) -> Account:
+        """The account of a stream, opened at its first use."""
+        return self.accounts.setdefault(name, Account(self._outside / name, size=size, keyed=keyed))
+
+    def start(self, name: str, kind: str, sabotage: str | None = None) -> None:
+        """Start a process, going on with the streams of the one that had this name before."""
+        names = [f"{name}-{n}" for n in range(writers.THREADS)] if kind == "threads" else [name]
+        accounts = [self.account(stream, size=writers.BATCH if kind == "batches" else 1) for stream in names]
+        for account in accounts:
+            account.read()
+        self._streams[name] = accounts
+        streams = [account.stream for account in accounts]
+        process = _processes.Process(target=writers.run, args=(kind, self.store, streams, sabotage), daemon=True)
+        process.start()
+        self.running[name] = process
+
+    def goes_on(self) -> None:
+        """Wait until every process that runs has been told of something durable that it was not told of before."""
+        before = {name: self._told(name) for name in self.running}
+        eventually(lambda: all(self._told(name) > told for name, told in before.items()), "all writers to go on")
+
+    def failures(self) -> int:
+        """How often a writer has met a failing disk until now."""
+        return sum(self._noted(name, "failed") for name in self._streams)
+
+    def _told(self, name: str) -> int:
+        return self._noted(name, "acknowledged", "seen")
+
+    def _noted(self, name: str, *notes: str) -> int:
+        for account in self._streams[name]:
+            account.read()
+        return sum(account.notes[note] for account in self._streams[name] for note in notes)
+
+    def kill(self, *names: str) -> None:
+        """Kill these processes (all, when none is named), and see that they had ended in no other way."""
+        for name in names or tuple(self.running):
+            process = self.running.pop(name)
+            process.kill()
+            process.join()
+        raised = sorted(self._outside.glob(f"*{writers.RAISED}"))
+        assert not raised, "a writer raised:\n" + raised[0].read_text()
+
+    def check(self) -> Snapshot:
+        """Open the store again, and see that nothing is lost, nothing counted twice, and nothing left behind."""
+        for account in self.accounts.values():
+            account.read()
+        try:
+            held = _records_in(self.store)
+            with SavingsTracker(self.store) as tracker:
+                snapshot, metrics, health = tracker.snapshot(), samples(SavingsCollector(tracker)), tracker.health()
+        except (ValueError, StoreError) as error:
+            self._count_streams({})
+            raise LostError(f"the store is not whole: {error}") from error
+        assert health.healthy, health.reason
+        self.figures.torn_frames += int(metrics.get('savings_recoveries_total{kind="torn_tail"}', 0))
+        self._count_streams(snapshot.by_model)
+        self._check_streams(snapshot.by_model)
+        self._check_saves(held)
+        self._check_claims()
+        self._check_exports(snapshot)
+        self._check_sums(snapshot)
+        self._check_files(snapshot)
+        for name, account in self.accounts.items():
+            account.settle(_requests(snapshot.by_model, name))
+        return snapshot
+
+    def verify(self) -> None:
+        """See that ``savings-exporter verify`` finds nothing wrong either."""
+        verified = run_cli("verify", "--store", str(self.store))
+        assert verified.returncode == 0, verified.stderr
+
+    def _count_streams(self, by_model: Mapping[str, Totals]) -> None:
+        """Add to the figures what is new since the last check."""
+        counted = Counter[str]()
+        for name, account in self.accounts.items():
+            recovered = _requests(by_model, name)
+            counted["attempted"] += account.notes["attempted"] * account.size
+            counted["acknowledged"] += account.notes["acknowledged"] * account.size
+            counted["recovered"] += recovered
+            counted["lost"] += max(account.least - recovered, 0)
+            counted["duplicates"] += max(recovered - account.most, 0)
+        for figure, value in counted.items():
+            setattr(self.figures, figure, getattr(self.figures, figure) + value - self._counted[figure])
+        self._counted = counted
+
+    def _check_streams(self, by_model: Mapping[str, Totals]) -> None:
+        """Acknowledged, recovered, attempted: each is part of the next. A batch is there as a whole or not at all."""
+        lost, wrong = [], []
+        for name, account in self.accounts.items():
+            recovered = _requests(by_model, name)
+            says = f"{name}: {account.least} acknowledged, {recovered} recovered, {account.most} attempted"
+            if recovered < account.least:
+                lost.append(says)
+            if recovered > account.most or recovered % account.size:
+                wrong.append(says)
+        if lost:
+            raise LostError("; ".join(lost))
+        assert not wrong, "; ".join(wrong)
+
+    def _check_saves(self, held: int) -> None:
+        """Before anything was mended, the document was no older than what ``save`` said was in it."""
+        saved = max((account.saved for account in self.accounts.values()), default=0)
+        if held < saved:
+            self.figures.lost += saved - held
+            raise LostError(f"a save of the document with {saved} records is gone; the one there has {held}")
+
+    def _check_claims(self) -> None:
+        """No two receipts name the same place in the store."""
+        claims = sorted(
+            (sequence, account.size, f"{name} {number}")
+            for name, account in self.accounts.items()
+            for number, sequence in account.answers
+        )
+        for (before, _, one), (sequence, size, other) in pairwise(claims):
+            if sequence - size < before:
+                self.figures.duplicates += 1
+                raise AssertionError(f"{one} and {other} were both told that they are record {before}")
+
+    def _check_exports(self, snapshot: Snapshot) -> None:
+        """What was shown to a reader is there, and never went back."""
+        for account in self.accounts.values():
+            assert account.seen == sorted(account.seen), f"a lifetime total went back: {account.seen}"
+            if account.seen and snapshot.lifetime.tokens_saved < account.seen[-1]:
+                raise LostError(f"{account.seen[-1]} tokens were exported, {snapshot.lifetime.tokens_saved} are there")
+            del account.seen[:-1]
+
+    def _check_sums(self, snapshot: Snapshot) -> None:
+        """Every record is worth one token, and the total is the sum of the streams."""
+        assert snapshot.by_model.keys() <= self.accounts.keys()
+        assert all(totals.requests == totals.tokens_saved for totals in snapshot.by_model.values())
+        requests = sum(totals.requests for totals in snapshot.by_model.values())
+        assert requests == snapshot.lifetime.requests == snapshot.lifetime.tokens_saved == snapshot.sequence
+
+    def _check_files(self, snapshot: Snapshot) -> None:
+        assert _records_in(self.store) == snapshot.sequence, "the document saved at the end lacks something"
+        left = [entry.name for entry in self.store.parent.iterdir() if entry.name.endswith(".tmp")]
+        assert not left, f"temporary files stayed: {left}"
+
+
+def _requests(by_model: Mapping[str, Totals], name: str) -> int:
+    return by_model[name].requests if name in by_model else 0
+
+
+def _records_in(document: Path) -> int:
+    """How many records a document holds, for a reader that only knows JSON; 0 when there is none yet."""
+    if not document.exists():
+        return 0
+    # A document that is not whole raises ValueError.
+    records: int = json.loads(document.read_bytes())["lifetime"]["requests"]
+    return records

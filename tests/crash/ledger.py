@@ -1,0 +1,143 @@
+"""What a stream of records attempted and what it was told, written where no experiment reaches.
+
+A stream is one model name: its records are worth one token each and are sent one after the other, so how many of
+them a store holds says which ones they are. A stream of batches sends ``size`` records at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain, count
+from pathlib import Path
+from typing import NamedTuple
+
+from savings_exporter import Receipt
+
+
+class Stream(NamedTuple):
+    """What a writer is told about the stream it goes on with.
+
+    ``again`` are the numbers that a writer before it sent and got no answer for. They are sent once more, where
+    their idempotency keys keep them from counting twice.
+    """
+
+    ledger: Path
+    first: int
+    again: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.ledger.name
+
+    def numbers(self) -> Iterator[int]:
+        """The numbers to send."""
+        return chain(self.again, count(self.first))
+
+
+class Ledger:
+    """The writer's side. Each line is one ``write``, so whoever is killed leaves whole lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
+
+    def attempt(self, number: int) -> None:
+        """Note this before sending."""
+        self._note("attempted", number)
+
+    def answer(self, number: int, receipt: Receipt, patience: float | None = None) -> None:
+        """Note the receipt's answer, waiting for a pending record, so many seconds at most (None: for ever)."""
+        if not receipt.durable:
+            self.failed()
+            receipt.wait(patience)
+        if receipt.durable:
+            assert receipt.sequence is not None
+            self._note("acknowledged", number, receipt.sequence)
+
+    def failed(self) -> None:
+        """Note that the disk has failed."""
+        self._note("failed")
+
+    def saved(self, sequence: int) -> None:
+        """Note that the document was saved with this record in it."""
+        self._note("saved", sequence)
+
+    def seen(self, tokens: int) -> None:
+        """Note that a reader was shown this lifetime total."""
+        self._note("seen", tokens)
+
+    def torn(self, size: int) -> None:
+        """Note that the writer dies now, with so many bytes of a write in the file."""
+        self._note("torn", size)
+
+    def _note(self, *words: object) -> None:
+        os.write(self._file, " ".join(map(str, words)).encode() + b"\n")
+
+
+class Account:
+    """The judge's side: what the store must hold of a stream, at least and at most."""
+
+    def __init__(self, path: Path, *, size: int = 1, keyed: bool = False) -> None:
+        self.path = path
+        self.size = size
+        self.keyed = keyed
+        self.attempted: set[int] = set()
+        self.acknowledged: set[int] = set()
+        self.answers: list[tuple[int, int]] = []
+        self.notes: Counter[str] = Counter()
+        self.saved = 0
+        self.seen: list[int] = []
+        self.torn_bytes = 0
+        self._known = 0
+        self._next = 1
+        self._read_bytes = 0
+
+    def read(self) -> None:
+        """Take in what was noted since."""
+        if not self.path.exists():
+            return
+        with self.path.open() as file:
+            file.seek(self._read_bytes)
+            lines = file.readlines()
+            self._read_bytes = file.tell()
+        for line in lines:
+            what, *rest = line.split()
+            numbers = [int(number) for number in rest]
+            self.notes[what] += 1
+            if what == "attempted":
+                self.attempted.add(numbers[0])
+                self._next = max(self._next, numbers[0] + 1)
+            elif what == "acknowledged":
+                self.acknowledged.add(numbers[0])
+                self.answers.append((numbers[0], numbers[1]))
+            elif what == "saved":
+                self.saved = max(self.saved, numbers[0])
+            elif what == "seen":
+                self.seen.append(numbers[0])
+            elif what == "torn":
+                self.torn_bytes += numbers[0]
+
+    @property
+    def stream(self) -> Stream:
+        """What the next writer of the stream is told."""
+        unanswered = self.attempted - self.acknowledged if self.keyed else ()
+        return Stream(self.path, self._next, tuple(sorted(unanswered)))
+
+    @property
+    def least(self) -> int:
+        """How many records the store holds if nothing is lost."""
+        return self._known + len(self.acknowledged) * self.size
+
+    @property
+    def most(self) -> int:
+        """How many records the store holds if nothing counts twice."""
+        return self._known + len(self.attempted) * self.size
+
+    def settle(self, recovered: int) -> None:
+        """After a crash: an unanswered record that nobody will send again was recovered or not, and stays so."""
+        if not self.keyed:
+            self._known = recovered
+            self.attempted.clear()
+            self.acknowledged.clear()

@@ -1,0 +1,78 @@
+"""One process that opens a store with something to recover, commits, saves, fills what can be filled, and opens again.
+
+Each of its system calls on the store's directory is made to fail by ``test_every_call.py``. Arguments: the document's
+path, a directory for the ledgers. Status 0: it came to its end, whatever is pending; 3: the store refused to open.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sys
+from itertools import count
+from pathlib import Path
+
+from crash.ledger import Ledger
+from crash.writers import batch_of, key
+from savings_exporter import SavingsTracker, StoreError
+
+REFUSED = 3
+
+SINGLE, BATCHED, LATER, LAST = "single", "batched", "later", "last"
+
+BATCH = 4500
+"""Records a batch, so that two of them fill a segment."""
+
+# One fault is over when the disk is tried again, some tenths of a second later.
+PATIENCE_SECONDS = 5.0
+
+
+def main(store: str, ledgers: Path) -> int:
+    make_names_predictable()
+    logging.disable()
+    try:
+        with SavingsTracker(store) as tracker:
+            record(tracker, ledgers)
+        with SavingsTracker(store) as tracker:
+            send(tracker, Ledger(ledgers / LAST), LAST, 1)
+    except StoreError as error:
+        print(error, file=sys.stderr)
+        return REFUSED
+    return 0
+
+
+def make_names_predictable() -> None:
+    """Give files the same names in each run: strace is told which ones to watch."""
+    numbers = count(1)
+
+    def numbered(nbytes: int | None = None) -> str:
+        return f"{next(numbers):0{2 * (nbytes or 32)}x}"
+
+    secrets.token_hex = numbered
+
+
+def record(tracker: SavingsTracker, ledgers: Path) -> None:
+    """Commit, fill what can be filled, save, commit in the background."""
+    single, batched, later = (Ledger(ledgers / name) for name in (SINGLE, BATCHED, LATER))
+    send(tracker, single, SINGLE, 1)
+    for number in (1, 2):
+        batched.attempt(number)
+        receipt = tracker.record_many(batch_of(BATCHED, BATCH), **key(BATCHED, number))
+        batched.answer(number, receipt, PATIENCE_SECONDS)
+    if tracker.save() and receipt.sequence is not None:
+        batched.saved(receipt.sequence)
+    later.attempt(1)
+    receipt = tracker.record_request(model=LATER, tokens_saved=1, wait=False, **key(LATER, 1))
+    tracker.flush(PATIENCE_SECONDS)
+    later.answer(1, receipt, PATIENCE_SECONDS)
+    send(tracker, single, SINGLE, 2)
+
+
+def send(tracker: SavingsTracker, ledger: Ledger, model: str, number: int) -> None:
+    ledger.attempt(number)
+    receipt = tracker.record_request(model=model, tokens_saved=1, **key(model, number))
+    ledger.answer(number, receipt, PATIENCE_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

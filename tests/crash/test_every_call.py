@@ -1,0 +1,135 @@
+"""Every system call of a run on the store's directory fails once, in each way, or is the last one of its process."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from crash import scenario
+from crash.lab import LONG, Figures, Lab, reported
+from support import ROOT, WAIT_SECONDS
+
+pytestmark = pytest.mark.needs("linux", "strace")
+
+CALLS = (
+    *("openat", "write", "pwrite64", "ftruncate", "fallocate", "fsync", "fdatasync"),
+    *("rename", "renameat", "renameat2", "link", "linkat", "unlink", "unlinkat"),
+)
+
+FAULTS = ("error=EIO", "signal=KILL", "error=ENOSPC", "error=EROFS", "error=EINVAL")
+"""As strace understands them. The first two meet every call also in the short form, the others every fifth."""
+
+DOCUMENT = "proxy_savings.json"
+
+BEFORE = "before"
+"""The stream of the process that was killed before."""
+
+
+class Call(NamedTuple):
+    """The n-th call of this name that a thread makes on the store's directory."""
+
+    name: str
+    number: int
+
+
+class Prepared(NamedTuple):
+    """A store that a killed process left, what it was told, and the calls that a run of the scenario makes on it."""
+
+    directory: Path
+    files: tuple[str, ...]
+    calls: tuple[Call, ...]
+
+
+class Run(NamedTuple):
+    """A run of the scenario that met a fault."""
+
+    directory: Path
+    status: int
+    stderr: str
+    log: str
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_any_call_may_fail(tmp_path: Path, fault: str) -> None:
+    prepared = prepare(tmp_path)
+    first = FAULTS.index(fault)
+    calls = prepared.calls if LONG or first < 2 else prepared.calls[first::5]
+    figures = reported(f"every call, {fault.partition('=')[2]}")
+    wrong = []
+    with ThreadPoolExecutor(2) as pool:
+        for call, run in zip(calls, pool.map(lambda call: meet(fault, call, prepared), calls), strict=True):
+            try:
+                judge(run, figures)
+            except AssertionError as found:
+                wrong.append(f"{fault} at {call.name} number {call.number}: {found}")
+            shutil.rmtree(run.directory)
+    assert not wrong, "\n".join(wrong)
+
+
+def prepare(directory: Path) -> Prepared:
+    """Leave a store to recover, and find out which calls a run of the scenario makes on it."""
+    prepared = directory / "prepared"
+    (prepared / "store").mkdir(parents=True)
+    with Lab(prepared / "store" / DOCUMENT, prepared / "outside", Figures()) as lab:
+        lab.start(BEFORE, "alone")
+        lab.goes_on()
+    # Once to see the files' names, and once more to count as strace counts where it is told them.
+    run = run_scenario(prepared, directory / "names", ["-y"])
+    names = {Path(found).name for found in re.findall(rf'[<"]{re.escape(str(run.directory))}/store/([^>"]*)', run.log)}
+    run = run_scenario(prepared, directory / "calls", watching(directory / "calls", tuple(names)))
+    made = Counter(re.findall(r"^(\d+) +(\w+)\(", run.log, re.MULTILINE))
+    most = {name: max(count for (_, other), count in made.items() if other == name) for _, name in made}
+    assert run.status == 0
+    # Whatever an engine is made of, it opens, writes, syncs, renames and removes.
+    assert {"openat", "fsync", "rename", "unlink"} <= most.keys()
+    assert {"write", "pwrite64"} & most.keys()
+    calls = (Call(name, number) for name, last in sorted(most.items()) for number in range(1, last + 1))
+    return Prepared(prepared, tuple(names), tuple(calls))
+
+
+def meet(fault: str, call: Call, prepared: Prepared) -> Run:
+    """Run the scenario with a fault at one call."""
+    directory = prepared.directory.parent / f"{call.name}-{call.number}"
+    inject = ["-e", f"inject={call.name}:{fault}:when={call.number}"]
+    return run_scenario(prepared.directory, directory, [*watching(directory, prepared.files), *inject])
+
+
+def judge(run: Run, figures: Figures) -> None:
+    """The fault was met; the process came to its end, was killed, or could not open the store; and nothing is lost."""
+    injected, killed = run.log.count("(INJECTED)"), run.log.count("+++ killed by SIGKILL +++")
+    figures.faults_injected += injected
+    figures.crashes += min(killed, 1)
+    assert injected or killed, "the call was not made"
+    assert run.status in ((-signal.SIGKILL,) if killed else (0, scenario.REFUSED)), run.stderr
+    lab = Lab(run.directory / "store" / DOCUMENT, run.directory / "outside", figures)
+    for name in (BEFORE, scenario.SINGLE, scenario.LATER, scenario.LAST):
+        lab.account(name)
+    lab.account(scenario.BATCHED, size=scenario.BATCH)
+    lab.check()
+
+
+def watching(directory: Path, files: tuple[str, ...]) -> list[str]:
+    """The options with which strace looks at the store's directory and the files in it, and at nothing else."""
+    store = directory / "store"
+    return [option for path in (store, *(store / name for name in files)) for option in ("-P", str(path))]
+
+
+def run_scenario(prepared: Path, directory: Path, options: list[str]) -> Run:
+    """Run the scenario on a copy of the prepared store, under strace."""
+    shutil.copytree(prepared, directory)
+    log = directory / "strace.log"
+    command = ["strace", "-f", "-e", f"trace={','.join(CALLS)}", *options, "-o", str(log)]
+    command += [sys.executable, scenario.__file__, str(directory / "store" / DOCUMENT), str(directory / "outside")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, timeout=2 * WAIT_SECONDS, check=False)
+    return Run(directory, done.returncode, done.stderr, log.read_text())

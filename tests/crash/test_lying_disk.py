@@ -1,0 +1,88 @@
+"""The disk runs full under the filesystem, where a sync fails once, the next one succeeds, and the data is gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from crash.lab import (
+    FILESYSTEMS,
+    Disk,
+    Lab,
+    LostError,
+    Pool,
+    ThinDisk,
+    drop_caches,
+    mounted,
+    pooled,
+    reported,
+    rounds,
+)
+from support import eventually
+
+pytestmark = pytest.mark.needs("linux", "root", "mount", "xfsprogs", "e2fsprogs")
+
+WRITERS = ("alone", "threads", "batches", "reader")
+
+
+@pytest.mark.parametrize("filesystem", FILESYSTEMS)
+def test_what_was_acknowledged_is_on_a_disk_that_ran_full(tmp_path: Path, filesystem: str) -> None:
+    with pooled(tmp_path) as pool, mounted(ThinDisk(filesystem, pool.path)) as disk:
+        store = disk.mountpoint / "proxy_savings.json"
+        with Lab(store, tmp_path / "outside", reported(f"full disk, {filesystem}")) as lab:
+            for _ in range(rounds(5, 30)):
+                run_full_while_recording(pool, disk, lab)
+                come_back(pool, disk, lab)
+            lab.verify()
+
+
+def test_records_become_durable_when_xfs_has_room_again(tmp_path: Path) -> None:
+    with pooled(tmp_path) as pool, mounted(ThinDisk("xfs", pool.path)) as disk:
+        store = disk.mountpoint / "proxy_savings.json"
+        with Lab(store, tmp_path / "outside", reported("room again, xfs")) as lab:
+            for _ in range(rounds(5, 30)):
+                run_full_while_recording(pool, disk, lab)
+                pool.enlarge()
+                lab.goes_on()
+                come_back(pool, disk, lab)
+            lab.verify()
+
+
+def test_the_lab_sees_what_is_lost_when_a_failed_sync_is_tried_again(tmp_path: Path) -> None:
+    with pooled(tmp_path) as pool, mounted(ThinDisk("xfs", pool.path)) as disk:
+        store = disk.mountpoint / "proxy_savings.json"
+        with Lab(store, tmp_path / "outside", reported("sync again, xfs (must lose)")) as lab:
+            for _ in range(rounds(20, 60)):
+                run_full_while_recording(pool, disk, lab, "sync again")
+                try:
+                    come_back(pool, disk, lab)
+                except LostError:
+                    return
+            pytest.fail(f"nothing was lost in {lab.figures.faults_injected} rounds")
+
+
+def run_full_while_recording(pool: Pool, disk: ThinDisk, lab: Lab, sabotage: str | None = None) -> None:
+    """Processes record, and then the device has no room for what they write."""
+    for kind in WRITERS:
+        lab.start(kind, kind, sabotage)
+    lab.goes_on()
+    before = lab.failures()
+
+    def fails() -> bool:
+        disk.trim()
+        pool.leave_no_room()
+        return lab.failures() > before
+
+    eventually(fails, "the disk to fail")
+    lab.figures.faults_injected += 1
+
+
+def come_back(pool: Pool, disk: Disk, lab: Lab) -> None:
+    """Take away what only the page cache believes, and the processes; then look at what the disk has."""
+    drop_caches()
+    lab.kill()
+    disk.unmount()
+    pool.enlarge()
+    disk.mount()
+    lab.check()
