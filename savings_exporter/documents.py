@@ -19,7 +19,7 @@ import msgspec
 
 from savings_exporter.errors import CorruptStoreError, NewerSchemaError
 from savings_exporter.records import UNKNOWN, clean_name, clean_project, parse_timestamp
-from savings_exporter.totals import AMOUNTS, COUNTS, Ledger, Pair, Totals, iso_utc, total_of
+from savings_exporter.totals import AMOUNTS, COUNTS, POINT_KEYS, Ledger, Pair, Totals, iso_utc, total_of
 
 SCHEMA_VERSION = 6
 OLDEST_SCHEMA_VERSION = 2
@@ -35,26 +35,6 @@ _SIGNED_AMOUNTS = frozenset({"compression_savings_usd", "compression_savings_lis
 
 # Beyond this no number is a count of tokens, and sums of such numbers would leave the range of a float.
 _LARGEST_NUMBER = 2**63 - 1
-
-# What a point of history calls the counts and amounts of the lifetime totals.
-_POINT_KEYS = {
-    "tokens_saved": "total_tokens_saved",
-    **{
-        name: name
-        for name in (
-            "compression_savings_usd",
-            "cache_read_tokens",
-            "cache_savings_usd",
-            "total_input_tokens",
-            "total_input_cost_usd",
-            "output_tokens_saved",
-            "output_savings_usd",
-            "tool_tokens_saved",
-            "tool_schema_savings_usd",
-            "total_output_cost_usd",
-        )
-    },
-}
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True):
@@ -214,7 +194,7 @@ def _lifetime(raw: dict[str, Any], models: Totals, point: Mapping[str, Any], pro
     """
     block = raw.get("lifetime")
     lifetime = _totals(block, "lifetime", problems)
-    checkpoint = _totals({name: point[key] for name, key in _POINT_KEYS.items() if key in point}, "history", problems)
+    checkpoint = _totals({name: point[key] for name, key in POINT_KEYS.items() if key in point}, "history", problems)
     behind = "compression_savings_usd" not in _dict(block) or any(
         getattr(lifetime, name) < getattr(checkpoint, name) for name in COUNTS
     )

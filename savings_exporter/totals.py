@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from savings_exporter.records import UNKNOWN, SavingsRecord, parse_timestamp
+from savings_exporter.records import UNKNOWN, SavingsRecord
 
 OTHER = "other"
 """The name that everything beyond a bound is counted under."""
 
-HOURLY_POINTS_FOR = timedelta(days=14)
-DAILY_POINTS_FOR = timedelta(days=730)
+DAYS_OF_HOURLY_POINTS = 14 + 1
+"""History keeps the points of each hour on so many days: a part of the first, fourteen, and a part of the last."""
+
+DAYS_OF_POINTS = 730 + 1
+"""On how many days history keeps any point."""
+
+# A larger number in a point of another program's is no count and no amount.
+_LARGEST_NUMBER = 2**63 - 1
 
 Pair = tuple[str, str]
 """A provider and a model, in this order."""
@@ -83,6 +89,30 @@ COUNTS = tuple(field.name for field in msgspec.structs.fields(Totals) if field.t
 AMOUNTS = tuple(field.name for field in msgspec.structs.fields(Totals) if field.type is float)
 
 
+# What a point of history calls the counts and amounts of the lifetime totals.
+POINT_KEYS = {
+    "tokens_saved": "total_tokens_saved",
+    **{
+        name: name
+        for name in (
+            "compression_savings_usd",
+            "cache_read_tokens",
+            "cache_savings_usd",
+            "total_input_tokens",
+            "total_input_cost_usd",
+            "output_tokens_saved",
+            "output_savings_usd",
+            "tool_tokens_saved",
+            "tool_schema_savings_usd",
+            "total_output_cost_usd",
+        )
+    },
+}
+
+# How much of a timestamp tells its day, and its hour.
+_DAY, _HOUR = len("2026-01-01"), len("2026-01-01T00")
+
+
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """How many different names a ledger takes before it counts new ones under ``other``."""
 
@@ -113,7 +143,9 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
             by_model=_merged(self.by_model, delta.by_model, OTHER, limits.max_models),
             projects=_merged(self.projects, delta.projects, OTHER, limits.max_projects),
             by_provider_model=_merged(self.by_provider_model, delta.by_provider_model, OTHER_PAIR, limits.max_models),
-            history=_with_point(self.history, lifetime, delta.newest, now) if delta.newest else self.history,
+            history=_with_point(self.history, lifetime, delta.lifetime, delta.newest, now)
+            if delta.newest
+            else self.history,
         )
 
     def bounded(self, limits: Limits) -> Ledger:
@@ -270,50 +302,63 @@ def iso_utc(moment: datetime) -> str:
     return moment.astimezone(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat() + "Z"
 
 
-def thinned(points: Iterable[Mapping[str, Any]], now: datetime) -> tuple[Mapping[str, Any], ...]:
-    """History points in the order of time: the last of each hour for 14 days, of each day for two years."""
-    kept: dict[str, Mapping[str, Any]] = {}
-    for point in sorted(points, key=lambda point: str(point["timestamp"])):
-        stamp = str(point["timestamp"])
-        moment = parse_timestamp(stamp)
-        if moment is None or now - moment > DAILY_POINTS_FOR:
-            continue
-        hour = len("2026-01-01T00") if now - moment <= HOURLY_POINTS_FOR else len("2026-01-01")
-        kept[stamp[:hour]] = point
-    return tuple(kept.values())
+def thinned(points: Iterable[Mapping[str, Any]], _now: datetime | None = None) -> tuple[Mapping[str, Any], ...]:
+    """History points in the order of time: the last of each day on the newest 731 days that have any, and on the newest
+    15 of those the last of each hour.
+
+    No clock is asked: one that was wrong for a while leaves points at a wrong time, each day of them takes the place of
+    the oldest day at most, and no point is dropped for being far from the others or from now.
+    """
+    days: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for point in sorted(points, key=_stamp):
+        days.setdefault(_stamp(point)[:_DAY], {})[_stamp(point)[:_HOUR]] = point
+    # Of the newest days all hours, of those before them the last point, of the others none.
+    kept = [tuple(hours.values()) for hours in days.values()][-DAYS_OF_POINTS:]
+    edge = max(len(kept) - DAYS_OF_HOURLY_POINTS, 0)
+    return (*(hours[-1] for hours in kept[:edge]), *(point for hours in kept[edge:] for point in hours))
 
 
 def _with_point(
-    history: tuple[Mapping[str, Any], ...], lifetime: Totals, newest: datetime, now: datetime
+    history: tuple[Mapping[str, Any], ...], lifetime: Totals, part: Totals, newest: datetime, now: datetime
 ) -> tuple[Mapping[str, Any], ...]:
-    """History with a point for the newest record: it replaces the last one when both fall in one hour.
+    """History with a point for the newest record: it replaces the one before it when both fall in one hour.
 
-    A point is never older than the one before it (its sums are cumulative) and never in the future: a client
-    with a wrong clock must not push everything else out.
+    A point is never older than those before it (its sums are cumulative) and never in the future: a client with a wrong
+    clock must not make points far off. Points that lie after now are another matter: our own clock was ahead then, or
+    is behind now, and nobody can tell which. They stay, the new point goes before them, and as their sums are
+    cumulative ``part``, what is new in ``lifetime``, is added to each.
     """
     limit = iso_utc(now)
-    while history and str(history[-1]["timestamp"]) > limit:
-        history = history[:-1]
+    ahead = len(history)
+    while ahead and _stamp(history[ahead - 1]) > limit:
+        ahead -= 1
+    before, after = history[:ahead], history[ahead:]
     stamp = min(iso_utc(newest), limit)
-    if history:
-        stamp = max(stamp, str(history[-1]["timestamp"]))
-    point = {
-        "timestamp": stamp,
-        "total_tokens_saved": lifetime.tokens_saved,
-        "compression_savings_usd": lifetime.compression_savings_usd,
-        "cache_read_tokens": lifetime.cache_read_tokens,
-        "cache_savings_usd": lifetime.cache_savings_usd,
-        "total_input_tokens": lifetime.total_input_tokens,
-        "total_input_cost_usd": lifetime.total_input_cost_usd,
-        "output_tokens_saved": lifetime.output_tokens_saved,
-        "output_savings_usd": lifetime.output_savings_usd,
-        "tool_tokens_saved": lifetime.tool_tokens_saved,
-        "tool_schema_savings_usd": lifetime.tool_schema_savings_usd,
-        "total_output_cost_usd": lifetime.total_output_cost_usd,
-    }
-    if history and str(history[-1]["timestamp"])[:13] == stamp[:13]:
-        return (*history[:-1], point)
-    return thinned((*history, point), now)
+    if before:
+        stamp = max(stamp, _stamp(before[-1]))
+    sums = _sums_of(before[-1] if before else {}) + part if after else lifetime
+    point = {"timestamp": stamp, **_as_point(sums)}
+    later = [{**each, **_as_point(_sums_of(each) + part)} for each in after]
+    if before and _stamp(before[-1])[:_HOUR] == stamp[:_HOUR]:
+        return (*before[:-1], point, *later)
+    return thinned((*before, point, *later))
+
+
+def _as_point(sums: Totals) -> dict[str, Any]:
+    return {key: getattr(sums, name) for name, key in POINT_KEYS.items()}
+
+
+def _sums_of(point: Mapping[str, Any]) -> Totals:
+    """What a point says. What is no number in it, in another program's document, counts as zero."""
+    return Totals(**{name: _number_or_zero(point.get(key)) for name, key in POINT_KEYS.items()})
+
+
+def _number_or_zero(value: Any) -> Any:
+    return value if isinstance(value, (int, float)) and abs(value) <= _LARGEST_NUMBER else 0
+
+
+def _stamp(point: Mapping[str, Any]) -> str:
+    return str(point["timestamp"])
 
 
 # Read in one call each: a record is folded on every request.

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from savings_exporter import SavingsTracker
-from support import HEADROOM_PYTHON, can_mount, can_mount_fuse
+from support import HEADROOM_PYTHON, can_make_user_namespaces, can_mount, can_mount_fuse
 
 _LEFT_OUT = pytest.StashKey[dict[str, list[str]]]()
 
@@ -25,6 +25,7 @@ _NEEDS = {
     "mount": can_mount,
     "fuse": can_mount_fuse,
     "root": lambda: hasattr(os, "geteuid") and os.geteuid() == 0,
+    "user-namespace": can_make_user_namespaces,
     "prometheus": lambda: shutil.which("prometheus") and shutil.which("promtool"),
     "strace": lambda: shutil.which("strace"),
     "e2fsprogs": lambda: shutil.which("mkfs.ext4"),
@@ -38,6 +39,7 @@ _WHY = {
     "mount": "mounting needs root on Linux",
     "fuse": "mounting a FUSE filesystem needs root on Linux, and /dev/fuse",
     "root": "it needs root",
+    "user-namespace": "making a user namespace needs root, and a kernel that allows it",
     "prometheus": "prometheus and promtool are not installed (Debian: apt-get install prometheus)",
     "strace": "strace is not installed (Debian: apt-get install strace)",
     "e2fsprogs": "mkfs.ext4 is not installed (Debian: apt-get install e2fsprogs)",

@@ -43,6 +43,14 @@ def can_mount_fuse() -> bool:
     return can_mount() and os.path.exists("/dev/fuse")
 
 
+def can_make_user_namespaces() -> bool:
+    """Whether this user is root and may make a user namespace (util-linux's unshare)."""
+    return (
+        can_mount()
+        and subprocess.run(["unshare", "--user", "--map-root-user", "true"], capture_output=True).returncode == 0
+    )
+
+
 @contextmanager
 def mounted(mountpoint: Path, kind: str, *, source: str = "savings-test", options: str = "rw") -> Iterator[None]:
     """A filesystem mounted on a directory, which is made if needed; unmounted at the end."""

@@ -199,9 +199,7 @@ def create_temporary(path: str, like: str) -> int:
         with suppress(FileNotFoundError):
             status = os.stat(like)
             if sys.platform != "win32":
-                # Only root may give a file away, and a tool run once as root must not lock the service out.
-                with suppress(PermissionError):
-                    os.fchown(descriptor, status.st_uid, status.st_gid)
+                _give_to(descriptor, status)
                 os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
     except BaseException:
         close(descriptor)
@@ -391,13 +389,13 @@ def rename(path: str, new: str) -> None:
 
 
 def temporaries(path: str) -> list[str]:
-    """Temporary files that were made for ``path`` or for a file kept beside it."""
+    """Temporary files that were made for the document at ``path``, the one kept before it, or its journal."""
     directory, name = os.path.split(path)
-    return [
-        os.path.join(directory, entry)
-        for entry in os.listdir(directory)
-        if entry.startswith(f".{name}.") and entry.endswith(_TEMPORARY)
-    ]
+    # Not all that begin alike: with a name and a dot begins the name of another store, too.
+    made_here = re.compile(
+        rf"\.{re.escape(name)}(\.previous|\.journal\.[0-9]+)?\.[0-9a-f]{{12}}{re.escape(_TEMPORARY)}"
+    )
+    return [os.path.join(directory, entry) for entry in os.listdir(directory) if made_here.fullmatch(entry)]
 
 
 def with_suffix(path: str, suffix: str) -> list[str]:
@@ -500,6 +498,17 @@ def _statfs_type(path: str) -> int:
 def _unescaped(field: bytes) -> str:
     """A field of mountinfo, where blanks and backslashes are written in octal."""
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), field))
+
+
+def _give_to(descriptor: int, owner: os.stat_result) -> None:
+    """Give a file the owner and group of another, if we may."""
+    try:
+        # A tool run once as root must not lock the service out. Others may not give files away.
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
+    except OSError as error:
+        # EINVAL: in a user namespace (user_namespaces(7)) an owner that it does not know has no number to be named by.
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.EINVAL):
+            raise
 
 
 def _is_open_directory(descriptor: int) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,13 +86,52 @@ def test_without_hard_links_the_save_before_is_copied(
 def test_temporary_files_of_dead_processes_are_removed_at_open(store_path: Path) -> None:
     with SavingsTracker(store_path) as tracker:
         tracker.record_request(model="m", tokens_saved=1)
-    left = store_path.with_name(".proxy_savings.json.0123456789ab.tmp")
-    left.write_bytes(b"half")
-    other = store_path.with_name(".other.json.0123456789ab.tmp")
-    other.write_bytes(b"not ours")
+    left, others = (
+        [store_path.with_name(f".{name}.tmp") for name in names]
+        for names in (
+            [f"proxy_savings.json{of}.0123456789ab" for of in ("", ".previous", ".journal.00000001")],
+            [
+                "other.json.0123456789ab",
+                "proxy_savings.json.b.0123456789ab",
+                "proxy_savings.json.b.previous.0123456789ab",
+                "proxy_savingsXjson.0123456789ab",
+                "proxy_savings.json.notes",
+            ],
+        )
+    )
+    for path in (*left, *others):
+        path.write_bytes(b"half")
     with SavingsTracker(store_path):
-        assert not left.exists()
-        assert other.exists()
+        assert [path for path in left if path.exists()] == []
+        assert [path for path in others if not path.exists()] == []
+
+
+@pytest.mark.needs("user-namespace")
+def test_an_owner_that_a_container_does_not_know_does_not_stop_saving(store_path: Path) -> None:
+    with SavingsTracker(store_path) as tracker:
+        tracker.record_request(model="m", tokens_saved=1)
+    os.chown(store_path, 1234, 4321)
+    store_path.chmod(0o666)
+    store_path.with_name("proxy_savings.json.lock").chmod(0o666)
+    command = [sys.executable, "-m", "savings_exporter", "record", "--store", str(store_path)]
+    inside = ["unshare", "--user", "--map-root-user", *command, "--model", "m", "--tokens-saved", "2"]
+    done = subprocess.run(inside, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(": 3 tokens saved so far\n")
+
+
+def test_a_disk_error_while_the_owner_is_set_is_a_failed_save(
+    tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fchown(_descriptor: int, _user: int, _group: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    tracker.record_request(model="m", tokens_saved=1)
+    monkeypatch.setattr(os, "fchown", fchown)
+    assert not tracker.save()
+    assert tracker.health().error == "EIO"
+    monkeypatch.undo()
+    assert tracker.save()
 
 
 def test_a_document_that_was_taken_away_is_written_anew(tracker: SavingsTracker, store_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -18,8 +19,8 @@ from savings_exporter import SavingsRecord
 from savings_exporter.totals import (
     AMOUNTS,
     COUNTS,
-    DAILY_POINTS_FOR,
-    HOURLY_POINTS_FOR,
+    DAYS_OF_HOURLY_POINTS,
+    DAYS_OF_POINTS,
     OTHER,
     OTHER_PAIR,
     Delta,
@@ -27,6 +28,7 @@ from savings_exporter.totals import (
     Limits,
     Totals,
     iso_utc,
+    thinned,
     total_of,
 )
 
@@ -240,18 +242,18 @@ def test_what_is_beyond_a_part_is_never_below_zero_in_counts() -> None:
 
 def test_history_keeps_a_point_an_hour_and_then_one_a_day() -> None:
     ledger = Ledger()
-    start = NOW - DAILY_POINTS_FOR - timedelta(days=30)
+    start = NOW - timedelta(days=760)
     step, moment = timedelta(hours=8), start
     while moment <= NOW:
         ledger = counted(ledger, [one(at=moment)], now=moment)
         moment += step
     stamps = stamps_of(ledger)
-    edge = iso_utc(NOW - HOURLY_POINTS_FOR)
+    edge = iso_utc(NOW - timedelta(days=14))
     recent, old = [stamp for stamp in stamps if stamp >= edge], [stamp for stamp in stamps if stamp < edge]
     assert len(recent) == 14 * 3 + 1
     assert len(old) == len({stamp[:10] for stamp in old})
-    assert DAILY_POINTS_FOR.days - 15 <= len(old) <= DAILY_POINTS_FOR.days - 13
-    assert stamps[0] >= iso_utc(NOW - DAILY_POINTS_FOR)
+    assert 730 - 15 <= len(old) <= 730 - 13
+    assert stamps[0] >= iso_utc(NOW - timedelta(days=730))
 
 
 def test_records_of_one_hour_share_its_point() -> None:
@@ -266,11 +268,8 @@ def test_history_never_falls_whatever_clients_clocks_say(steps: list[tuple[int, 
     for off_by_seconds, passing_minutes in steps:
         now += timedelta(minutes=passing_minutes)
         ledger = counted(ledger, [one(at=now + timedelta(seconds=off_by_seconds))], now=now)
-        stamps = stamps_of(ledger)
-        assert stamps == sorted(set(stamps))
-        saved = [point["total_tokens_saved"] for point in ledger.history]
-        assert saved == sorted(saved)
-        assert all(stamp <= iso_utc(now) for stamp in stamps)
+        assert_never_falls(ledger)
+        assert all(stamp <= iso_utc(now) for stamp in stamps_of(ledger))
 
 
 @pytest.mark.parametrize("year", [1970, 2099, 9999])
@@ -283,6 +282,95 @@ def test_a_client_with_a_wrong_clock_does_not_push_history_out(year: int) -> Non
     ledger = counted(ledger, [one(at=now)], now=now)
     assert stamps_of(ledger)[:48] == before
     assert ledger.history[-1]["total_tokens_saved"] == 50
+
+
+def two_years() -> Ledger:
+    """A ledger with a record a day at noon for two years, and one an hour today until NOW."""
+    ledger = Ledger()
+    moments = [NOW.replace(hour=12, minute=0) - timedelta(days=day) for day in range(729, 0, -1)]
+    for moment in moments + [NOW - timedelta(hours=hour) for hour in range(12, -1, -1)]:
+        ledger = counted(ledger, [one(at=moment)], now=moment)
+    return ledger
+
+
+@pytest.mark.parametrize("year", [1970, 2025, 2030, 2099])
+def test_a_clock_that_is_wrong_for_a_while_costs_no_point_and_stops_no_history(year: int) -> None:
+    ledger = before = two_years()
+    assert len(before.history) == 729 + 13
+    wrong = NOW.replace(year=year)
+    ledger = counted(ledger, [one(at=wrong)], now=wrong)
+    assert days_of(before) <= days_of(ledger)
+    for hour in (1, 2):
+        right = NOW + timedelta(hours=hour)
+        ledger = counted(ledger, [one(at=right)], now=right)
+        assert iso_utc(right) in stamps_of(ledger)
+    assert days_of(before) <= days_of(ledger)
+    assert_never_falls(ledger)
+    assert ledger.history[-1]["total_tokens_saved"] == ledger.lifetime.tokens_saved == 742 + 3
+
+
+def test_a_point_after_now_counts_what_is_recorded_before_it() -> None:
+    ledger = counted(Ledger(), [one(saved=5)], now=NOW)
+    ahead = NOW + timedelta(days=400)
+    ledger = counted(ledger, [SavingsRecord(model="m", tokens_saved=7, savings_usd=-0.1, timestamp=ahead)], now=ahead)
+    hour_later = NOW + timedelta(hours=1)
+    ledger = counted(
+        ledger, [SavingsRecord(model="m", tokens_saved=1, savings_usd=0.3, timestamp=ahead)], now=hour_later
+    )
+    assert [
+        (point["timestamp"], point["total_tokens_saved"], point["compression_savings_usd"]) for point in ledger.history
+    ] == [(iso_utc(NOW), 5, 0.0), (iso_utc(hour_later), 6, 0.3), (iso_utc(ahead), 13, 0.2)]
+
+
+@pytest.mark.parametrize("value", ["many", None, [5], math.nan, math.inf, 10**400], ids=lambda value: str(value)[:6])
+def test_a_point_after_now_may_hold_what_is_no_number(value: Any) -> None:
+    strange = {"timestamp": iso_utc(NOW + timedelta(days=1)), "total_tokens_saved": value, "later": value}
+    ledger = counted(Ledger(history=(strange,)), [one(saved=5)])
+    assert [point["total_tokens_saved"] for point in ledger.history] == [5, 5]
+    assert ledger.history[-1]["later"] is value
+
+
+@given(st.lists(st.tuples(st.integers(-(10**8), 10**8), st.integers(0, 5)), max_size=60))
+def test_history_grows_in_order_whatever_our_own_clock_says(jumps: list[tuple[int, int]]) -> None:
+    ledger, now = Ledger(), NOW
+    for seconds, saved in jumps:
+        now = NOW + timedelta(seconds=seconds)
+        before = ledger
+        ledger = counted(ledger, [one(at=now, saved=saved)], now=now)
+        assert days_of(before) <= days_of(ledger)
+        assert_never_falls(ledger)
+        assert ledger.history[-1]["total_tokens_saved"] == ledger.lifetime.tokens_saved
+
+
+moments = st.integers(0, 4_000 * 24) | st.integers(3_950 * 24, 4_000 * 24) | st.just(600_000)
+
+
+@given(st.sets(moments, max_size=200), st.integers(0, 800))
+def test_thinning_keeps_the_last_of_each_hour_and_day_and_no_more(hours: set[int], days: int) -> None:
+    """Some points anywhere, and one a day for some days, in hours since some time."""
+    hours = hours | {24 * day + 20 for day in range(4_000 - days, 4_000)}
+    stamps = {iso_utc(NOW + timedelta(hours=hour)) for hour in hours}
+    kept = [str(point["timestamp"]) for point in thinned({"timestamp": stamp} for stamp in stamps)]
+    assert kept == sorted(set(kept))
+    assert set(kept) <= stamps
+    assert len({stamp[:10] for stamp in kept}) <= DAYS_OF_POINTS
+    assert len(kept) <= DAYS_OF_POINTS - DAYS_OF_HOURLY_POINTS + 24 * DAYS_OF_HOURLY_POINTS
+    newest = NOW + timedelta(hours=max(hours, default=0))
+    assert {stamp for stamp in stamps if stamp >= iso_utc(newest - timedelta(days=14))} <= set(kept)
+    recent_days = {stamp[:10]: stamp for stamp in sorted(stamps) if stamp >= iso_utc(newest - timedelta(days=730))}
+    assert set(recent_days.values()) <= set(kept)
+    assert thinned({"timestamp": stamp} for stamp in kept) == tuple({"timestamp": stamp} for stamp in kept)
+
+
+def assert_never_falls(ledger: Ledger) -> None:
+    stamps = stamps_of(ledger)
+    assert stamps == sorted(set(stamps))
+    saved = [point["total_tokens_saved"] for point in ledger.history]
+    assert saved == sorted(saved)
+
+
+def days_of(ledger: Ledger) -> set[str]:
+    return {stamp[:10] for stamp in stamps_of(ledger)}
 
 
 def stamps_of(ledger: Ledger) -> list[str]:
