@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from savings_exporter.headroom import WatchedFile
+from savings_exporter.idempotency import checked_key
 from savings_exporter.records import SavingsRecord
 from savings_exporter.service import status_page
 from savings_exporter.service.views import as_json
@@ -145,7 +146,7 @@ class Service:
                 records = await run_in_threadpool(_records, request, body)
             else:
                 records = _records(request, body)
-            receipt = await tracker.record_many_async(records)
+            receipt = await tracker.record_many_async(records, idempotency_key=_key(request))
         finally:
             self._posts_in_flight -= 1
         answer = {"sequence": receipt.sequence, "accepted": len(records), "durable": receipt.durable}
@@ -197,13 +198,6 @@ def _records(request: Request, body: bytes) -> list[SavingsRecord]:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the Content-Type must be application/json")
-    if "idempotency-key" in request.headers:
-        # Ignoring it would count a retry twice, which is what the client means to prevent.
-        raise _RefusedError(
-            HTTPStatus.UNPROCESSABLE_ENTITY,
-            "idempotency keys are not supported by this version; an answer 202 needs no retry",
-            field="Idempotency-Key",
-        )
     try:
         if not _is_batch(body):
             return [msgspec.json.decode(body, type=SavingsRecord)]
@@ -216,6 +210,15 @@ def _records(request: Request, body: bytes) -> list[SavingsRecord]:
         detail = f"records must hold 1 to {MAX_RECORDS} records, and holds {len(records)}"
         raise _RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, detail, field="records")
     return records
+
+
+def _key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    try:
+        return checked_key(key)
+    except ValueError as error:
+        detail = str(error).replace("idempotency_key", "Idempotency-Key")
+        raise _RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, detail, field="Idempotency-Key") from None
 
 
 def _is_batch(body: bytes) -> bool:
