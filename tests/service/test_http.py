@@ -45,6 +45,20 @@ REFUSED = [
 ]
 
 
+def test_a_repeat_with_the_same_idempotency_key_counts_once_also_after_a_kill(store_path: Path) -> None:
+    key = {"Idempotency-Key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
+    with running("serve", "--store", str(store_path)) as service:
+        first = service.post({"records": [RECORD] * 3}, headers=key)
+        assert first == (200, {"sequence": 3, "accepted": 3, "durable": True})
+        assert service.post(RECORD)[1]["sequence"] == 4
+        assert service.post({"records": [RECORD] * 3}, headers=key) == first
+        service.process.kill()
+        service.process.wait()
+    with running("serve", "--store", str(store_path)) as service:
+        assert service.post({"records": [RECORD] * 3}, headers=key) == first
+        assert json.loads(service.get("/v1/savings")[1])["lifetime"]["requests"] == 4
+
+
 def test_what_is_wrong_is_refused_with_the_field_and_nothing_is_recorded(store_path: Path) -> None:
     with running("serve", "--store", str(store_path)) as service:
         for body, status, field in REFUSED:
@@ -53,7 +67,7 @@ def test_what_is_wrong_is_refused_with_the_field_and_nothing_is_recorded(store_p
             assert problem["title"]
             assert problem["detail"]
         assert service.post(RECORD, headers={"Content-Type": "text/plain"})[0] == 415
-        assert service.post(RECORD, headers={"Idempotency-Key": "k"})[1]["field"] == "Idempotency-Key"
+        assert service.post(RECORD, headers={"Idempotency-Key": "k" * 256})[1]["field"] == "Idempotency-Key"
         assert service.post({"records": [RECORD] * 10_001})[1]["field"] == "records"
         assert service.post(b" " * 100_000_000)[0] == 413
         assert json.loads(service.get("/nowhere")[1])["status"] == 404
