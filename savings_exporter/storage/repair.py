@@ -79,6 +79,8 @@ def repair(path: str, observer: Observer) -> str:
         OSError: the disk would not.
     """
     path = filesystem.resolved(path)
+    if not filesystem.with_suffix(path, ""):
+        raise StoreError(f"{path}: there is nothing to repair: there is no store yet")
     lock = StoreLock(path)
     try:
         if not lock.take_if_free():
@@ -88,9 +90,7 @@ def repair(path: str, observer: Observer) -> str:
             found = find(path, Limits(), mark)
         except CorruptStoreError:
             found = salvage(path, Limits(), mark)
-        if not found.exists:
-            raise StoreError(f"{path}: there is no store yet")
-        if not found.damage and not found.lost and not found.tail and not found.harmless:
+        if not found.exists or not (found.damage or found.lost or found.tail or found.harmless):
             return f"{path}: there is nothing to repair: it holds {described(found)}"
         aside = _put_aside(path, found)
         _save(path, found, observer)

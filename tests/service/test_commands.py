@@ -169,17 +169,20 @@ def test_verify_and_repair(filled: Path) -> None:
     assert "4000 tokens saved in 2 records" in whole.stdout
     damaged = filled.read_bytes()[:-100]
     filled.write_bytes(damaged)
-    refused = run_cli("serve", "--store", str(filled))
-    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
-    assert "verify --repair" in refused.stderr
     found = run_cli("verify", "--store", str(filled))
     assert (found.returncode, found.stderr.count("\n")) == (1, 1)
     assert "is damaged" in found.stderr
+    assert "nothing is lost" in found.stderr
+    previous = filled.with_name(filled.name + ".previous")
+    previous.write_bytes(previous.read_bytes()[:-100])
+    refused = run_cli("serve", "--store", str(filled))
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "verify --repair" in refused.stderr
     assert filled.read_bytes() == damaged
     mended = run_cli("verify", "--repair", "--store", str(filled))
     assert (mended.returncode, mended.stderr) == (0, "")
-    assert "3000 tokens saved in 1 records" in mended.stdout
-    assert "is lost" in mended.stdout
+    assert "1000 tokens saved in 1 records" in mended.stdout
+    assert "records are lost: number 1;" in mended.stdout
     (aside,) = filled.parent.glob("*.corrupt-*")
     assert aside.read_bytes() == damaged
     assert run_cli("verify", "--store", str(filled)).returncode == 0
