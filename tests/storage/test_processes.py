@@ -10,6 +10,7 @@ import sys
 import textwrap
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -242,7 +243,8 @@ def test_any_of_four_uvicorn_workers_answers_a_scrape_for_all(store_path: Path, 
 
         try:
             eventually(lambda: get("/metrics"), "the workers to answer")
-            recorders, answers = set(), []
+            recorders: set[int] = set()
+            answers: list[dict[str, Any]] = []
             while len(recorders) < 4 and len(answers) < 2000:
                 answer = get("/save")
                 if answer is not None:
