@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import re
 from http import HTTPStatus
@@ -32,13 +33,18 @@ HEALTHY_PATH, READY_PATH = "/-/healthy", "/-/ready"
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
 MAX_RECORDS = 10_000
+
+# What is taken on at once, in requests and in bytes of their bodies, and how long a body may take to arrive.
 MAX_POSTS_IN_FLIGHT = 1_000
+MAX_BODY_BYTES_IN_FLIGHT = 64 * 1024 * 1024
+BODY_TIMEOUT_SECONDS = 30.0
 
 # The rest of a body that is too large is read and dropped, because a client that is cut off while it sends does not
 # get to see why. Beyond this it is cut off all the same.
 _MAX_DROPPED_BYTES = 256 * 1024 * 1024
 
-# A larger one is decoded in a thread, so that other requests are answered meanwhile.
+# A larger one is decoded in a thread, so that other requests are answered meanwhile, and one after the other, because
+# a decoded body can take twenty times the memory of its bytes.
 _LARGE_BODY_BYTES = 64 * 1024
 
 # An answer repeats no more than this of what a client sent.
@@ -76,12 +82,13 @@ class Service:
         self._registry.register(collector)
         self._telemetry_path = telemetry_path
         self._posts_in_flight = 0
+        self._body_bytes_in_flight = 0
+        self._decoding_a_large_body = asyncio.Lock()
         self.stopping = False
-        methods = ["GET", "POST"] if isinstance(source, SavingsTracker) else ["GET"]
         self.app = Starlette(
             routes=[
                 Route(telemetry_path, self._metrics),
-                Route(SAVINGS_PATH, self._savings, methods=methods),
+                Route(SAVINGS_PATH, self._savings, methods=["GET", "POST"]),
                 Route(HEALTHY_PATH, self._healthy),
                 Route(READY_PATH, self._ready),
                 Route("/", self._status_page),
@@ -104,9 +111,12 @@ class Service:
         return Response(await run_in_threadpool(encode, self._registry), headers={"Content-Type": content_type})
 
     async def _savings(self, request: Request) -> Response:
-        if request.method == "POST" and isinstance(self._source, SavingsTracker):
-            return await self._record(request, self._source)
         source = self._source
+        if request.method == "POST":
+            if isinstance(source, SavingsTracker):
+                return await self._record(request, source)
+            detail = "watch only reads; savings are taken by another service, started with: savings-exporter serve"
+            raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, detail, headers={"Allow": "GET, HEAD"})
         snapshot = await run_in_threadpool(source.snapshot)
         return _json_response(as_json(snapshot, source.health(), source.storage_path))
 
@@ -140,25 +150,63 @@ class Service:
         if self.stopping:
             raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "the service is stopping", retry=True)
         self._posts_in_flight += 1
+        body = bytearray()
         try:
-            body = await _body(request)
+            await self._read(request, body)
             if len(body) > _LARGE_BODY_BYTES:
-                records = await run_in_threadpool(_records, request, body)
+                async with self._decoding_a_large_body:
+                    records = await run_in_threadpool(_records, request, body)
             else:
                 records = _records(request, body)
             receipt = await tracker.record_many_async(records, idempotency_key=_key(request))
         finally:
             self._posts_in_flight -= 1
+            self._body_bytes_in_flight -= len(body)
         answer = {"sequence": receipt.sequence, "accepted": len(records), "durable": receipt.durable}
         return _json_response(answer, HTTPStatus.OK if answer["durable"] else HTTPStatus.ACCEPTED)
 
+    async def _read(self, request: Request, body: bytearray) -> None:
+        """Read a body; whoever sends it slowly does not hold its place for ever."""
+        try:
+            size = await asyncio.wait_for(self._read_all(request, body), BODY_TIMEOUT_SECONDS)
+        except asyncio.TimeoutError:
+            detail = f"the body did not arrive within {BODY_TIMEOUT_SECONDS:g} seconds; nothing was recorded"
+            raise _RefusedError(HTTPStatus.REQUEST_TIMEOUT, detail, close=True) from None
+        if size > MAX_BODY_BYTES:
+            detail = f"the body is larger than {MAX_BODY_BYTES} bytes"
+            raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail, close=True)
+
+    async def _read_all(self, request: Request, body: bytearray) -> int:
+        """Read a body of any size, and keep it if it is not too large. Returns its size."""
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > _MAX_DROPPED_BYTES:
+                break
+            if size > MAX_BODY_BYTES:
+                self._body_bytes_in_flight -= len(body)
+                body.clear()
+            elif self._body_bytes_in_flight + len(chunk) > MAX_BODY_BYTES_IN_FLIGHT:
+                raise _RefusedError(
+                    HTTPStatus.SERVICE_UNAVAILABLE, "too many large requests are being answered", retry=True
+                )
+            else:
+                self._body_bytes_in_flight += len(chunk)
+                body += chunk
+        return size
+
 
 class _RefusedError(Exception):
-    def __init__(self, status: HTTPStatus, detail: str, *, field: str | None = None, retry: bool = False) -> None:
+    """``retry``: the client may try again soon; ``close``: what it still sends is not read any more."""
+
+    def __init__(
+        self, status: HTTPStatus, detail: str, *, field: str | None = None, retry: bool = False, close: bool = False
+    ) -> None:
         self.status = status
         self.detail = detail
         self.field = field
         self.retry = retry
+        self.close = close
 
 
 class _BearerToken:
@@ -179,22 +227,7 @@ class _BearerToken:
         await self._app(scope, receive, send)
 
 
-async def _body(request: Request) -> bytes:
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= MAX_BODY_BYTES:
-            chunks.append(chunk)
-        else:
-            chunks.clear()
-        if size > _MAX_DROPPED_BYTES:
-            break
-    if size > MAX_BODY_BYTES:
-        raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is larger than {MAX_BODY_BYTES} bytes")
-    return b"".join(chunks)
-
-
-def _records(request: Request, body: bytes) -> list[SavingsRecord]:
+def _records(request: Request, body: bytearray) -> list[SavingsRecord]:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the Content-Type must be application/json")
@@ -221,7 +254,7 @@ def _key(request: Request) -> str | None:
         raise _RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, detail, field="Idempotency-Key") from None
 
 
-def _is_batch(body: bytes) -> bool:
+def _is_batch(body: bytearray) -> bool:
     try:
         parsed = msgspec.json.decode(body)
     except msgspec.ValidationError:
@@ -261,7 +294,7 @@ async def _refused_problem(_request: Request, error: Exception) -> Response:
     response = _problem(error.status, error.detail, error.field)
     if error.retry:
         response.headers["Retry-After"] = _RETRY_AFTER_SECONDS
-    if error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+    if error.close:
         response.headers["Connection"] = "close"
     return response
 

@@ -7,6 +7,8 @@ import http.client
 import json
 import signal
 import socket
+import struct
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -103,24 +105,13 @@ def test_an_answered_saving_survives_kill_9(store_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_in_flight_at_the_stop_is_saved_and_answered(store_path: Path, number: int) -> None:
     with running("serve", "--store", str(store_path)) as service:
-        address, body = urlsplit(service.url), json.dumps(RECORD).encode()
-        assert address.hostname is not None
-        assert address.port is not None
-        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=30)
-        connection.putrequest("POST", "/v1/savings")
-        connection.putheader("Content-Type", "application/json")
-        connection.putheader("Content-Length", str(len(body)))
-        connection.putheader("Expect", "100-continue")
-        connection.endheaders()
-        # The 100 says that the application has begun to read: from here on the request is in flight.
-        assert connection.sock.recv(12, socket.MSG_WAITALL) == b"HTTP/1.1 100"
-        while not connection.sock.recv(1, socket.MSG_PEEK).startswith(b"\n"):
-            connection.sock.recv(1)
-        connection.sock.recv(3, socket.MSG_WAITALL)
+        body = json.dumps(RECORD).encode()
+        connection = in_flight(service, len(body))
         service.process.send_signal(number)
         eventually(lambda: _refuses_connections(service), "the listening socket to close")
-        connection.send(body)
-        answer = connection.getresponse()
+        connection.sendall(body)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
         assert (answer.status, json.loads(answer.read())["durable"]) == (200, True)
         connection.close()
         service.process.communicate(timeout=30)
@@ -210,18 +201,121 @@ def test_what_cannot_be_taken_on_is_refused_for_a_while(
 
 def answer(service: Application, method: str, path: str) -> tuple[int, str | None]:
     """What the application answers to a request without a body: the status, and when to try again."""
+    status, headers, _ = asyncio.run(exchange(service, method, path, chunks(b"")))
+    return status, headers.get("retry-after")
+
+
+async def exchange(
+    service: Application, method: str, path: str, body: AsyncIterator[bytes]
+) -> tuple[int, dict[str, str], bytes]:
+    """What the application answers to a request whose body comes in pieces: the status, the headers, the body."""
     sent: list[dict[str, Any]] = []
-    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": []}
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers}
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
+        try:
+            return {"type": "http.request", "body": await anext(body), "more_body": True}
+        except StopAsyncIteration:
+            return {"type": "http.request", "body": b"", "more_body": False}
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(service.app(scope, receive, send))
-    headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-    return sent[0]["status"], headers.get("retry-after")
+    await service.app(scope, receive, send)
+    answered = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], answered, sent[1]["body"]
+
+
+async def chunks(*data: bytes) -> AsyncIterator[bytes]:
+    for chunk in data:
+        yield chunk
+
+
+def test_bodies_beyond_the_memory_for_them_are_refused_for_a_while(
+    tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = json.dumps(RECORD).encode()
+    monkeypatch.setattr(app, "MAX_BODY_BYTES_IN_FLIGHT", len(body) * 3 // 2)
+    monkeypatch.setattr(app, "MAX_BODY_BYTES", len(body))
+    service = Application(tracker, SavingsCollector(tracker))
+
+    async def post(*data: bytes) -> tuple[int, str | None]:
+        status, headers, _ = await exchange(service, "POST", "/v1/savings", chunks(*data))
+        return status, headers.get("retry-after")
+
+    async def both_at_once() -> None:
+        others_turn, go_on = asyncio.Event(), asyncio.Event()
+
+        async def in_two_pieces() -> AsyncIterator[bytes]:
+            yield body[:-1]
+            others_turn.set()
+            await go_on.wait()
+            yield body[-1:]
+
+        first = asyncio.create_task(exchange(service, "POST", "/v1/savings", in_two_pieces()))
+        await others_turn.wait()
+        assert await post(body) == (503, "5")
+        assert await post(body[:9], body[9:]) == (503, "5")
+        go_on.set()
+        assert (await first)[0] == 200
+        assert await post(body) == (200, None)
+        # None of these keeps any of the memory.
+        for refused in ([body, b" "], [b"{" * len(body)], [body[:-1]]):
+            assert (await post(*refused))[0] in (400, 413)
+        assert await post(body) == (200, None)
+
+    asyncio.run(both_at_once())
+    assert tracker.snapshot().sequence == 3
+
+
+def test_a_body_that_does_not_come_gives_its_place_back(
+    tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "MAX_POSTS_IN_FLIGHT", 1)
+    monkeypatch.setattr(app, "BODY_TIMEOUT_SECONDS", 0.01)
+    service = Application(tracker, SavingsCollector(tracker))
+
+    async def never_whole() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    status, headers, problem = asyncio.run(exchange(service, "POST", "/v1/savings", never_whole()))
+    assert (status, headers["content-type"], headers["connection"]) == (408, "application/problem+json", "close")
+    assert "0.01 seconds" in json.loads(problem)["detail"]
+    monkeypatch.setattr(app, "BODY_TIMEOUT_SECONDS", 30.0)
+    body = json.dumps(RECORD).encode()
+    assert asyncio.run(exchange(service, "POST", "/v1/savings", chunks(body)))[0] == 200
+    assert tracker.snapshot().sequence == 1
+
+
+@pytest.mark.parametrize("how", ["closed", "reset"])
+def test_a_client_that_goes_away_in_its_body_is_no_error(store_path: Path, how: str) -> None:
+    with running("serve", "--store", str(store_path)) as service:
+        for sent in (b"{", json.dumps(RECORD).encode(), b" " * 200_000, b" " * 9_000_000):
+            connection = in_flight(service, len(sent) + 1)
+            connection.sendall(sent)
+            if how == "reset":
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+        assert service.post(RECORD)[0] == 200
+        # Stopping waits for every request, so that whatever would be logged about one is there.
+        assert service.stop() == (0, "", "")
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.snapshot().sequence == 1
+
+
+def in_flight(service: Service, size: int) -> socket.socket:
+    """A connection on which the application has begun to read a body of so many bytes."""
+    address = urlsplit(service.url)
+    connection = socket.create_connection((address.hostname or "", address.port or 0), timeout=30)
+    head = f"POST /v1/savings HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n"
+    connection.sendall(f"{head}Content-Type: application/json\r\nExpect: 100-continue\r\n\r\n".encode())
+    assert connection.recv(12, socket.MSG_WAITALL) == b"HTTP/1.1 100"
+    while not connection.recv(1, socket.MSG_PEEK).startswith(b"\n"):
+        connection.recv(1)
+    connection.recv(3, socket.MSG_WAITALL)
+    return connection
 
 
 def test_a_collector_that_never_answers_costs_neither_savings_nor_the_stop(store_path: Path) -> None:

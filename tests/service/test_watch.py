@@ -42,6 +42,7 @@ def test_a_scrape_finds_what_changed_and_nothing_is_ever_written(watched: Path) 
         assert service.get("/-/healthy")[0] == service.get("/-/ready")[0] == 200
         status, problem = service.post({"model": "m", "tokens_saved": 1})
         assert (status, problem["status"]) == (405, 405)
+        assert "savings-exporter serve" in problem["detail"]
         assert service.stop()[0] == 0
     assert watched.read_bytes() == NEWER.read_bytes()
     assert [entry.name for entry in watched.parent.iterdir()] == ["proxy_savings.json"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from datetime import datetime, timedelta, timezone
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -136,9 +137,15 @@ def test_model_names_are_cleaned(given_name: str, kept: str) -> None:
         ("donn%C3%A9es", "données"),
         ("%0a%00", None),
         ("%" * 9_999, "%" * MAX_NAME_LENGTH),
+        ("a%4g%C3b", "a%4g\ufffdb"),
+        ("%4%001", "A"),
+        ("a%25252520b", "a20b"),
+        ("%25252500", "00"),
+        ("%" + "25" * 60 + "41", "25" * 57 + "41"),
+        ("%3" * 60 + "%32%20", "3" * 58 + "2"),
     ],
 )
-def test_project_names_are_decoded_until_nothing_changes(given_name: str, kept: str | None) -> None:
+def test_project_names_are_decoded_until_nothing_changes_or_three_times(given_name: str, kept: str | None) -> None:
     assert record(project=given_name).project == kept
 
 
@@ -149,6 +156,15 @@ def test_cleaning_a_clean_name_changes_nothing(text: str) -> None:
     assert len(name) <= MAX_NAME_LENGTH
     assert name.isprintable()
     name.encode()
+
+
+@given(st.text(alphabet="%2530a4 /e9\x00é", max_size=400), st.integers(0, 3))
+def test_a_project_is_the_same_however_often_up_to_three_times_it_was_encoded(text: str, times: int) -> None:
+    name = clean_project(text) or "web"
+    encoded = name
+    for _ in range(times):
+        encoded = quote(encoded)
+    assert len(encoded) > MAX_NAME_LENGTH or clean_project(encoded) == name
 
 
 @given(any_text)
