@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from mmap import mmap
 
 from savings_exporter.storage import filesystem
 from savings_exporter.storage.steps import FSYNC_DIR, FSYNC_FILE, REPLACE, WRITE, Operation, Step
@@ -57,7 +58,7 @@ class AtomicFile:
 
     def save(
         self,
-        data: bytes,
+        data: bytes | mmap,
         operation: Operation,
         written: Callable[[filesystem.Identity], object] | None = None,
     ) -> None:
@@ -85,7 +86,7 @@ class AtomicFile:
             self._make_rename_durable(step)
         self.outcome_unknown = False
 
-    def _write_durably(self, temporary: str, data: bytes, operation: Operation) -> filesystem.Identity:
+    def _write_durably(self, temporary: str, data: bytes | mmap, operation: Operation) -> filesystem.Identity:
         descriptor = -1
         try:
             with operation.step(WRITE) as step:

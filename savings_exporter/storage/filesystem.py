@@ -11,6 +11,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from mmap import mmap
 from typing import NamedTuple
 
 from savings_exporter.storage.steps import DIR_FSYNC_UNSUPPORTED
@@ -240,11 +241,12 @@ def unused_name(path: str, suffix: str) -> str:
     return f"{path}.{suffix}-{secrets.token_hex(6)}"
 
 
-def write_all(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes | mmap) -> None:
     """Write every byte, however many calls it takes."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    written = 0
+    while written < len(data):
+        with memoryview(data) as view, view[written:] as rest:
+            written += os.write(descriptor, rest)
 
 
 def open_segment(path: str) -> int:

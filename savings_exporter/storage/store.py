@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
 import secrets
 import threading
@@ -346,7 +347,9 @@ class Store:
         try:
             with Operation(ROTATE, self._observer) as rotation:
                 rotation.size = journal.SEGMENT_BYTES
-                self._file.beside(path).save(bytes(journal.SEGMENT_BYTES), rotation)
+                # Zeros that take no memory: so much in the heap would stay there.
+                with mmap.mmap(-1, journal.SEGMENT_BYTES) as zeros:
+                    self._file.beside(path).save(zeros, rotation)
                 self._close_segment()
                 self._segment = segment = journal.Segment(path, epoch, 0)
         except OSError:
