@@ -9,13 +9,14 @@ import ssl
 import sys
 import threading
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import yaml
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SpanExporter
 
 _LONGEST_FLUSH_SECONDS = 5.0
 
@@ -113,15 +114,18 @@ def tracer_provider() -> TracerProvider | None:
     """A provider that exports as the standard ``OTEL_*`` variables say, or None when they ask for nothing.
 
     Raises:
-        SettingsError: they ask for something that is not there.
+        SettingsError: they ask for something that is not there, or say what OpenTelemetry does not understand.
     """
-    exporter = _span_exporter()
-    if exporter is None:
-        return None
-    if "service.name=" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
-        os.environ.setdefault("OTEL_SERVICE_NAME", "savings-exporter")
-    provider = TracerProvider(shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(exporter))
+    names = ", ".join(sorted(name for name in os.environ if name.startswith("OTEL_")))
+    complaints = _Complaints()
+    with complaints:
+        try:
+            provider = _provider()
+        except ValueError as error:
+            complaints.lines.append(str(error))
+    if complaints.lines:
+        said = " ".join(complaints.lines[0].split())
+        raise SettingsError(f'tracing cannot be set up: OpenTelemetry says "{said}"; mend or unset {names}')
     return provider
 
 
@@ -133,20 +137,62 @@ def flush_spans(provider: TracerProvider) -> None:
     flush.join(_LONGEST_FLUSH_SECONDS)
 
 
-def _span_exporter() -> SpanExporter | None:
-    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+def _provider() -> TracerProvider | None:
+    wanted = _wanted_exporter()
+    if wanted == "none":
         return None
+    # Imported here, because some of the variables are read, and may be refused, by the import.
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    if "service.name=" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
+        os.environ.setdefault("OTEL_SERVICE_NAME", "savings-exporter")
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(_span_exporter(wanted)))
+    return provider
+
+
+def _wanted_exporter() -> str:
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return "none"
     has_endpoint = any(
         os.environ.get(name) for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     )
-    wanted = os.environ.get("OTEL_TRACES_EXPORTER", "").strip() or ("otlp" if has_endpoint else "none")
-    if wanted == "none":
-        return None
+    return os.environ.get("OTEL_TRACES_EXPORTER", "").strip() or ("otlp" if has_endpoint else "none")
+
+
+def _span_exporter(wanted: str) -> SpanExporter:
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace.export import ConsoleSpanExporter
+
     if wanted == "otlp":
         return OTLPSpanExporter()
     if wanted == "console":
         return ConsoleSpanExporter(out=sys.stderr)
     raise SettingsError(f"OTEL_TRACES_EXPORTER is {wanted!r}; otlp, console and none are there")
+
+
+class _Complaints(logging.Handler):
+    """What OpenTelemetry says meanwhile: with most of what it does not understand, it would go on by its defaults."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> None:
+        logger = logging.getLogger("opentelemetry")
+        self._before = logger.level, logger.propagate
+        logger.addHandler(self)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+
+    def __exit__(self, *_exception: object) -> None:
+        logger = logging.getLogger("opentelemetry")
+        logger.removeHandler(self)
+        logger.level, logger.propagate = self._before
 
 
 def _beside(config: WebConfig, directory: str) -> WebConfig:
