@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import signal
 import sys
@@ -257,7 +258,7 @@ def show(
     snapshot = watched.snapshot()
     if as_json:
         content = views.as_json(snapshot, watched.health(), watched.storage_path)
-        print(msgspec.json.format(msgspec.json.encode(content)).decode())
+        _print_json(content)
     elif as_csv:
         rows = list(views.as_rows(snapshot))
         writer = csv.DictWriter(sys.stdout, rows[0].keys(), lineterminator="\n")
@@ -309,13 +310,18 @@ def doctor(
     with Console(stderr=True).status(f"measuring {escape(directory)}"):
         report = disk_doctor.examine(directory)
     if as_json:
-        print(msgspec.json.format(msgspec.json.encode(report)).decode())
+        _print_json(report)
     else:
         _print_report(report)
 
 
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
+    if sys.stdout is None:  # Python's word for one that was closed before the start
+        _exit(1, "standard output is closed; send it to /dev/null if nobody is to read it")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names and paths may hold what the output's encoding does not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(standalone_mode=False, prog_name="savings-exporter")
         sys.stdout.flush()
@@ -339,6 +345,12 @@ def main() -> NoReturn:
 def _exit(status: int, line: str) -> NoReturn:
     print(f"savings-exporter: {line}", file=sys.stderr)
     sys.exit(status)
+
+
+def _print_json(content: Any) -> None:
+    # JSON is UTF-8 (RFC 8259), whatever the output's encoding is.
+    sys.stdout.flush()
+    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
 
 
 def _announcement(what: str, path: str, url: str, more: str) -> str:
@@ -379,14 +391,14 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
             f"{lifetime.compression_savings_usd:,.2f} US dollars"
         )
     )
-    for kind, group in (("model", snapshot.by_model), ("project", snapshot.projects)):
-        rows = views.ranked(group)
+    for kind, rows in views.breakdowns(snapshot):
         if not rows:
             continue
         largest = rows[0][1].tokens_saved
         table = _table(kind, "tokens saved", "tool tokens", "of input", "requests", "US dollars")
         table.add_column("", no_wrap=True, width=_BAR_WIDTH)
         for name, totals in rows:
+            bar = views.bar(totals.tokens_saved, largest, _BAR_WIDTH)
             table.add_row(
                 Text(name),
                 f"{totals.tokens_saved:,}",
@@ -394,7 +406,7 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
                 f"{totals.savings_percent} %",
                 f"{totals.requests:,}",
                 f"{totals.compression_savings_usd:,.2f}",
-                Text(views.bar(totals.tokens_saved, largest, _BAR_WIDTH), style="green"),
+                Text("#" * len(bar) if console.options.ascii_only else bar, style="green"),
             )
         console.print()
         console.print(table)

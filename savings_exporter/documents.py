@@ -19,7 +19,7 @@ import msgspec
 
 from savings_exporter.errors import CorruptStoreError, NewerSchemaError
 from savings_exporter.records import UNKNOWN, clean_name, clean_project, parse_timestamp
-from savings_exporter.totals import AMOUNTS, COUNTS, POINT_KEYS, Ledger, Pair, Totals, iso_utc, total_of
+from savings_exporter.totals import AMOUNTS, COUNTS, LARGEST_NUMBER, POINT_KEYS, Ledger, Pair, Totals, iso_utc, total_of
 
 SCHEMA_VERSION = 6
 OLDEST_SCHEMA_VERSION = 2
@@ -32,9 +32,6 @@ _CHECKSUM = re.compile(rb'"checksum": "(sha256:[0-9a-f]{64})"')
 
 # Headroom takes money that can only be gained as zero or more, but lets savings go below zero.
 _SIGNED_AMOUNTS = frozenset({"compression_savings_usd", "compression_savings_list_usd"})
-
-# Beyond this no number is a count of tokens, and sums of such numbers would leave the range of a float.
-_LARGEST_NUMBER = 2**63 - 1
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True):
@@ -234,7 +231,7 @@ def _number(value: Any, kind: Callable[[Any], Any], where: str, problems: list[s
         number = kind(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not abs(number) <= _LARGEST_NUMBER:
+    if not abs(number) <= LARGEST_NUMBER:
         problems.append(f"{where} is not a number: {_shown(value)}")
         return kind(0)
     return number if signed else max(number, kind(0))

@@ -20,8 +20,8 @@ DAYS_OF_HOURLY_POINTS = 14 + 1
 DAYS_OF_POINTS = 730 + 1
 """On how many days history keeps any point."""
 
-# A larger number in a point of another program's is no count and no amount.
-_LARGEST_NUMBER = 2**63 - 1
+LARGEST_NUMBER = 2**63 - 1
+"""Beyond this no number of another program's is a count or an amount, and sums would leave the range of a float."""
 
 Pair = tuple[str, str]
 """A provider and a model, in this order."""
@@ -354,7 +354,7 @@ def _sums_of(point: Mapping[str, Any]) -> Totals:
 
 
 def _number_or_zero(value: Any) -> Any:
-    return value if isinstance(value, (int, float)) and abs(value) <= _LARGEST_NUMBER else 0
+    return value if isinstance(value, (int, float)) and abs(value) <= LARGEST_NUMBER else 0
 
 
 def _stamp(point: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from savings_exporter.headroom import WatchedFile
 from savings_exporter.idempotency import checked_key
 from savings_exporter.records import SavingsRecord
 from savings_exporter.service import status_page
-from savings_exporter.service.views import as_json
+from savings_exporter.service.views import as_json, printable
 from savings_exporter.tracker import SavingsTracker
 
 SAVINGS_PATH = "/v1/savings"
@@ -141,7 +141,7 @@ class Service:
         page = status_page.render(
             snapshot, source.health(), source.storage_path, prefix + self._telemetry_path, prefix + SAVINGS_PATH
         )
-        return HTMLResponse(page, headers=_PAGE_HEADERS)
+        return HTMLResponse(page.encode("utf-8", "backslashreplace"), headers=_PAGE_HEADERS)
 
     async def _record(self, request: Request, tracker: SavingsTracker) -> Response:
         if self._posts_in_flight >= MAX_POSTS_IN_FLIGHT:
@@ -279,7 +279,7 @@ def _json_response(content: Any, status: HTTPStatus = HTTPStatus.OK) -> Response
 
 
 def _problem(status: HTTPStatus, detail: str, field: str | None = None) -> Response:
-    body = {"title": status.phrase, "status": int(status), "detail": _cut(detail)}
+    body = {"title": status.phrase, "status": int(status), "detail": printable(_cut(detail))}
     if field is not None:
         body["field"] = _cut(field)
     return Response(_json.encode(body), status, media_type="application/problem+json")

@@ -67,7 +67,7 @@ def render(snapshot: Snapshot, health: Health, storage_path: str, metrics_path: 
 
 
 def _table(caption: str, group: Mapping[str, Totals]) -> str:
-    rows = ranked(group)
+    rows = ranked(group.items())
     if not rows:
         return ""
     largest = rows[0][1].tokens_saved

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
 
-from savings_exporter.totals import Totals
+from savings_exporter.totals import LARGEST_NUMBER, Totals
 from savings_exporter.tracker import Health, Snapshot
 
 _EIGHTHS = "▏▎▍▌▋▊▉█"
@@ -16,41 +16,68 @@ _EIGHTHS = "▏▎▍▌▋▊▉█"
 def as_json(snapshot: Snapshot, health: Health, storage_path: str) -> dict[str, Any]:
     """The snapshot under the document's names, ready for any JSON encoder."""
     return {
-        "storage_path": storage_path,
+        "storage_path": printable(storage_path),
         "healthy": health.healthy,
-        "reason": health.reason,
+        "reason": printable(health.reason) if health.reason else None,
         "sequence": snapshot.sequence,
         "saved_at": snapshot.saved_at.isoformat() if snapshot.saved_at else None,
         "pending_records": snapshot.pending_records,
         "pending_tokens": snapshot.pending_tokens,
         "lifetime": _entry(snapshot.lifetime),
-        "by_model": {name: _entry(totals) for name, totals in ranked(snapshot.by_model)},
-        "projects": {name: _entry(totals) for name, totals in ranked(snapshot.projects)},
+        "by_model": {name: _entry(totals) for name, totals in ranked(snapshot.by_model.items())},
+        "projects": {name: _entry(totals) for name, totals in ranked(snapshot.projects.items())},
         "by_provider_model": [
             {"provider": provider, "model": model, **_entry(totals)}
             for (provider, model), totals in snapshot.by_provider_model.items()
         ],
-        "history": list(snapshot.history),
+        "history": [_point(point) for point in snapshot.history],
     }
 
 
 def as_rows(snapshot: Snapshot) -> Iterator[dict[str, Any]]:
-    """The snapshot as flat rows, all with the same keys: lifetime, then models, then projects."""
+    """The snapshot as flat rows, all with the same keys: lifetime, then its breakdowns."""
     yield {"kind": "lifetime", "name": "", **_entry(snapshot.lifetime)}
-    for kind, group in (("model", snapshot.by_model), ("project", snapshot.projects)):
-        for name, totals in ranked(group):
+    for kind, group in breakdowns(snapshot):
+        for name, totals in group:
             yield {"kind": kind, "name": name, **_entry(totals)}
 
 
-def ranked(group: Mapping[str, Totals]) -> list[tuple[str, Totals]]:
+def breakdowns(snapshot: Snapshot) -> Iterator[tuple[str, list[tuple[str, Totals]]]]:
+    """What the totals are broken down by, and how."""
+    pairs = ((f"{provider}/{model}", totals) for (provider, model), totals in snapshot.by_provider_model.items())
+    yield "model", ranked(snapshot.by_model.items())
+    yield "provider/model", ranked(pairs)
+    yield "project", ranked(snapshot.projects.items())
+
+
+def ranked(group: Iterable[tuple[str, Totals]]) -> list[tuple[str, Totals]]:
     """Names with their totals, the one that saved most first."""
-    return sorted(group.items(), key=lambda item: (-item[1].tokens_saved, item[0]))
+    return sorted(group, key=lambda item: (-item[1].tokens_saved, item[0]))
 
 
 def bar(value: int, largest: int, width: int) -> str:
     """A bar of block characters, ``width`` characters long for the largest value."""
     eighths = round(value / largest * width * 8) if largest > 0 else 0
     return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8 - 1] if eighths % 8 else "")
+
+
+def printable(text: str) -> str:
+    """Text that can be written as UTF-8: the half of a surrogate pair, with which Python stands for the bytes of a path
+    that are no UTF-8, and which JSON may hold, becomes what it is written as in Python.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _point(point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point of history, whatever another program has put into it."""
+    return {printable(key): _plain(value) for key, value in point.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Text, or a number that JSON readers take; what is neither becomes null."""
+    if isinstance(value, str):
+        return printable(value)
+    return value if isinstance(value, (int, float)) and abs(value) <= LARGEST_NUMBER else None
 
 
 def _entry(totals: Totals) -> dict[str, Any]:

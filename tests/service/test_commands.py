@@ -6,6 +6,7 @@ import csv
 import errno
 import io
 import json
+import os
 import re
 import socket
 import subprocess
@@ -118,6 +119,8 @@ def test_show_draws_a_table_with_bars(filled: Path) -> None:
     assert lines[0].startswith("4,000 tokens saved in 2 requests")
     (claude,) = [line for line in lines if line.startswith("claude")]
     (gpt,) = [line for line in lines if line.startswith("gpt [bold]x")]
+    (anthropic,) = [line for line in lines if line.startswith("anthropic/claude")]
+    assert "3,000" in anthropic
     assert "3,000" in claude
     assert "75.0 %" in claude
     assert claude.count("█") > 2 * gpt.count("█") > 0
@@ -145,6 +148,8 @@ def test_show_as_csv_has_a_row_for_everything(filled: Path) -> None:
         ("lifetime", "", "4000"),
         ("model", "claude", "3000"),
         ("model", "gpt [bold]x", "1000"),
+        ("provider/model", "anthropic/claude", "3000"),
+        ("provider/model", "openai/gpt [bold]x", "1000"),
         ("project", "web", "3000"),
     ]
 
@@ -155,6 +160,101 @@ def test_show_reads_headrooms_documents_and_changes_nothing(tmp_path: Path) -> N
     assert run_cli("show", "--store", str(copy)).stdout.startswith("2,672,322 tokens saved in 300 requests")
     assert copy.read_bytes() == HEADROOM.read_bytes()
     assert [entry.name for entry in tmp_path.iterdir()] == ["proxy_savings.json"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["show"], ["verify"], ["record", "--model", "m", "--tokens-saved", "1"], ["--help"]]
+)
+def test_a_closed_standard_output_gets_one_line_before_anything_is_done(filled: Path, arguments: list[str]) -> None:
+    before = filled.read_bytes()
+    command = [sys.executable, "-m", "savings_exporter", *arguments]
+    env = {**os.environ, "SAVINGS_EXPORTER_STORE": str(filled)}
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    done = subprocess.run(closed, stderr=subprocess.PIPE, text=True, env=env)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "standard output is closed" in done.stderr
+    assert filled.read_bytes() == before
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_names_that_the_output_cannot_hold_are_shown_as_python_writes_them(store_path: Path, encoding: str) -> None:
+    with SavingsTracker(store_path) as tracker:
+        tracker.record_request(model="日本", provider="é", tokens_saved=3)
+    env = {"PYTHONIOENCODING": encoding}
+    shown = [
+        subprocess.run(
+            [sys.executable, "-m", "savings_exporter", "show", "--store", store_path, *how],
+            capture_output=True,
+            env={**os.environ, **env},
+        )
+        for how in ([], ["--csv"], ["--json"])
+    ]
+    assert [(done.returncode, done.stderr) for done in shown] == [(0, b"")] * 3
+    model = "日本".encode(encoding, "backslashreplace")
+    assert all(model in done.stdout for done in shown[:2])
+    assert ("█" * 16 if encoding == "utf-8" else "#" * 16) in shown[0].stdout.decode(encoding)
+    # JSON is UTF-8 everywhere.
+    assert json.loads(shown[2].stdout.decode("utf-8"))["by_model"].keys() == {"日本"}
+
+
+STRANGE = r"""{
+  "schema_version": 6, "lifetime": {"requests": 7}, "\ud800": {"\udfff": 1},
+  "by_model": {"gpt\ud800-4": {"requests": 7, "mo\udfffdel": "\ud800"}},
+  "projects": {"web\udc00": {"requests": 7}},
+  "history": [{
+    "timestamp": "2026-06-07T12:23:34Z", "total_tokens_saved": 5, "provider": "a\ud800b", "\udfff": true,
+    "nan": NaN, "infinite": 1e999, "huge": HUGE, "deep": DEEP
+  }]
+}""".replace("HUGE", "9" * 400).replace("DEEP", "[" * 300 + "]" * 300)
+
+
+def test_what_is_no_text_in_a_document_or_its_path_is_shown_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"stra\xffnge.json")
+    path.write_text(STRANGE)
+    done = [run_cli("show", "--store", str(path), *how) for how in ([], ["--csv"], ["--json"])]
+    assert [(each.returncode, each.stderr) for each in done] == [(0, "")] * 3
+    assert r"stra\udcffnge.json" in done[0].stdout
+    shown = json.loads(done[2].stdout)
+    assert shown["storage_path"] == str(tmp_path / r"stra\udcffnge.json")
+    assert shown["by_model"].keys() == {"gpt-4"}
+    point = {"timestamp": "2026-06-07T12:23:34Z", "total_tokens_saved": 5, "provider": r"a\ud800b", r"\udfff": True}
+    assert shown["history"] == [{**point, "nan": None, "infinite": None, "huge": None, "deep": None}]
+    with running("watch", str(path)) as service:
+        assert {**json.loads(service.get("/v1/savings")[1]), "saved_at": None} == {**shown, "saved_at": None}
+        assert r"stra\udcffnge.json" in service.get("/")[1]
+        path.unlink()
+        status, problem = service.get("/-/healthy")
+        assert (status, r"stra\udcffnge.json: there is no such file" in json.loads(problem)["detail"]) == (503, True)
+        assert json.loads(service.get("/v1/savings")[1])["reason"] == json.loads(problem)["detail"]
+        assert 'role="alert"' in service.get("/")[1]
+        assert service.stop()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "x"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "-1"),
+        ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "999999"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "tight"),
+        ("OTEL_TRACES_SAMPLER", "sometimes"),
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "few"),
+        ("OTEL_TRACES_EXPORTER", "smoke"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", [["serve", "--log.level", "error"], ["record", "--model", "m", "--tokens-saved", "1"]]
+)
+def test_a_tracing_variable_that_makes_no_sense_gets_one_line(
+    store_path: Path, command: list[str], name: str, value: str
+) -> None:
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", name: value}
+    env |= {"SAVINGS_EXPORTER_STORE": str(store_path), "SAVINGS_EXPORTER_WEB_LISTEN_ADDRESS": "127.0.0.1:0"}
+    done = run_cli(*command, env=env)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert name in done.stderr
+    assert not store_path.exists()
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(filled: Path) -> None:
