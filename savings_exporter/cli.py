@@ -34,6 +34,9 @@ from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker, Snapshot, de
 
 _BAR_WIDTH = 16
 
+# What a shell gives for a command that Ctrl-C ended.
+_INTERRUPTED = 128 + signal.SIGINT
+
 app = typer.Typer(
     name="savings-exporter",
     help="Keeps the LLM tokens you saved, durably, and shows every step of it.",
@@ -171,10 +174,13 @@ def serve(
         service = Service(tracker, SavingsCollector(tracker), telemetry_path=telemetry_path, token=token)
         what = "keeps made-up savings in" if demo else "keeps savings in"
         line = _announcement(what, tracker.storage_path, url, _first_saving(url, config))
-        server.run(service, listener, config.tls_server_config, started=lambda: print(line, flush=True))
-        reason = tracker.health().reason
-        if not tracker.close():
-            raise CommandError(f"stopped, but {reason}")
+        try:
+            server.run(service, listener, config.tls_server_config, started=lambda: print(line, flush=True))
+            is_saved = tracker.close()
+        except KeyboardInterrupt:
+            _end_at_once(tracker)
+        if not is_saved:
+            raise CommandError(f"stopped, but {tracker.health().reason}")
 
 
 @app.command()
@@ -330,7 +336,7 @@ def main() -> NoReturn:
     except (StoreError, settings.SettingsError) as error:
         _exit(1, str(error))
     except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except typer.TyperException as error:
         _exit(error.exit_code, f"{' '.join(error.format_message().split())} (--help says more)")
     except BrokenPipeError:
@@ -340,6 +346,21 @@ def main() -> NoReturn:
     except OSError as error:
         _exit(1, f"{error.filename or ''}: {error.strerror or error}".lstrip(": "))
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _end_at_once(tracker: SavingsTracker) -> NoReturn:
+    """End although the last save has not: whoever presses Ctrl-C again does not wait for a disk that hangs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    health = tracker.health()
+    lost = "nothing is lost, the next start saves what is in the journal"
+    if health.pending_records:
+        lost = (
+            f"{health.pending_records} records ({health.pending_tokens} tokens saved) were not durable and may be lost"
+        )
+    line = f"savings-exporter: {tracker.storage_path}: interrupted before the last save had ended; {lost}"
+    print(line, file=sys.stderr, flush=True)
+    # Leaving in any other way waits for that save again.
+    os._exit(_INTERRUPTED)
 
 
 def _exit(status: int, line: str) -> NoReturn:

@@ -170,6 +170,14 @@ class Service:
         self.first_line = first_line
         self.url = url
 
+    def tell(self, command: str) -> None:
+        """Give a command to ``faulty.py``, and wait until it is carried out."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(command)
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "done\n"
+
     def get(self, path: str, headers: dict[str, str] | None = None) -> tuple[int, str]:
         """GET a path: status and body."""
         return self._answer(urllib.request.Request(self.url + path, headers=headers or {}))
@@ -208,11 +216,21 @@ class Service:
 
 
 @contextmanager
-def running(*arguments: str, env: dict[str, str] | None = None, address: str = "127.0.0.1:0") -> Iterator[Service]:
-    """A ``savings-exporter`` command, by default on a free port of the loopback, killed at the end if it still runs."""
-    command = [sys.executable, "-m", "savings_exporter", *arguments, "--web.listen-address", address]
+def running(
+    *arguments: str, env: dict[str, str] | None = None, address: str = "127.0.0.1:0", faulty: bool = False
+) -> Iterator[Service]:
+    """A ``savings-exporter`` command, by default on a free port of the loopback, killed at the end if it still runs.
+
+    With ``faulty`` its disk fails and hangs as it is told.
+    """
+    program = [str(Path(__file__).with_name("faulty.py"))] if faulty else ["-m", "savings_exporter"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
+        [sys.executable, *program, *arguments, "--web.listen-address", address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(env or {})},
     )
     try:
         assert process.stdout is not None

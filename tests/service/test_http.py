@@ -120,6 +120,53 @@ def test_a_request_in_flight_at_the_stop_is_saved_and_answered(store_path: Path,
         assert tracker.snapshot().lifetime.tokens_saved == 4096
 
 
+def test_a_second_sigterm_does_not_cut_the_last_save_short(store_path: Path) -> None:
+    with running("serve", "--store", str(store_path), faulty=True) as service:
+        assert service.post(RECORD)[0] == 200
+        service.tell("fail fsync_journal")
+        service.tell("fail fsync_file")
+        assert service.post(RECORD)[0] == 202
+        service.tell("hang fsync_file")
+        service.process.send_signal(signal.SIGTERM)
+        service.tell("closing")
+        service.process.send_signal(signal.SIGTERM)
+        service.tell("mend")
+        service.process.communicate(timeout=30)
+        assert service.process.returncode == 0
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.snapshot().lifetime.tokens_saved == 2 * 4096
+
+
+@pytest.mark.parametrize(
+    ("is_failing", "status", "said"),
+    [
+        (True, 202, "; 1 records (4096 tokens saved) were not durable and may be lost"),
+        (False, 200, "; nothing is lost"),
+    ],
+)
+def test_ctrl_c_again_ends_a_last_save_that_hangs_and_says_what_that_costs(
+    store_path: Path, is_failing: bool, status: int, said: str
+) -> None:
+    with running("serve", "--store", str(store_path), faulty=True) as service:
+        if is_failing:
+            service.tell("fail fsync_journal")
+            service.tell("fail fsync_file")
+        assert service.post(RECORD)[0] == status
+        service.tell("hang fsync_file")
+        service.process.send_signal(signal.SIGINT)
+        service.tell("closing")
+        ended, _, err = service.stop(signal.SIGINT)
+    assert ended == 130
+    last = err.splitlines()[-1]
+    assert last.startswith(f"savings-exporter: {store_path}: interrupted")
+    assert said in last
+    assert "None" not in err
+    assert "Traceback" not in err
+    if status == 200:
+        with SavingsTracker(store_path) as tracker:
+            assert tracker.snapshot().lifetime.tokens_saved == 4096
+
+
 def test_the_status_page_shows_names_as_text(store_path: Path) -> None:
     with running("serve", "--store", str(store_path)) as service:
         service.post({**RECORD, "model": "<script>alert(1)</script>"})

@@ -1,0 +1,46 @@
+"""``savings-exporter`` on a disk that fails and hangs as standard input says; "done" answers each command."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import threading
+from types import FrameType
+
+import pytest
+
+from savings_exporter import SavingsTracker, cli
+from support import Faults, eventually
+
+
+def obey(faults: Faults) -> None:
+    """``fail STEP``, ``hang STEP``, ``closing`` (wait until the last save has begun) and ``mend``."""
+    # Not by sys.stdin, whose lock a thread would still hold when the process ends.
+    while command := os.read(0, 1024).decode().split():
+        match command:
+            case ["fail", step]:
+                faults.fail(step, errno.EIO)
+            case ["hang", step]:
+                faults.hang(step)
+            case ["closing"]:
+                eventually(is_closing, "the tracker to be closed")
+            case ["mend"]:
+                faults.mend()
+        print("done", flush=True)
+
+
+def is_closing() -> bool:
+    """Whether the main thread closes a tracker."""
+    frame: FrameType | None = sys._current_frames()[threading.main_thread().ident or 0]
+    while frame is not None:
+        if frame.f_code is SavingsTracker.close.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as patch:
+        threading.Thread(target=obey, args=[Faults(patch)], daemon=True).start()
+        cli.main()
