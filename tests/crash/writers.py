@@ -172,7 +172,7 @@ def _sync_again(_directory: Path, ledger: Ledger) -> None:
 
 def _die_in_a_write(directory: Path, ledger: Ledger) -> None:
     """At some write into the directory, let a part of the bytes through and end by SIGKILL."""
-    life = random.randint(1, 40)
+    life = random.randint(1, 20)
 
     def torn(descriptor: int, data: Any, write: Callable[[Any], int]) -> int:
         nonlocal life
