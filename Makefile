@@ -26,7 +26,7 @@ bench: .venv/.dev ## measure the store against its peers, a quarter of an hour (
 	@.venv/bin/python -m benchmarks $(ARGS)
 
 # What is part of every "make test", with more rounds and with every fault at every call.
-crash: .venv/.dev ## lose power, fill disks, fail and kill for a quarter of an hour (root, Linux); build/crash-lab.json
+crash: .venv/.dev ## lose power, fill disks, fail and kill for half an hour (root, Linux); build/crash-lab.json
 	@CRASH_LAB=long REQUIRE_ALL=1 .venv/bin/python -m pytest tests/crash $(ARGS)
 
 lint: .venv/.dev ## check style, format and types

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from savings_exporter import Receipt
 
+_END = "."
+
 
 class Stream(NamedTuple):
     """What a writer is told about the stream it goes on with.
@@ -38,10 +40,11 @@ class Stream(NamedTuple):
 
 
 class Ledger:
-    """The writer's side. Each line is one ``write``, so whoever is killed leaves whole lines."""
+    """The writer's side. Who is killed while it writes a line leaves one without an end, which does not count."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
+        os.write(self._file, b"\n")
 
     def attempt(self, number: int) -> None:
         """Note this before sending."""
@@ -73,7 +76,7 @@ class Ledger:
         self._note("torn", size)
 
     def _note(self, *words: object) -> None:
-        os.write(self._file, " ".join(map(str, words)).encode() + b"\n")
+        os.write(self._file, " ".join(map(str, (*words, _END))).encode() + b"\n")
 
 
 class Account:
@@ -98,26 +101,31 @@ class Account:
         """Take in what was noted since."""
         if not self.path.exists():
             return
-        with self.path.open() as file:
+        with self.path.open("rb") as file:
             file.seek(self._read_bytes)
-            lines = file.readlines()
-            self._read_bytes = file.tell()
+            lines = file.read().splitlines(keepends=True)
         for line in lines:
-            what, *rest = line.split()
-            numbers = [int(number) for number in rest]
-            self.notes[what] += 1
-            if what == "attempted":
-                self.attempted.add(numbers[0])
-                self._next = max(self._next, numbers[0] + 1)
-            elif what == "acknowledged":
-                self.acknowledged.add(numbers[0])
-                self.answers.append((numbers[0], numbers[1]))
-            elif what == "saved":
-                self.saved = max(self.saved, numbers[0])
-            elif what == "seen":
-                self.seen.append(numbers[0])
-            elif what == "torn":
-                self.torn_bytes += numbers[0]
+            if not line.endswith(b"\n"):
+                break  # it is being written at this moment
+            self._read_bytes += len(line)
+            what, *rest = line.decode().split() or [""]
+            if rest[-1:] == [_END]:
+                self._take_in(what, [int(number) for number in rest[:-1]])
+
+    def _take_in(self, what: str, numbers: list[int]) -> None:
+        self.notes[what] += 1
+        if what == "attempted":
+            self.attempted.add(numbers[0])
+            self._next = max(self._next, numbers[0] + 1)
+        elif what == "acknowledged":
+            self.acknowledged.add(numbers[0])
+            self.answers.append((numbers[0], numbers[1]))
+        elif what == "saved":
+            self.saved = max(self.saved, numbers[0])
+        elif what == "seen":
+            self.seen.append(numbers[0])
+        elif what == "torn":
+            self.torn_bytes += numbers[0]
 
     @property
     def stream(self) -> Stream:

@@ -12,7 +12,8 @@ from support import WAIT_SECONDS
 
 pytestmark = pytest.mark.needs("linux")
 
-KINDS = ("alone", "alone", "alone", "threads", "threads", "batches", "batches", "batches")
+# One of them sends batches: every process counts what all the others record, and that is what takes the time here.
+KINDS = ("alone", "alone", "alone", "alone", "alone", "threads", "threads", "batches")
 
 
 def test_writers_go_on_when_others_are_killed_and_nothing_is_lost(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ THREADS = 4
 SAVE_EVERY = 16
 """Who sends one record after the other asks for a save of the document after so many records."""
 
+LONGEST_SYNC_SECONDS = 0.01
+"""How long a slow disk takes for a sync at most."""
+
 RAISED = ".raised"
 """What a writer's last traceback is called, after its ledger."""
 
@@ -136,6 +139,20 @@ def _skip_data_sync(_directory: Path, _ledger: Ledger) -> None:
         setattr(filesystem, name, lambda descriptor: None)
 
 
+def _sync_slowly(_directory: Path, _ledger: Ledger) -> None:
+    """Be a slow disk: what is written and visible to others is not durable for a while."""
+
+    def slow(sync: Callable[[Any], None]) -> Callable[[Any], None]:
+        def sync_slowly(file: Any) -> None:
+            time.sleep(random.uniform(0, LONGEST_SYNC_SECONDS))
+            sync(file)
+
+        return sync_slowly
+
+    for name in ("fsync_directory", *DATA_SYNCS):
+        setattr(filesystem, name, slow(getattr(filesystem, name)))
+
+
 def _sync_again(_directory: Path, ledger: Ledger) -> None:
     """Believe the second sync of a file whose first one failed."""
 
@@ -155,7 +172,7 @@ def _sync_again(_directory: Path, ledger: Ledger) -> None:
 
 def _die_in_a_write(directory: Path, ledger: Ledger) -> None:
     """At some write into the directory, let a part of the bytes through and end by SIGKILL."""
-    life = random.randint(1, 40)
+    life = random.randint(1, 20)
 
     def torn(descriptor: int, data: Any, write: Callable[[Any], int]) -> int:
         nonlocal life
@@ -176,6 +193,7 @@ def _die_in_a_write(directory: Path, ledger: Ledger) -> None:
 SABOTAGES = {
     "no directory fsync": _skip_directory_fsync,
     "no data sync": _skip_data_sync,
+    "slow syncs": _sync_slowly,
     "sync again": _sync_again,
     "torn write": _die_in_a_write,
 }
