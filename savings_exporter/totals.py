@@ -302,7 +302,7 @@ def iso_utc(moment: datetime) -> str:
     return moment.astimezone(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat() + "Z"
 
 
-def thinned(points: Iterable[Mapping[str, Any]], _now: datetime | None = None) -> tuple[Mapping[str, Any], ...]:
+def thinned(points: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
     """History points in the order of time: the last of each day on the newest 731 days that have any, and on the newest
     15 of those the last of each hour.
 

@@ -52,6 +52,8 @@ _MANY_RECORDS = 100
 # A commit is linked to the spans of at most so many of its records, which is what OpenTelemetry keeps.
 _MOST_LINKS = 128
 
+_LONGEST_HANDOVER_SECONDS = 1.0
+
 _FIRST_RETRY_SECONDS = 0.1
 _LONGEST_RETRY_SECONDS = 30.0
 
@@ -447,7 +449,9 @@ class SavingsTracker:
                     return True
                 turn = _taken_lock()
                 self._queue.append((me, turn))
-            turn.acquire()
+            # Looked at again from time to time: an interrupt may come between naming a leader and waking it.
+            while not turn.acquire(timeout=_LONGEST_HANDOVER_SECONDS) and self._leader != me:
+                pass
             return True
         except BaseException:
             with self._mutex:
@@ -524,7 +528,16 @@ class SavingsTracker:
                 logger.info("%s: saving works again", self._path)
 
     def _resign(self) -> None:
-        """Give up the lead, and have the background thread do what is left."""
+        """Give up the lead, also when an interrupt comes between, and have the background thread do what is left."""
+        try:
+            self._give_up_the_lead()
+        except BaseException:
+            self._give_up_the_lead()
+            raise
+
+    def _give_up_the_lead(self) -> None:
+        if self._leader != threading.get_ident():
+            return
         with self._mutex:
             if self._sealed is not None and self._sealed.durable:
                 # An interrupt came between the commit and taking note of it.

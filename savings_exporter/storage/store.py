@@ -575,7 +575,7 @@ class Store:
         for problem in (*document.problems, *found.harmless):
             logger.warning("%s: %s", self.path, problem)
         if not document.is_ours:
-            history = thinned(document.ledger.history, datetime.now(timezone.utc))
+            history = thinned(document.ledger.history)
             ledger = msgspec.structs.replace(document.ledger.bounded(self._limits), history=history)
             document = msgspec.structs.replace(document, ledger=ledger)
         self._close_segment()
