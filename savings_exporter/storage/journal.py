@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from savings_exporter.errors import CorruptStoreError
 from savings_exporter.records import SavingsRecord
 from savings_exporter.storage import filesystem
 
@@ -32,7 +33,7 @@ _HEADER = struct.Struct("<4sI8sQQII")
 _CHECKED_FROM = 8
 _STORE = slice(8, 16)
 _SUFFIX = ".journal."
-_SEGMENT_NAME = re.compile(r".*\.journal\.(\d{8,})")
+_SEGMENT_NAME = re.compile(r".*\.journal\.(\d{8,18})", re.DOTALL)
 
 LARGEST_PAYLOAD_BYTES = SEGMENT_BYTES - _HEADER.size
 
@@ -85,8 +86,15 @@ def keyed_payload_of(records: Iterable[SavingsRecord], key: str) -> bytes:
 
 
 def decoded(payload: bytes) -> list[Line]:
-    """The lines of one or several frames."""
-    return _lines.decode_lines(payload)
+    """The lines of one or several frames.
+
+    Raises:
+        CorruptStoreError: they are no records, though their frame's checksum is right.
+    """
+    try:
+        return _lines.decode_lines(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CorruptStoreError(f"a frame's checksum matches, but it holds no records: {error}") from None
 
 
 def frame_of(store: bytes, epoch: int, first: int, records: int, payload: bytes) -> bytes:

@@ -238,7 +238,10 @@ def _refuse_to_lose_ours(path: str, limits: Limits, mark: Mark | None, segments:
 def _with_journal(
     found: Found, segments: dict[int, str], limits: Limits, mark: Mark | None, *, only_marked: bool
 ) -> Found:
-    found.keys = Keys.unpacked(found.document.keys)
+    try:
+        found.keys = Keys.unpacked(found.document.keys)
+    except ValueError as error:
+        raise CorruptStoreError(f"the document's checksum matches, but its keys cannot be read: {error}") from None
     found.sequence = found.document.ledger.sequence
     found.epoch, found.offset = found.document.epoch, found.document.offset
     found.newest_epoch = max([found.epoch, *segments])
@@ -279,7 +282,12 @@ def _replay(found: Found, name: str, data: bytes, epoch: int, limits: Limits) ->
         found.sequence = item.last
         payloads.append(item.payload)
         numbers.append(range(item.first, item.last + 1))
-    records = journal.decoded(b"".join(payloads))
+    try:
+        records = journal.decoded(b"".join(payloads))
+    except CorruptStoreError as error:
+        raise CorruptStoreError(f"{name}: {error}; restore it from a backup") from None
+    if len(records) != sum(map(len, numbers)):
+        raise CorruptStoreError(f"{name}: a frame holds other than its number of records; restore it from a backup")
     found.since.add_all(records, found.document.ledger, limits)
     for number, record in zip(itertools.chain.from_iterable(numbers), records, strict=True):
         if record.idempotency_key is not None:

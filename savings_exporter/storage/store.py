@@ -519,7 +519,10 @@ class Store:
             payloads.append(frame.payload)
         if sequence != mark.sequence:
             return False
-        records = journal.decoded(b"".join(payloads))
+        try:
+            records = journal.decoded(b"".join(payloads))
+        except StoreError:
+            return False
         with self.changing:
             self._torn = True
             self._uncounted += records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from savings_exporter import CorruptStoreError, SavingsTracker, StoreError
+from savings_exporter.storage import journal
 from savings_exporter.storage.recovery import previous_path
 from savings_exporter.storage.repair import inspect, repair
 from savings_exporter.storage.steps import Observers
@@ -308,6 +310,23 @@ def test_the_journal_of_another_store_is_not_counted(kept: Kept, tmp_path: Path)
         other.record_request(model="m", tokens_saved=7)
     path = kept.put(document=(tmp_path / DOCUMENT).read_bytes(), previous=None, lock=None)
     assert opened(path)[0] == 7
+
+
+@pytest.mark.parametrize("payload", [b"{}\n", b"[1]\n", b"\xff\n", b"", b'{"model":"m","tokens_saved":1}\n' * 2])
+def test_a_frame_that_is_right_and_says_nonsense_is_refused(kept: Kept, payload: bytes) -> None:
+    store = bytes.fromhex(json.loads(kept.files[DOCUMENT])["savings_exporter"]["store"])
+    frame = journal.frame_of(store, 1, 7, 1, payload)
+    path = kept.put(segment=kept.journal + frame + bytes(8192))
+    with pytest.raises(CorruptStoreError, match=r"journal\.00000001: a frame"):
+        SavingsTracker(path)
+
+
+def test_what_only_looks_like_a_segment_is_left_alone(kept: Kept) -> None:
+    path = kept.put()
+    stranger = path.with_name(f"{DOCUMENT}.journal.{10**20}")
+    stranger.write_bytes(b"not ours")
+    assert opened(path)[0] == TOTAL
+    assert stranger.read_bytes() == b"not ours"
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
