@@ -255,10 +255,11 @@ def show(
     if as_json and as_csv:
         raise WrongUsageError("give --json or --csv, not both")
     path = store if store is not None else default_path()
-    if not os.path.exists(path):
+    if not any(os.path.exists(path + suffix) for suffix in ("", ".previous", ".lock")):
+        given = f" --store {store}" if store is not None else ""
         raise CommandError(
             f"{path}: there are no savings yet; record the first with: savings-exporter record --model NAME "
-            "--tokens-saved N"
+            f"--tokens-saved N{given}"
         )
     watched = WatchedFile(path)
     snapshot = watched.snapshot()

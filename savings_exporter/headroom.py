@@ -62,9 +62,9 @@ class WatchedFile:
         path = filesystem.resolved(self.storage_path)
         try:
             version = self._version_now()
-            if version[0] is None:
-                raise StoreError(f"{path}: there is no such file")
             found = read(path, self._limits)
+            if not found.exists:
+                raise StoreError(f"{path}: there is no such file")
         except OSError as error:
             raise StoreError(f"{path}: cannot be read: {error.strerror} ({error_symbol(error)})") from error
         for problem in found.document.problems:

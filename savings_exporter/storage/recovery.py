@@ -34,8 +34,9 @@ class Found(msgspec.Struct, kw_only=True):
     """What a store holds.
 
     ``document`` is what the journal was counted onto, ``since`` what was counted from there. ``epoch`` and ``offset``
-    are where the journal ends. ``damage`` says why the document at the path is not the one that was taken; ``lost`` are
-    the sequences, first and last, of acknowledged records that are nowhere.
+    are where the journal ends, ``unsure`` why it cannot be told whether it did. ``damage`` says why the document at the
+    path is not the one that was taken; ``lost`` are the sequences, first and last, of acknowledged records that are
+    nowhere.
     """
 
     document: Document
@@ -52,6 +53,7 @@ class Found(msgspec.Struct, kw_only=True):
     tail: Tail | None = None
     harmless: list[str] = []
     damaged_segments: list[str] = []
+    unsure: str | None = None
     journal_bytes: int = 0
 
     @property
@@ -145,7 +147,15 @@ def salvage(path: str, limits: Limits, mark: Mark | None) -> Found:
         damage="cannot be used",
         store=store or (mark.store if mark else _store_of(segments)),
     )
-    return _with_journal(found, segments, limits, mark, only_marked=False)
+    found = _with_journal(found, segments, limits, mark, only_marked=False)
+    if previous is None:
+        found.unsure = "there is no whole document"
+        if not found.since.records:
+            raise CorruptStoreError(
+                f"{path}: nothing of it is whole, so its totals are lost. Restore it from a backup, or move all files "
+                f"{path}* away to start from zero"
+            )
+    return found
 
 
 def decoded(path: str) -> Document | None:
@@ -162,6 +172,11 @@ def refuse_losses(path: str, found: Found) -> None:
     Raises:
         CorruptStoreError: the message says which, and what to do.
     """
+    if found.unsure:
+        raise CorruptStoreError(
+            f"{path}: {found.unsure}, and whether acknowledged records are lost with it cannot be told; what is left "
+            f"holds {described(found)}. To go on from there: savings-exporter verify --repair --store {path}"
+        )
     if found.lost:
         what = f"{found.damage}; " if found.damage else ""
         raise CorruptStoreError(
@@ -197,6 +212,12 @@ def _base(path: str, limits: Limits, mark: Mark | None, segments: dict[int, str]
         except CorruptStoreError as error:
             damage = f"is damaged: {error}"
         else:
+            if document.is_ours and mark is not None and mark.store != bytes.fromhex(document.store) and mark.sequence:
+                raise CorruptStoreError(
+                    f"{path}: is of another store than the files beside it, which hold {mark.sequence} records. To go "
+                    f"on with it, move the other files {path}.* away; to go back: savings-exporter verify --repair "
+                    f"--store {path}"
+                )
             if not document.is_ours:
                 _refuse_to_lose_ours(path, limits, mark, segments)
             store = bytes.fromhex(document.store)
@@ -258,16 +279,20 @@ def _with_journal(
     if mark is not None and mark.store == found.store and mark.sequence > found.sequence:
         found.lost.append((found.sequence + 1, mark.sequence))
         found.keep_tail_as_damage()
+    if mark is not None and mark.store == found.store:
+        # It says how much there was.
+        found.unsure = None
     return found
 
 
 def _replay(found: Found, name: str, data: bytes, epoch: int, limits: Limits) -> None:
     """Count one segment's frames in."""
+    # What the document has already is looked at, too: the document before it may need it.
     start = found.document.offset if epoch == found.document.epoch else 0
     payloads: list[memoryview] = []
     numbers: list[range] = []
-    found.epoch, found.offset, found.tail = epoch, start, None
-    for item in journal.scan(data, found.store, epoch, start):
+    found.epoch, found.offset, found.tail = epoch, 0, None
+    for item in journal.scan(data, found.store, epoch):
         if isinstance(item, journal.Damage):
             found.tail = Tail(name, data[item.start : item.end])
             continue
@@ -292,6 +317,8 @@ def _replay(found: Found, name: str, data: bytes, epoch: int, limits: Limits) ->
     for number, record in zip(itertools.chain.from_iterable(numbers), records, strict=True):
         if record.idempotency_key is not None:
             found.keys.remember(record.idempotency_key, number)
+    if found.offset < start:
+        found.unsure = f"{name} is damaged"
     found.journal_bytes += found.offset
 
 

@@ -54,6 +54,11 @@ def inspect(path: str) -> Inspection:
         if found.damage is not None:
             whole = "" if found.lost else "; nothing is lost: it is written anew when the store is next opened"
             problems.append(f"{path}: {found.damage}{whole}")
+        if found.unsure:
+            problems.append(
+                f"{path}: {found.unsure}, and whether acknowledged records are lost with it cannot be told. To go on "
+                f"with what is left: savings-exporter verify --repair --store {path}"
+            )
         if found.lost:
             problems.append(
                 f"{path}: {described_losses(found.lost)}. To go on with what is left: savings-exporter verify --repair "
@@ -90,31 +95,39 @@ def repair(path: str, observer: Observer) -> str:
             found = find(path, Limits(), mark)
         except CorruptStoreError:
             found = salvage(path, Limits(), mark)
-        if not found.exists or not (found.damage or found.lost or found.tail or found.harmless):
+        is_damaged = found.damage or found.lost or found.tail or found.harmless or found.unsure
+        if not is_damaged and not _problem_of_previous(path):
             return f"{path}: there is nothing to repair: it holds {described(found)}"
         aside = _put_aside(path, found)
         _save(path, found, observer)
     finally:
         lock.close()
     parts = [f"{path}: holds {described(found)}"]
-    parts.append(described_losses(found.lost) if found.lost else "nothing is lost")
+    if found.lost:
+        parts.append(described_losses(found.lost))
+    elif found.unsure:
+        parts.append(f"{found.unsure}, so whether anything is lost cannot be told")
+    else:
+        parts.append("nothing is lost")
     if aside:
         parts.append(f"kept aside: {', '.join(aside)}")
     return "; ".join(parts)
 
 
 def _put_aside(path: str, found: Found) -> list[str]:
-    """Give damaged files other names: the document a second one, because it is replaced as a whole."""
-    aside = []
+    """Give what is damaged, or was of no use, second names, because the first ones get new contents or go."""
+    kept = []
     if found.damage is not None and found.identity is not None:
-        aside.append(filesystem.unused_name(path, "corrupt"))
-        filesystem.keep_copy(path, aside[-1])
-    return aside + [_copied_aside(segment) for segment in found.damaged_segments]
+        kept.append(path)
+    kept += [previous_path(path)] if _problem_of_previous(path) else []
+    is_journal_damaged = found.lost or found.tail or found.harmless or found.unsure
+    kept += journal.segments(path).values() if is_journal_damaged else []
+    return [_copied_aside(name) for name in kept]
 
 
-def _copied_aside(segment: str) -> str:
-    aside = filesystem.unused_name(segment, "corrupt")
-    filesystem.keep_copy(segment, aside)
+def _copied_aside(name: str) -> str:
+    aside = filesystem.unused_name(name, "corrupt")
+    filesystem.keep_copy(name, aside)
     return aside
 
 

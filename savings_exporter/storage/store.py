@@ -338,7 +338,7 @@ class Store:
 
     def _segment_for(self, size: int, operation: Operation) -> journal.Segment:
         """A segment that has room for a frame of this size, made when there is none."""
-        segment = self._segment
+        segment = self._known_segment() if self._offset else self._segment
         if segment is not None and segment.has_room_for(size):
             return segment
         # One that nothing was committed to may have been left half made, and is made anew.
@@ -497,7 +497,12 @@ class Store:
 
     def _is_written_on(self) -> bool:
         """Whether a process died after it had written a frame, and before it said that it was durable."""
-        return bool(self._offset) and self._known_segment().is_written_on()
+        try:
+            return bool(self._offset) and self._known_segment().is_written_on()
+        except FileNotFoundError:
+            # A copy of the document alone, put in place as a backup: the journal begins anew.
+            self.must_save = True
+            return False
 
     def _known_segment(self) -> journal.Segment:
         """The segment that the last commit that is known went to, up to where it is known."""

@@ -233,7 +233,8 @@ def test_repair_of_two_damaged_documents_saves_what_the_journal_has_and_names_wh
     assert f"{TOTAL - SAVED[0]} tokens saved in 5 records" in done
     assert "acknowledged records are lost: number 1" in done
     assert opened(path)[0] == TOTAL - SAVED[0]
-    assert [file.read_bytes() for file in path.parent.glob("*.corrupt-*")] == [b"junk"]
+    aside = [file.read_bytes() for file in path.parent.glob("*.corrupt-*")]
+    assert sorted(aside)[1:] == [b"junk", b"junk"]
     assert f"{path}.corrupt-" in done
 
 
@@ -319,6 +320,49 @@ def test_a_frame_that_is_right_and_says_nonsense_is_refused(kept: Kept, payload:
     path = kept.put(segment=kept.journal + frame + bytes(8192))
     with pytest.raises(CorruptStoreError, match=r"journal\.00000001: a frame"):
         SavingsTracker(path)
+
+
+def test_a_document_alone_is_a_backup_that_can_be_gone_on_with(kept: Kept) -> None:
+    path = kept.put(previous=None, segment=None, lock=None)
+    with SavingsTracker(path) as tracker:
+        assert tracker.record_request(model="m", tokens_saved=1).durable
+        assert tracker.record_request(model="m", tokens_saved=1).durable
+    assert opened(path)[0] == sum(SAVED) + 2
+
+
+def test_junk_in_the_place_of_the_journal_and_the_mark_is_no_smaller_total(kept: Kept) -> None:
+    path = kept.put(segment=b"junk" * 50, lock=b"junk" * 20)
+    assert assert_whole_or_refused(path) is None
+    assert any("cannot be told" in problem for problem in inspect(str(path)).problems)
+    done = repair(str(path), Observers([]))
+    assert "cannot be told" in done
+    assert [file.read_bytes() for file in path.parent.glob("*journal*.corrupt-*")] == [b"junk" * 50]
+    assert opened(path)[0] == sum(SAVED)
+
+
+def test_repair_of_nothing_but_junk_changes_nothing(kept: Kept) -> None:
+    path = kept.put(document=b"junk", previous=b"junk", segment=b"junk", lock=b"junk")
+    before = contents(path)
+    with pytest.raises(CorruptStoreError, match="its totals are lost"):
+        repair(str(path), Observers([]))
+    assert contents(path) == before
+
+
+def test_repair_keeps_every_damaged_file_aside(kept: Kept) -> None:
+    damaged = kept.journal[:-200]
+    path = kept.put(document=b"one", previous=b"two", segment=damaged)
+    assert "records are lost" in repair(str(path), Observers([]))
+    assert {file.read_bytes() for file in path.parent.glob("*.corrupt-*")} == {b"one", b"two", damaged}
+
+
+def test_the_document_of_another_store_does_not_replace_ours_in_silence(kept: Kept, tmp_path: Path) -> None:
+    with SavingsTracker(tmp_path / DOCUMENT) as other:
+        other.record_request(model="m", tokens_saved=7)
+    path = kept.put(document=(tmp_path / DOCUMENT).read_bytes())
+    with pytest.raises(CorruptStoreError, match="is of another store than the files beside it, which hold 6 records"):
+        SavingsTracker(path)
+    assert "nothing is lost" in repair(str(path), Observers([]))
+    assert opened(path)[0] == TOTAL
 
 
 def test_what_only_looks_like_a_segment_is_left_alone(kept: Kept) -> None:

@@ -55,6 +55,8 @@ def test_processes_started_by_hand_add_up_and_see_each_other(tracker: SavingsTra
     assert [writer.wait(WAIT_SECONDS) for writer in writers] == [0, 0, 0]
     # Not after the next save: at once.
     assert tracker.snapshot().lifetime.requests == 800
+    # They share one segment, and none makes its own.
+    assert [path.name[-8:] for path in store_path.parent.glob("*.journal.*")] == ["00000001"]
     assert totals(store_path) == dict.fromkeys(("m0", "m1", "m2", "mine"), 200)
 
 
