@@ -283,8 +283,7 @@ def test_verify_and_repair(filled: Path) -> None:
     assert (mended.returncode, mended.stderr) == (0, "")
     assert "1000 tokens saved in 1 records" in mended.stdout
     assert "records are lost: number 1;" in mended.stdout
-    (aside,) = filled.parent.glob("*.corrupt-*")
-    assert aside.read_bytes() == damaged
+    assert damaged in [file.read_bytes() for file in filled.parent.glob("*.corrupt-*")]
     assert run_cli("verify", "--store", str(filled)).returncode == 0
 
 
