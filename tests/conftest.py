@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -50,6 +51,8 @@ _WHY = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts what runs in its background with this signal ignored, and our children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "needs(*names): leave the test out where one of these is missing")
     config.stash[_LEFT_OUT] = {}
 
