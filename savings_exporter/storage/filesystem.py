@@ -443,6 +443,11 @@ def is_linked(descriptor: int) -> bool:
     return os.fstat(descriptor).st_nlink > 0
 
 
+def modified_ns(path: str) -> int:
+    """When a file or directory was last changed, in nanoseconds since 1970."""
+    return os.stat(path).st_mtime_ns
+
+
 @contextmanager
 def opened_shared(path: str) -> Iterator[int | None]:
     """A lock file, opened by somebody who only reads; None when there is none or it is not for us."""

@@ -8,6 +8,7 @@ synced: living processes see it in the page cache, and after a power loss an old
 from __future__ import annotations
 
 import errno
+import os
 import struct
 import time
 import zlib
@@ -22,6 +23,9 @@ _PATIENCE_SECONDS = 2.0
 _READER_PATIENCE_SECONDS = 0.2
 # A commit takes some hundred microseconds, so waiting for one begins with short pauses.
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.00005, 0.0005
+
+# Longer than the coarsest clock by which a filesystem of ours stamps its files.
+_TICK_NS = 100_000_000
 
 _MAGIC = b"SXM1"
 _MARK = struct.Struct("<4s8sQQQQQQQQ")
@@ -81,6 +85,8 @@ class StoreLock:
     def __init__(self, path: str) -> None:
         self.path = lock_path(path)
         self.held = False
+        self._directory = os.path.dirname(self.path)
+        self._quiet_since_ns: int | None = None
         self._descriptor = filesystem.open_lock(self.path)
 
     def take(self) -> None:
@@ -94,15 +100,16 @@ class StoreLock:
 
     def take_if_free(self) -> bool:
         """Take the lock, unless another process holds it."""
-        if not filesystem.is_linked(self._descriptor):
+        for _ in range(2):
+            locked = filesystem.try_lock(self._descriptor)
+            if self._is_linked():
+                self.held = locked
+                return locked
             # Somebody removed the lock file, and a process that came later made another: agree with it.
+            if locked:
+                filesystem.unlock(self._descriptor)
             self.reopen()
-        if not filesystem.try_lock(self._descriptor):
-            return False
-        self.held = filesystem.is_linked(self._descriptor)
-        if not self.held:
-            filesystem.unlock(self._descriptor)
-        return self.held
+        return False
 
     def release(self) -> None:
         """Let go of the lock."""
@@ -112,7 +119,7 @@ class StoreLock:
 
     def reopen(self) -> None:
         """Open the lock file anew. In a forked copy the old one is the parent's, and only closed."""
-        self.held = False
+        self.held, self._quiet_since_ns = False, None
         old, self._descriptor = self._descriptor, filesystem.open_lock(self.path)
         filesystem.close(old)
 
@@ -130,6 +137,21 @@ class StoreLock:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             filesystem.close(descriptor)
+
+    def _is_linked(self) -> bool:
+        """Whether the lock file still has its name. While no name in its directory changes, the directory says so.
+
+        Where timestamps are fine enough to tell each change that was looked at (Linux 6.13 and later), looking at the
+        lock file itself would make writing the next mark a change of its metadata: half a commit's time on ext4.
+        """
+        changed_ns = filesystem.modified_ns(self._directory)
+        if changed_ns == self._quiet_since_ns:
+            return True
+        linked = filesystem.is_linked(self._descriptor)
+        # Elsewhere two changes within one tick of the clock look like one.
+        if linked and time.time_ns() - changed_ns > _TICK_NS:
+            self._quiet_since_ns = changed_ns
+        return linked
 
     def _wait(self) -> bool:
         deadline, pause = time.monotonic() + _PATIENCE_SECONDS, _SHORTEST_PAUSE_SECONDS
