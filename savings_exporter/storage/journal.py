@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -74,12 +74,12 @@ class Damage(NamedTuple):
     end: int
 
 
-def payload_of(records: Iterable[SavingsRecord]) -> bytes:
+def payload_of(records: Sequence[SavingsRecord]) -> bytes:
     """Records as the lines of a frame."""
-    return b"".join(_encoder.encode(record) + b"\n" for record in records)
+    return _encoder.encode_lines(records)
 
 
-def keyed_payload_of(records: Iterable[SavingsRecord], key: str) -> bytes:
+def keyed_payload_of(records: Sequence[SavingsRecord], key: str) -> bytes:
     """Records that share an idempotency key, which stands in the last line."""
     lines = payload_of(records)
     return lines[: -len(b"}\n")] + b',"idempotency_key":' + _encoder.encode(key) + b"}\n"
@@ -155,13 +155,15 @@ class Segment:
     def is_written_on(self) -> bool:
         """Whether there is something where the next frame will go, which nobody says is durable."""
         # A frame begins right there, or with the next block.
-        data = filesystem.read_at(self._descriptor, _next_block(self.offset) + len(_MAGIC) - self.offset, self.offset)
-        return data.count(0) != len(data)
+        size = -self.offset % BLOCK_BYTES + len(_MAGIC)
+        return filesystem.read_at(self._descriptor, size, self.offset).strip(b"\0") != b""
 
     def append(self, frame: bytes) -> None:
         """Write a frame behind the last one."""
         place = place_for(len(frame), self.offset)
         filesystem.append_at(self._descriptor, frame, place)
+        if len(frame) < BLOCK_BYTES:
+            filesystem.begin_writing(self._descriptor, len(frame), place)
         self.offset = place + len(frame)
 
     def sync(self) -> None:

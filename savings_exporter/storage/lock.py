@@ -28,9 +28,12 @@ _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.00005, 0.0005
 _TICK_NS = 100_000_000
 
 _MAGIC = b"SXM1"
-_MARK = struct.Struct("<4s8sQQQQQQQQ")
-_CHECK = struct.Struct("<I")
-MARK_BYTES = _MARK.size + _CHECK.size
+_MARK = struct.Struct("<4s8sQQQQQQQQ8s")
+_CHECK_BYTES = 4
+MARK_BYTES = _MARK.size + _CHECK_BYTES
+
+
+NOBODY = bytes(8)
 
 
 class Mark(NamedTuple):
@@ -39,6 +42,9 @@ class Mark(NamedTuple):
     Up to record ``sequence``: in the journal up to ``offset`` of segment ``epoch``, and up to ``saved_sequence`` in the
     document, which is the file of ``inode``, ``modified_ns`` and ``size`` and needs the journal from
     ``document_epoch`` on.
+
+    ``writer`` is who appends, named before it does: so who finds its own name knows that nobody else began to write
+    anything since. It is ``NOBODY`` while a document is saved that says more than this.
     """
 
     store: bytes
@@ -50,11 +56,12 @@ class Mark(NamedTuple):
     inode: int
     modified_ns: int
     size: int
+    writer: bytes
 
     def packed(self) -> bytes:
         """The mark as the lock file holds it."""
         data = _MARK.pack(_MAGIC, *self)
-        return data + _CHECK.pack(zlib.crc32(data))
+        return data + zlib.crc32(data).to_bytes(_CHECK_BYTES, "little")
 
     def is_of(self, document: filesystem.Identity | None) -> bool:
         """Whether this is the document that was saved last. Devices are numbered anew at each mount."""
@@ -65,7 +72,7 @@ def unpacked(data: bytes) -> Mark | None:
     """The mark in a lock file's bytes; None when there is none, or it is being written at this moment."""
     if len(data) != MARK_BYTES or data[:4] != _MAGIC:
         return None
-    if zlib.crc32(data[: _MARK.size]) != _CHECK.unpack_from(data, _MARK.size)[0]:
+    if zlib.crc32(data[:-_CHECK_BYTES]) != int.from_bytes(data[-_CHECK_BYTES:], "little"):
         return None
     return Mark(*_MARK.unpack_from(data)[1:])
 
@@ -128,7 +135,11 @@ class StoreLock:
         return filesystem.read_at(self._descriptor, MARK_BYTES, 0)
 
     def write(self, mark: bytes) -> None:
-        """Write the mark. That it fails costs a later process a recovery, and no record."""
+        """Write the mark.
+
+        Raises:
+            OSError: it was not written, and the one before it stands.
+        """
         filesystem.write_mark(self._descriptor, mark)
 
     def close(self) -> None:

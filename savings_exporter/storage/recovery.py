@@ -17,7 +17,7 @@ from savings_exporter.documents import Document, decode
 from savings_exporter.errors import CorruptStoreError, NewerSchemaError, StoreError
 from savings_exporter.idempotency import Keys
 from savings_exporter.storage import filesystem, journal
-from savings_exporter.storage.lock import Mark, nobody_writing, read_mark
+from savings_exporter.storage.lock import NOBODY, Mark, nobody_writing, read_mark
 from savings_exporter.totals import Delta, Ledger, Limits
 
 _READING_ATTEMPTS = 5
@@ -80,6 +80,7 @@ class Found(msgspec.Struct, kw_only=True):
             mark is not None
             and self.damage is None
             and self.tail is None
+            and mark.writer != NOBODY
             and mark.is_of(self.identity)
             and mark[:4] == (self.store, self.epoch, self.offset, self.sequence)
         )

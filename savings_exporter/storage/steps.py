@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal, Protocol, TypeVar
 
 logger = logging.getLogger(__name__)
 
 Subject = TypeVar("Subject")
 SomeStep = TypeVar("SomeStep", bound="Step")
+SomeOperation = TypeVar("SomeOperation", bound="Operation")
 Outcome = Literal["ok", "failed", "unsupported"]
 FsyncTarget = Literal["file", "directory", "journal"]
 
@@ -34,7 +37,7 @@ DIR_FSYNC_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP
 class Step:
     """One step while it runs, as a block of its operation, and when it has ended.
 
-    ``began_ns`` is nanoseconds since 1970, ``duration`` seconds. ``fsync_target`` is what it syncs, if it does.
+    ``duration`` is seconds. ``fsync_target`` is what it syncs, if it does.
     ``trace`` belongs to the observers: what the step is shown as.
     """
 
@@ -45,12 +48,11 @@ class Step:
     fsync_target: FsyncTarget | None = None
     trace: Any = None
 
-    def __init__(self, name: str, operation: Operation | None) -> None:
+    def __init__(self, name: str, operation: Operation) -> None:
         self.name = name
         self._operation = operation
 
     def __enter__(self: SomeStep) -> SomeStep:
-        self.began_ns = time.time_ns()
         self._began = time.perf_counter()
         return self
 
@@ -58,25 +60,35 @@ class Step:
         self.duration = time.perf_counter() - self._began
         if error is not None:
             self.outcome, self.error = "failed", error
-            if self._operation is not None:
-                self._operation.failed_step = self.name
+            self._operation.failed_step = self.name
+
+    @property
+    def began_ns(self) -> int:
+        """When it began, in nanoseconds since 1970."""
+        operation = self._operation
+        return operation.entered_ns + round((self._began - operation._began) * 1e9)
 
 
 class Operation(Step):
     """A save, a commit or a rotation, as a block; its observer is told when it has ended.
 
-    ``links`` are the observers' too: what the records that it carries were part of.
+    ``parent`` and ``links`` are the observers' too: what it is a part of, and what its records were part of.
     """
 
     records = 0
     sequence: int | None = None
     failed_step: str | None = None
 
-    def __init__(self, name: str, observer: Observer, links: Sequence[Any] = ()) -> None:
-        super().__init__(name, None)
+    def __init__(self, name: str, observer: Observer, parent: Any = None, links: Sequence[Any] = ()) -> None:
+        super().__init__(name, self)
+        self.parent = parent
         self.links = links
         self.steps: list[Step] = []
         self._observer = observer
+
+    def __enter__(self: SomeOperation) -> SomeOperation:
+        self.entered_ns = time.time_ns()
+        return super().__enter__()
 
     def step(self, name: str) -> Step:
         """The next step of it, to be run as a block."""
@@ -85,12 +97,14 @@ class Operation(Step):
         return step
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        super().__exit__(_kind, error, _traceback)
+        self.duration = time.perf_counter() - self._began
+        if error is not None:
+            self.outcome, self.error = "failed", error
         self._observer.ended(self)
 
 
 class Observer(Protocol):
-    """Is told of operations in the thread that ran them."""
+    """Is told of operations."""
 
     def ended(self, operation: Operation) -> None:
         """An operation has ended; what is known of it and its steps is filled in."""
@@ -100,15 +114,29 @@ class Observer(Protocol):
 
 
 class Observers:
-    """Several observers as one, told in this order. What one raises is logged: watching a save must not break it."""
+    """Several observers as one, told in this order. What one raises is logged: watching a save must not break it.
+
+    Of a commit that went well they are told later, while the disk is at work for the next one or when somebody asks:
+    what they do then costs no record its time.
+    """
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = tuple(observers)
+        self._untold: deque[Operation] = deque()
 
     def ended(self, operation: Operation) -> None:
-        """Tell each observer."""
-        for observer in self._observers:
-            _guarded(observer.ended, operation)
+        """Tell each observer, of a commit that went well later."""
+        self._untold.append(operation)
+        if operation.name != COMMIT or operation.error is not None:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell each observer of what has ended until now."""
+        with suppress(IndexError):  # another thread may be as fast
+            while self._untold:
+                operation = self._untold.popleft()
+                for observer in self._observers:
+                    _guarded(observer.ended, operation)
 
     def recovered(self, kind: str) -> None:
         """Tell each observer."""

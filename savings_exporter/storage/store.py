@@ -10,8 +10,9 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -22,7 +23,7 @@ from savings_exporter.records import SavingsRecord
 from savings_exporter.storage import filesystem, journal
 from savings_exporter.storage.atomic_file import AtomicFile
 from savings_exporter.storage.batch import Batch, Keyed
-from savings_exporter.storage.lock import Mark, StoreLock, unpacked
+from savings_exporter.storage.lock import NOBODY, Mark, StoreLock, unpacked
 from savings_exporter.storage.recovery import Found, find, previous_path, refuse_losses
 from savings_exporter.storage.steps import (
     APPEND,
@@ -31,7 +32,7 @@ from savings_exporter.storage.steps import (
     PREPARE,
     ROTATE,
     SAVE,
-    Observer,
+    Observers,
     Operation,
     error_symbol,
 )
@@ -59,16 +60,13 @@ class State(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """How a batch is going to be counted, each key once."""
+    """How a batch is going to be counted, each key once, up to a ``last`` sequence."""
 
     batch: Batch
     base: int
+    last: int
     fresh: Sequence[tuple[Keyed, int]]
     repeated: Sequence[tuple[Keyed, int]]
-
-    @property
-    def last(self) -> int:
-        return self.fresh[-1][1] if self.fresh else self.base + self.batch.unkeyed
 
     def settle(self) -> None:
         """Everybody's records are durable."""
@@ -88,7 +86,7 @@ class Store:
             program wrote it.
     """
 
-    def __init__(self, path: str, observer: Observer, limits: Limits) -> None:
+    def __init__(self, path: str, observers: Observers, limits: Limits) -> None:
         self.path = filesystem.resolved(path)
         self.changing = threading.RLock()
         """Held while totals and batches change in memory, never while the disk is at work."""
@@ -96,7 +94,7 @@ class Store:
         """The step at which the last commit or save that failed did so."""
         self.must_save = False
         """Whether a document has to be durable before anything may be committed to the journal."""
-        self._observer = observer
+        self._observers = observers
         self._limits = limits
         self._working = threading.Lock()
         self._file = AtomicFile(self.path, previous_path(self.path))
@@ -112,12 +110,15 @@ class Store:
         # What is durable: the document, and what the journal holds beyond it, up to a place in a segment.
         self._document = Document()
         self._identity: filesystem.Identity | None = None
+        self._store_id = b""
         self._since, self._keys, self._sequence = Delta(), Keys(), 0
         # Part of what the journal holds, too, and not counted into the totals yet: in bulk that costs a fraction.
         self._uncounted: list[SavingsRecord] = []
         self._epoch, self._offset, self._journal_bytes = 0, 0, 0
         self._saved_sequence, self._document_epoch, self._only_in_document = 0, 0, False
-        self._mark_data = b""
+        # The mark that was last seen, and whether it is our own: then nobody else began to write anything since.
+        self._mark_data, self._is_mine = b"", False
+        self._writer = secrets.token_bytes(len(NOBODY))
         self._merged: Ledger | None = None
         self._shown = State(Ledger(), None, 0, 0)
         # Set while what is above changes. Who finds it set was preceded by an interrupt, and has it read again.
@@ -173,8 +174,10 @@ class Store:
         """Whether a segment was filled since the document was saved."""
         return self._epoch != self._document_epoch
 
-    def commit(self, batch: Batch) -> None:
+    def commit(self, batch: Batch, parent: Any = None) -> None:
         """Make a batch durable: through the journal, or where that cannot be, by saving the document.
+
+        ``parent`` is what observers are told that it is a part of.
 
         Raises:
             OSError: it is not durable, and the next commit or save has to carry the same batch again.
@@ -184,21 +187,21 @@ class Store:
                 return
             if not self._goes_by_document(batch):
                 try:
-                    if self._commit_to_journal(batch):
+                    if self._commit_to_journal(batch, parent):
                         return
                 except OSError:
                     if self.failed_step != ROTATE:
                         raise
-            self._save(batch)
+            self._save(batch, parent)
 
-    def save(self) -> None:
+    def save(self, parent: Any = None) -> None:
         """Save the document, with nothing counted in.
 
         Raises:
             OSError: it is not durable. Records that were are so still, by the journal.
         """
         with self._working:
-            self._save(Batch())
+            self._save(Batch(), parent)
 
     def sequence_of(self, key: str) -> int | None:
         """What an idempotency key was counted under, None when it was not, as far as this process knows."""
@@ -226,14 +229,15 @@ class Store:
         self._close_segment()
         self._lock.close()
 
-    def reopen_after_fork(self, observer: Observer) -> None:
+    def reopen_after_fork(self, observers: Observers) -> None:
         """Begin anew in a forked copy: locks, descriptors and what is on its way are the parent's."""
-        self._observer = observer
+        self._observers = observers
         self.changing = threading.RLock()
         self._working = threading.Lock()
         self._file = AtomicFile(self.path, previous_path(self.path))
         self._attempts, self._journal_unsure, self._document_unsure = [], False, False
         self._attempted = set()
+        self._is_mine, self._writer = False, secrets.token_bytes(len(NOBODY))
         self._close_segment()
         self._lock.reopen()
         # Another thread may have been counting at the fork.
@@ -279,12 +283,12 @@ class Store:
             or self.must_save
             or not self._document.is_ours
             or batch.folded is not None
-            or time.monotonic() < self._no_segment_until
+            or bool(self._no_segment_until and time.monotonic() < self._no_segment_until)
         )
 
-    def _commit_to_journal(self, batch: Batch) -> bool:
+    def _commit_to_journal(self, batch: Batch, parent: Any) -> bool:
         """Commit a batch as one frame; False when it turned out that it has to go by the document."""
-        with Operation(COMMIT, self._observer, batch.links) as operation:
+        with Operation(COMMIT, self._observers, parent, batch.links) as operation:
             self.failed_step = PREPARE
             try:
                 self._lock.take()
@@ -310,11 +314,16 @@ class Store:
         segment = self._segment_for(journal.frame_bytes(payload), operation)
         frame = journal.frame_of(self._store_id, segment.epoch, plan.base + 1, records, payload)
         operation.records, operation.sequence, operation.size = records, plan.last, len(frame)
+        if not self._is_mine:
+            self._write_mark(self._mark_at(self._epoch, self._offset, self._sequence))
         self._attempts = [plan]
         try:
             with operation.step(APPEND) as step:
                 step.size = len(frame)
                 segment.append(frame)
+            # The disk is at work by now.
+            self._observers.tell()
+            mark = self._mark_at(segment.epoch, segment.offset, plan.last)
             with operation.step(FSYNC_JOURNAL) as step:
                 step.fsync_target = "journal"
                 segment.sync()
@@ -322,7 +331,9 @@ class Store:
             # The segment is never written again, and what was counted so far is as it was.
             self._journal_unsure, self._attempts = True, []
             raise
-        self._write_mark(segment.epoch, segment.offset, plan.last)
+        with suppress(OSError):
+            # The one before it costs a recovery, and no record.
+            self._write_mark(mark)
         with self.changing:
             self._torn = True
             self._uncounted += plan.batch.records
@@ -344,8 +355,9 @@ class Store:
         # One that nothing was committed to may have been left half made, and is made anew.
         epoch = self._next_epoch() if self._offset else self._epoch
         path = journal.segment_path(self.path, epoch)
+        self._name_nobody()
         try:
-            with Operation(ROTATE, self._observer) as rotation:
+            with Operation(ROTATE, self._observers, operation.parent) as rotation:
                 rotation.size = journal.SEGMENT_BYTES
                 # Zeros that take no memory: so much in the heap would stay there.
                 with mmap.mmap(-1, journal.SEGMENT_BYTES) as zeros:
@@ -358,8 +370,8 @@ class Store:
             raise
         return segment
 
-    def _save(self, batch: Batch) -> None:
-        with Operation(SAVE, self._observer, batch.links) as operation:
+    def _save(self, batch: Batch, parent: Any) -> None:
+        with Operation(SAVE, self._observers, parent, batch.links) as operation:
             self.failed_step = PREPARE
             try:
                 self._lock.take()
@@ -387,6 +399,8 @@ class Store:
         # Without them the journal holds all that the document does, so either one may come back after a power loss.
         says_more = is_new_epoch or plan.last > plan.base
         self._attempts = [*landed, plan]
+        if says_more:
+            self._name_nobody()
         try:
             self._file.save(data, operation, self._will_be)
         except OSError:
@@ -397,7 +411,7 @@ class Store:
         needed_from = min(epoch, self._document_epoch)
         with self.changing:
             self._torn = True
-            self._document, self._identity = document, self._written
+            self._document, self._identity, self._store_id = document, self._written, bytes.fromhex(document.store)
             self._since, self._uncounted = Delta(), []
             self._number(plan)
             self._saved_sequence, self._document_epoch = plan.last, epoch
@@ -409,7 +423,8 @@ class Store:
             for each in (*landed, plan):
                 each.settle()
             self._torn = False
-        self._write_mark(epoch, offset, plan.last)
+        with suppress(OSError):
+            self._write_mark(self._mark_at(epoch, offset, plan.last))
         self._attempts, self._journal_unsure, self._document_unsure, self.must_save = [], False, False, False
         self._attempted.clear()
         self._file.previous = previous_path(self.path)
@@ -450,8 +465,8 @@ class Store:
                 if found.identity is not None:
                     aside = filesystem.unused_name(self.path, "corrupt")
                     filesystem.keep_copy(self.path, aside)
-                    self._observer.recovered("corrupt_document")
-                self._observer.recovered("previous_document")
+                    self._observers.recovered("corrupt_document")
+                self._observers.recovered("previous_document")
                 logger.error(
                     "%s: %s; nothing is lost: its totals are those of the save before it and the journal%s",
                     *(self.path, found.damage, f"; the damaged file is kept as {aside}" if aside else ""),
@@ -459,7 +474,7 @@ class Store:
             if found.tail is not None:
                 aside = filesystem.unused_name(found.tail.segment, "torn")
                 filesystem.write_aside(aside, found.tail.data)
-                self._observer.recovered("torn_tail")
+                self._observers.recovered("torn_tail")
                 logger.warning(
                     "%s: ends with %d bytes of a commit that was never acknowledged; kept as %s",
                     *(found.tail.segment, len(found.tail.data), aside),
@@ -484,19 +499,22 @@ class Store:
             if self._is_unsure:
                 # The lock was kept, so nobody wrote since, and what is in memory is what was durable.
                 return
-            data = self._lock.read()
-            if data == self._mark_data:
-                if self._document.is_ours:
-                    if not self._is_written_on():
-                        return
-                elif filesystem.identity(self.path) == self._identity:
-                    return
-            elif (mark := unpacked(data)) is not None and self._follow(mark) and not self._is_written_on():
+            if self._is_known(self._lock.read()):
                 return
         self._reload()
 
+    def _is_known(self, data: bytes) -> bool:
+        """Whether all that is in the store is known, now that the mark's bytes are these."""
+        if self._is_mine and data == self._mark_data:
+            return self._document.is_ours or filesystem.identity(self.path) == self._identity
+        mark = unpacked(data)
+        if mark is None or mark.writer == NOBODY:
+            return False
+        # Its writer may have died since, after a frame and before the mark that says that it is durable.
+        return (data == self._mark_data or self._follow(mark)) and not self._is_written_on()
+
     def _is_written_on(self) -> bool:
-        """Whether a process died after it had written a frame, and before it said that it was durable."""
+        """Whether there is a frame that nobody says is durable."""
         try:
             return bool(self._offset) and self._known_segment().is_written_on()
         except FileNotFoundError:
@@ -513,7 +531,14 @@ class Store:
 
     def _follow(self, mark: Mark) -> bool:
         """Count in what others appended to the segment that is known; False when more than that has changed."""
-        if mark.store != self._store_id or mark.epoch != self._epoch or not 0 < self._offset <= mark.offset:
+        if mark.store != self._store_id or mark.epoch != self._epoch or mark.offset < self._offset:
+            return False
+        if mark.offset == self._offset:
+            with self.changing:
+                self._know_saved(mark)
+            self._mark_data, self._is_mine = mark.packed(), False
+            return mark.sequence == self._sequence
+        if not self._offset:
             return False
         segment, sequence = self._known_segment(), self._sequence
         payloads = []
@@ -538,7 +563,7 @@ class Store:
             segment.offset = mark.offset
             self._know_saved(mark)
             self._torn = False
-        self._mark_data = mark.packed()
+        self._mark_data, self._is_mine = mark.packed(), False
         return True
 
     def _know_saved(self, mark: Mark) -> None:
@@ -590,7 +615,7 @@ class Store:
         is_marked = mark is not None and mark.store == found.store
         with self.changing:
             self._torn = True
-            self._document, self._identity = document, found.identity
+            self._document, self._identity, self._store_id = document, found.identity, bytes.fromhex(document.store)
             self._since, self._uncounted = found.since, []
             self._keys, self._sequence = found.keys, found.sequence
             self._epoch, self._offset = found.epoch, found.offset
@@ -600,7 +625,7 @@ class Store:
             self._document_epoch = mark.document_epoch if mark and is_marked else document.epoch
             self._only_in_document = False
             self._torn = False
-        self._mark_data = mark_data
+        self._mark_data, self._is_mine = mark_data, False
         self._found = found
         if self._lock.held:
             # On a network filesystem another host may have written since, so what is cached here says nothing.
@@ -621,7 +646,7 @@ class Store:
 
     def _planned(self, batch: Batch) -> _Plan:
         if not batch.keyed:
-            return _Plan(batch, self._sequence, (), ())
+            return _Plan(batch, self._sequence, self._sequence + batch.unkeyed, (), ())
         fresh: list[tuple[Keyed, int]] = []
         repeated: list[tuple[Keyed, int]] = []
         sequence = self._sequence + batch.unkeyed
@@ -632,7 +657,7 @@ class Store:
                 fresh.append((keyed, sequence))
             else:
                 repeated.append((keyed, known))
-        return _Plan(batch, self._sequence, fresh, repeated)
+        return _Plan(batch, self._sequence, sequence, fresh, repeated)
 
     def _number(self, plan: _Plan) -> None:
         self._sequence, self._merged = plan.last, None
@@ -641,18 +666,27 @@ class Store:
         for keyed, sequence in plan.fresh:
             self._keys.remember(keyed.key, sequence)
 
-    @property
-    def _store_id(self) -> bytes:
-        return bytes.fromhex(self._document.store)
-
     def _next_epoch(self) -> int:
         return max([self._epoch, self._document_epoch, *journal.segments(self.path)]) + 1
 
-    def _write_mark(self, epoch: int, offset: int, sequence: int) -> None:
+    def _mark_at(self, epoch: int, offset: int, sequence: int) -> bytes:
         identity = self._identity or filesystem.Identity(0, 0, 0, 0)
-        mark = Mark(self._store_id, epoch, offset, sequence, self._saved_sequence, self._document_epoch, *identity[1:])
-        self._mark_data = mark.packed()
-        self._lock.write(self._mark_data)
+        return Mark(
+            *(self._store_id, epoch, offset, sequence, self._saved_sequence, self._document_epoch),
+            *identity[1:],
+            self._writer,
+        ).packed()
+
+    def _name_nobody(self) -> None:
+        """Have whoever comes next read everything again, should this process die before its next mark."""
+        mark = unpacked(self._mark_data)
+        if mark is not None:
+            self._write_mark(mark._replace(writer=NOBODY).packed())
+
+    def _write_mark(self, data: bytes) -> None:
+        self._is_mine = False
+        self._lock.write(data)
+        self._mark_data, self._is_mine = data, True
 
     def _close_segment(self) -> None:
         segment, self._segment = self._segment, None

@@ -82,7 +82,9 @@ class Source(Protocol):
 class TrackedSource(Source, Protocol):
     """A source that saves."""
 
-    store_metrics: StoreMetrics
+    @property
+    def store_metrics(self) -> StoreMetrics:
+        """What happened to its commits and saves."""
 
 
 class SavingsCollector(Collector):

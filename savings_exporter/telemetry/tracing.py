@@ -6,7 +6,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from opentelemetry import trace
-from opentelemetry.trace import Link, Span, SpanContext, Status, StatusCode
+from opentelemetry.context import Context
+from opentelemetry.trace import Link, Span, Status, StatusCode
 
 from savings_exporter.storage.steps import FSYNC_DIR, Operation, Step, error_symbol
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 class StoreTracing:
     """Observes a store: ``savings.commit`` and ``savings.save`` with a child span for each step.
 
-    Each is a child of the current span of the thread that leads it, root where there is none, and a commit is linked to
-    the spans of the records that it carries. A ``trace`` is the span's context, None where nobody records it.
+    Each is a child of the span that its ``parent`` is, root where there is none, and a commit is linked to the spans of
+    the records that it carries. A ``trace`` is the span's context, None where nobody records it.
     """
 
     def __init__(self, provider: TracerProvider | None = None) -> None:
@@ -26,17 +27,18 @@ class StoreTracing:
 
     def ended(self, operation: Operation) -> None:
         """Make spans of an operation and its steps. Made when it has ended, they hold up no step of it."""
+        above = Context() if operation.parent is None else trace.set_span_in_context(operation.parent, Context())
         links = [Link(context) for context in operation.links]
         name = f"savings.{operation.name}"
         attributes: dict[str, str | int] = {"savings.records": operation.records}
         if operation.sequence is not None:
             attributes["savings.sequence"] = operation.sequence
         span = self._tracer.start_span(
-            name, links=links, start_time=operation.began_ns, attributes=_described(operation, attributes)
+            name, above, links=links, start_time=operation.began_ns, attributes=_described(operation, attributes)
         )
         if not span.is_recording():
             return
-        context = trace.set_span_in_context(span)
+        context = trace.set_span_in_context(span, Context())
         for step in operation.steps:
             attributes = _described(step, {})
             child = self._tracer.start_span(
@@ -48,12 +50,6 @@ class StoreTracing:
     def recovered(self, kind: str) -> None:
         """Say so on the current span."""
         trace.get_current_span().add_event("savings.recovered", {"savings.recovery.kind": kind})
-
-
-def current_span() -> SpanContext | None:
-    """What a commit that carries a record is to be linked to: the current span, where somebody records it."""
-    span = trace.get_current_span()
-    return span.get_span_context() if span.is_recording() else None
 
 
 def _described(step: Step, attributes: dict[str, str | int]) -> dict[str, str | int]:

@@ -269,6 +269,7 @@ class Traced:
 
     def commits(self) -> list[tuple[ReadableSpan, list[ReadableSpan]]]:
         """Each commit's span with its children, in the order of their beginning."""
+        self.tracker.flush()
         spans = sorted(self._exporter.get_finished_spans(), key=lambda span: span.start_time or 0)
         return [
             (commit, [span for span in spans if span.parent and span.parent.span_id == commit.context.span_id])
