@@ -22,7 +22,7 @@ from savings_exporter.storage import filesystem
 _PATIENCE_SECONDS = 2.0
 _READER_PATIENCE_SECONDS = 0.2
 # A commit takes some hundred microseconds, so waiting for one begins with short pauses.
-_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.00005, 0.0005
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.00005, 0.002
 
 # Longer than the coarsest clock by which a filesystem of ours stamps its files.
 _TICK_NS = 100_000_000

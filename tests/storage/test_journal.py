@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -385,6 +386,47 @@ def test_a_writer_killed_within_a_commit_leaves_it_whole_or_not_at_all(store_pat
         assert torn == (1 if when == "within append" else 0)
     with SavingsTracker(store_path) as reopened:
         assert reopened.snapshot().lifetime.tokens_saved == expected + 1000
+
+
+KILLED_WITH_MANY = """
+import os, signal, sys
+from savings_exporter import SavingsRecord, SavingsTracker
+from savings_exporter.storage import filesystem
+path, step, count = sys.argv[1:]
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+tracker = SavingsTracker(path)
+setattr(filesystem, step, die)
+tracker.record_many([SavingsRecord(model="m" * 128, project="p" * 128, tokens_saved=1)] * int(count))
+os._exit(3)
+"""
+
+
+# More records than 10,000 go by the document; of 6,000 with long names two frames do not fit into one segment.
+@pytest.mark.parametrize(("step", "count", "arrives"), [("probe", 12_000, True), ("sync_data", 6_000, False)])
+def test_a_living_process_knows_of_one_that_died_before_it_could_say_what_it_wrote(
+    store_path: Path, step: str, count: int, *, arrives: bool
+) -> None:
+    many = [SavingsRecord(model="m" * 128, project="p" * 128, tokens_saved=1)] * 6_000
+    with SavingsTracker(store_path) as living:
+        assert living.record_many(many).durable
+        assert living.record_many(many).durable
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED_WITH_MANY, str(store_path), step, str(count)], check=False
+        )
+        assert killed.returncode == -9
+        for _ in range(3):
+            assert living.record_request(model="m", tokens_saved=1000).wait(WAIT_SECONDS)
+        expected = living.snapshot().lifetime.tokens_saved
+        assert expected in (15_000, 15_000 + count)
+        assert expected == 15_000 + count or not arrives
+        copy = store_path.with_name("copy.json")
+        for file in store_path.parent.glob(f"{store_path.name}*"):
+            shutil.copy(file, f"{copy}{file.name.removeprefix(store_path.name)}")
+        with SavingsTracker(copy) as recovered:
+            assert recovered.snapshot().lifetime.tokens_saved == expected
+    with SavingsTracker(store_path) as reopened:
+        assert reopened.snapshot().lifetime.tokens_saved == expected
 
 
 def test_a_process_that_holds_the_lock_for_long_makes_records_pending_not_lost(
