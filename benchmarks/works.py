@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import multiprocessing
 import os
@@ -31,6 +30,7 @@ from benchmarks.measuring import Bound, LeftOutError, Recorder, Result, Setup, i
 from benchmarks.peers import bare_file, fill_headroom, headroom_rate, make_database, sqlite, sqlite_many
 from benchmarks.workload import Fields, many, request
 from savings_exporter import SavingsRecord, SavingsTracker
+from savings_exporter.storage import journal
 from savings_exporter.telemetry.metrics import SavingsCollector
 
 _NAME = "proxy_savings.json"
@@ -40,9 +40,6 @@ _BATCH = 1_000
 
 # A save of the document would take the journal's place, so none is made where the journal is looked at.
 _NEVER = 1e9
-
-# What a record is taken for while there is no journal to look into.
-_LIKELY_RECORD_BYTES = 400
 
 
 def one_thread(setup: Setup) -> Result:
@@ -390,15 +387,11 @@ def record_bytes(setup: Setup) -> int:
         for fields in many(records):
             _check(tracker.record_request(**fields))
         used = sum(len(path.read_bytes().rstrip(b"\0")) for path in _segments(directory))
-    return round(used / records) or _LIKELY_RECORD_BYTES
+    return round(used / records)
 
 
 def make_crashed_store(directory: Path, records: int) -> None:
     """A store as a kill leaves it, with every record in a journal of one segment, each in a commit of its own."""
-    try:
-        journal = importlib.import_module("savings_exporter.storage.journal")
-    except ImportError:
-        raise LeftOutError("there is no journal yet: every commit saves the document") from None
     living = _made(directory / "living")
     with (
         mock.patch.object(journal, "SEGMENT_BYTES", 128 * 1024 * 1024),

@@ -279,7 +279,7 @@ def show(
 def verify(
     store: Store = None,
     mend: Annotated[
-        bool, typer.Option("--repair", help="Go back to the save before a damaged document, which is kept aside.")
+        bool, typer.Option("--repair", help="Save what is whole, keep damaged files aside, and name what is lost.")
     ] = False,
 ) -> None:
     """Say what a store holds and what is wrong with it; exit 1 when something is."""
@@ -290,8 +290,8 @@ def verify(
         return
     found = inspect(path)
     if found.ledger is not None:
-        tokens, saved_at = found.ledger.lifetime.tokens_saved, found.saved_at
-        print(f"{path}: {tokens} tokens saved in {found.ledger.sequence} records{_saved(saved_at)}")
+        lifetime = found.ledger.lifetime
+        print(f"{path}: {lifetime.tokens_saved} tokens saved in {lifetime.requests} records{_saved(found.saved_at)}")
     if found.problems:
         raise CommandError("; ".join(found.problems))
 
@@ -449,7 +449,7 @@ def _print_report(report: disk_doctor.Report) -> None:
         else:
             median, worst = disk_doctor.readable(timing.median_seconds), disk_doctor.readable(timing.worst_seconds)
             steps.add_row(name, median, worst, f"{timing.runs:,}")
-    commits = _table("threads", "commits a second")
+    commits = _table("threads", "savings a second")
     for threads, rate in report.commits_per_second.items():
         commits.add_row(str(threads), f"{rate:,.0f}")
     for table in (steps, commits):

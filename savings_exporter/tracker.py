@@ -458,6 +458,8 @@ class SavingsTracker:
             # Looked at again from time to time: an interrupt may come between naming a leader and waking it.
             while not turn.acquire(timeout=_LONGEST_HANDOVER_SECONDS) and self._leader != me:
                 pass
+            with self._mutex:
+                self._queue.remove((me, turn))
             return True
         except BaseException:
             with self._mutex:
@@ -561,8 +563,9 @@ class SavingsTracker:
                 elif self._save_at is None and self._store.unsaved:
                     self._save_at = time.monotonic() + self._save_interval
             if self._queue:
-                # Handed over, because a thread that records all the time would be faster each time.
-                self._leader, turn = self._queue.pop(0)
+                # Handed over, because a thread that records all the time would be faster each time. Who is named takes
+                # itself off the queue, so that no interrupt can lose it in between.
+                self._leader, turn = self._queue[0]
                 turn.release()
                 return
             self._leader = None

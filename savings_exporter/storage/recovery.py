@@ -52,7 +52,6 @@ class Found(msgspec.Struct, kw_only=True):
     lost: list[tuple[int, int]] = []
     tail: Tail | None = None
     harmless: list[str] = []
-    damaged_segments: list[str] = []
     unsure: str | None = None
     journal_bytes: int = 0
 
@@ -67,12 +66,6 @@ class Found(msgspec.Struct, kw_only=True):
         if self.since.records:
             ledger = ledger.plus(self.since, limits, datetime.now(timezone.utc))
         return msgspec.structs.replace(ledger, sequence=self.sequence)
-
-    def keep_tail_as_damage(self) -> None:
-        """What looked like a torn commit was acknowledged, or is followed by others."""
-        if self.tail is not None:
-            self.damaged_segments.append(self.tail.segment)
-            self.tail = None
 
     def is_as_marked(self, mark: Mark | None) -> bool:
         """Whether this is exactly what the mark says is durable: then there is nothing to recover."""
@@ -279,7 +272,8 @@ def _with_journal(
         _replay(found, name, data, epoch, limits)
     if mark is not None and mark.store == found.store and mark.sequence > found.sequence:
         found.lost.append((found.sequence + 1, mark.sequence))
-        found.keep_tail_as_damage()
+        # What looks like a torn commit was acknowledged.
+        found.tail = None
     if mark is not None and mark.store == found.store:
         # It says how much there was.
         found.unsure = None
@@ -288,18 +282,18 @@ def _with_journal(
 
 def _replay(found: Found, name: str, data: bytes, epoch: int, limits: Limits) -> None:
     """Count one segment's frames in."""
-    # What the document has already is looked at, too: the document before it may need it.
     start = found.document.offset if epoch == found.document.epoch else 0
     payloads: list[memoryview] = []
     numbers: list[range] = []
     found.epoch, found.offset, found.tail = epoch, 0, None
+    # What the document has already is looked at, too: the document before it may need it.
     for item in journal.scan(data, found.store, epoch):
         if isinstance(item, journal.Damage):
             found.tail = Tail(name, data[item.start : item.end])
             continue
         if found.tail is not None:
             found.harmless.append(f"{name}: {len(found.tail.data)} bytes are damaged")
-            found.keep_tail_as_damage()
+            found.tail = None
         found.offset = item.end
         if item.last <= found.sequence:
             continue

@@ -398,9 +398,9 @@ class Store:
         keeps_previous = self._file.keeps_previous
         # Without them the journal holds all that the document does, so either one may come back after a power loss.
         says_more = is_new_epoch or plan.last > plan.base
-        self._attempts = [*landed, plan]
         if says_more:
             self._name_nobody()
+        self._attempts = [*landed, plan]
         try:
             self._file.save(data, operation, self._will_be)
         except OSError:
