@@ -34,6 +34,9 @@ DIR_FSYNC_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP
 """What ``fsync`` of a directory says on a filesystem that has no such thing."""
 
 
+_SLOW_SECONDS = 0.01
+
+
 class Step:
     """One step while it runs, as a block of its operation, and when it has ended.
 
@@ -117,26 +120,29 @@ class Observers:
     """Several observers as one, told in this order. What one raises is logged: watching a save must not break it.
 
     Of a commit that went well they are told later, while the disk is at work for the next one or when somebody asks:
-    what they do then costs no record its time.
+    what they do then costs no record its time. Slow ones (a span processor that exports at once) are told at the end
+    of each, where they keep no other process waiting.
     """
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = tuple(observers)
         self._untold: deque[Operation] = deque()
+        self._are_slow = False
 
     def ended(self, operation: Operation) -> None:
         """Tell each observer, of a commit that went well later."""
         self._untold.append(operation)
-        if operation.name != COMMIT or operation.error is not None:
+        if operation.name != COMMIT or operation.error is not None or self._are_slow:
             self.tell()
 
     def tell(self) -> None:
         """Tell each observer of what has ended until now."""
         with suppress(IndexError):  # another thread may be as fast
             while self._untold:
-                operation = self._untold.popleft()
+                operation, began = self._untold.popleft(), time.perf_counter()
                 for observer in self._observers:
                     _guarded(observer.ended, operation)
+                self._are_slow = time.perf_counter() - began > _SLOW_SECONDS
 
     def recovered(self, kind: str) -> None:
         """Tell each observer."""

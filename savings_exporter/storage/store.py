@@ -355,7 +355,7 @@ class Store:
         # One that nothing was committed to may have been left half made, and is made anew.
         epoch = self._next_epoch() if self._offset else self._epoch
         path = journal.segment_path(self.path, epoch)
-        self._name_nobody()
+        self._name(NOBODY)
         try:
             with Operation(ROTATE, self._observers, operation.parent) as rotation:
                 rotation.size = journal.SEGMENT_BYTES
@@ -365,6 +365,8 @@ class Store:
                 self._close_segment()
                 self._segment = segment = journal.Segment(path, epoch, 0)
         except OSError:
+            with suppress(OSError):
+                self._name(self._writer)
             operation.failed_step = ROTATE
             self._no_segment_until = time.monotonic() + _NO_SEGMENT_SECONDS
             raise
@@ -399,7 +401,7 @@ class Store:
         # Without them the journal holds all that the document does, so either one may come back after a power loss.
         says_more = is_new_epoch or plan.last > plan.base
         if says_more:
-            self._name_nobody()
+            self._name(NOBODY)
         self._attempts = [*landed, plan]
         try:
             self._file.save(data, operation, self._will_be)
@@ -407,6 +409,10 @@ class Store:
             # Nothing of it was counted in, and the next save has other bytes under another name.
             self._attempts = landed
             self._document_unsure = self._file.outcome_unknown and (says_more or self._document_unsure)
+            if not self.must_save and not self._is_unsure:
+                # Nothing came of it, so others may go on.
+                with suppress(OSError):
+                    self._name(self._writer)
             raise
         needed_from = min(epoch, self._document_epoch)
         with self.changing:
@@ -677,11 +683,11 @@ class Store:
             self._writer,
         ).packed()
 
-    def _name_nobody(self) -> None:
-        """Have whoever comes next read everything again, should this process die before its next mark."""
+    def _name(self, writer: bytes) -> None:
+        """Have the mark name its writer, or ``NOBODY``: should this process die then, the next reads all again."""
         mark = unpacked(self._mark_data)
         if mark is not None:
-            self._write_mark(mark._replace(writer=NOBODY).packed())
+            self._write_mark(mark._replace(writer=writer).packed())
 
     def _write_mark(self, data: bytes) -> None:
         self._is_mine = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from opentelemetry import trace
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
@@ -335,6 +337,39 @@ def test_a_failed_commit_says_so_in_its_spans(traced: Traced, faults: Faults) ->
     assert steps[0].status.status_code is StatusCode.UNSET
 
 
+class _SlowProcessor(SpanProcessor):
+    """Takes its time, as one does that exports each span at once; knows who held the store's lock meanwhile."""
+
+    def __init__(self, lock: Path) -> None:
+        self._lock = lock
+        self.locked: list[bool] = []
+
+    def on_end(self, span: ReadableSpan) -> None:
+        with self._lock.open("rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                self.locked.append(False)
+            except BlockingIOError:
+                self.locked.append(True)
+        time.sleep(0.02)
+
+
+def test_slow_observers_keep_the_lock_from_nobody(store_path: Path) -> None:
+    processor = _SlowProcessor(store_path.with_name("proxy_savings.json.lock"))
+    provider = TracerProvider()
+    provider.add_span_processor(processor)
+    with SavingsTracker(store_path, tracer_provider=provider, save_interval=3600) as tracker:
+        for _ in range(3):
+            assert tracker.record_request(**SAVED).durable
+        tracker.flush()
+        processor.locked.clear()
+        for _ in range(3):
+            assert tracker.record_request(**SAVED).durable
+            # The commit and its two steps, before the call came back.
+            assert len(processor.locked) % 3 == 0
+        assert processor.locked == [False] * 9
+
+
 def test_nothing_is_traced_where_nobody_looks(committing: SavingsTracker) -> None:
     assert not trace.get_current_span().is_recording()
     assert committing.record_request(**SAVED).durable
@@ -386,6 +421,26 @@ def test_a_writer_killed_within_a_commit_leaves_it_whole_or_not_at_all(store_pat
         assert torn == (1 if when == "within append" else 0)
     with SavingsTracker(store_path) as reopened:
         assert reopened.snapshot().lifetime.tokens_saved == expected + 1000
+
+
+def test_a_save_that_came_to_nothing_keeps_others_from_nothing(
+    committing: SavingsTracker, store_path: Path, faults: Faults
+) -> None:
+    faults.fail("write", errno.ENOSPC)
+    # More than 10,000 go by the document.
+    assert not committing.record_many([SavingsRecord(model="m", tokens_saved=1)] * 12_000).durable
+    saved = store_path.stat().st_ino
+    program = f"""
+import os
+from savings_exporter import SavingsTracker
+assert SavingsTracker({str(store_path)!r}).record_request(model="m", tokens_saved=1).durable
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert store_path.stat().st_ino == saved
+    faults.mend()
+    assert committing.save()
+    assert committing.snapshot().lifetime.requests == 12_003
 
 
 KILLED_WITH_MANY = """
