@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 # that, and trying anew each time would cost each commit as much as a segment.
 _NO_SEGMENT_SECONDS = 5.0
 
+# A torn tail has at most the size of a segment.
+_MOST_TAILS = 10
+
 _READING_ATTEMPTS = 3
 _MOST_UNCOUNTED = 500
 
@@ -485,6 +488,7 @@ class Store:
                     "%s: ends with %d bytes of a commit that was never acknowledged; kept as %s",
                     *(found.tail.segment, len(found.tail.data), aside),
                 )
+                _keep_newest_tails(self.path)
         except BaseException:
             self._found = found
             raise
@@ -716,6 +720,13 @@ def _count(plan: _Plan, delta: Delta, ledger: Ledger, limits: Limits) -> None:
     delta.add_all(plan.batch.records, ledger, limits)
     for keyed, _ in plan.fresh:
         delta.add_all(keyed.records, ledger, limits)
+
+
+def _keep_newest_tails(path: str) -> None:
+    """Whoever is killed again and again fills no disk with what nobody was promised."""
+    tails = [name for name in filesystem.with_suffix(path, ".journal.") if ".torn-" in name]
+    for name in sorted(tails, key=filesystem.modified_ns)[:-_MOST_TAILS]:
+        filesystem.discard(name)
 
 
 def _opened_lock(path: str) -> StoreLock:

@@ -205,6 +205,18 @@ def test_a_torn_tail_is_kept_aside_counted_and_dropped(kept: Kept) -> None:
     assert inspect(str(path)).problems == ()
 
 
+def test_of_torn_tails_the_newest_ten_are_kept(kept: Kept) -> None:
+    torn = b"SXJ1 and half of a frame"
+    path = kept.put(segment=kept.journal + torn + bytes(8192))
+    for number in range(12):
+        old = path.with_name(f"{path.name}.journal.00000001.torn-{number:012x}")
+        old.write_bytes(b"%d" % number)
+        os.utime(old, (number, number))
+    opened(path)
+    tails = {file.read_bytes() for file in path.parent.glob("*.torn-*")}
+    assert tails == {torn, *(b"%d" % number for number in range(3, 12))}
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(st.data())
 def test_any_garbling_of_any_file_is_whole_or_refused(kept: Kept, data: st.DataObject) -> None:
