@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from crash import writers
-from crash.ledger import Account
+from crash.ledger import Account, size_of
 from savings_exporter import SavingsTracker, Snapshot, StoreError
 from savings_exporter.telemetry.metrics import SavingsCollector
 from savings_exporter.totals import Totals
@@ -221,14 +221,15 @@ class Lab:
     def __exit__(self, *_exception: object) -> None:
         self.kill()
 
-    def account(self, name: str, *, size: int = 1, keyed: bool = writers.KEYED) -> Account:
+    def account(self, name: str, *, sizes: tuple[int, ...] = (1,), keyed: bool = writers.KEYED) -> Account:
         """The account of a stream, opened at its first use."""
-        return self.accounts.setdefault(name, Account(self._outside / name, size=size, keyed=keyed))
+        return self.accounts.setdefault(name, Account(self._outside / name, sizes=sizes, keyed=keyed))
 
     def start(self, name: str, kind: str, sabotage: str | None = None) -> None:
         """Start a process, going on with the streams of the one that had this name before."""
         names = [f"{name}-{n}" for n in range(writers.THREADS)] if kind == "threads" else [name]
-        accounts = [self.account(stream, size=writers.BATCH if kind == "batches" else 1) for stream in names]
+        sizes = writers.BATCHES if kind == "batches" else (1,)
+        accounts = [self.account(stream, sizes=sizes) for stream in names]
         for account in accounts:
             account.read()
         self._streams[name] = accounts
@@ -297,8 +298,8 @@ class Lab:
         counted = Counter[str]()
         for name, account in self.accounts.items():
             recovered = _requests(by_model, name)
-            counted["attempted"] += account.notes["attempted"] * account.size
-            counted["acknowledged"] += account.notes["acknowledged"] * account.size
+            counted["attempted"] += account.records["attempted"]
+            counted["acknowledged"] += account.records["acknowledged"]
             counted["recovered"] += recovered
             counted["lost"] += max(account.least - recovered, 0)
             counted["duplicates"] += max(recovered - account.most, 0)
@@ -314,7 +315,7 @@ class Lab:
             says = f"{name}: {account.least} acknowledged, {recovered} recovered, {account.most} attempted"
             if recovered < account.least:
                 lost.append(says)
-            if recovered > account.most or recovered % account.size:
+            elif not account.allows(recovered):
                 wrong.append(says)
         if lost:
             raise LostError("; ".join(lost))
@@ -330,7 +331,7 @@ class Lab:
     def _check_claims(self) -> None:
         """No two receipts name the same place in the store."""
         claims = sorted(
-            (sequence, account.size, f"{name} {number}")
+            (sequence, size_of(number, account.sizes), f"{name} {number}")
             for name, account in self.accounts.items()
             for number, sequence in account.answers
         )

@@ -1,14 +1,15 @@
 """What a stream of records attempted and what it was told, written where no experiment reaches.
 
 A stream is one model name: its records are worth one token each and are sent one after the other, so how many of
-them a store holds says which ones they are. A stream of batches sends ``size`` records at a time.
+them a store holds says which ones they can be. A stream of batches sends many records at a time, as many as ``sizes``
+says in turn.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,11 @@ from typing import NamedTuple
 from savings_exporter import Receipt
 
 _END = "."
+
+
+def size_of(number: int, sizes: tuple[int, ...]) -> int:
+    """How many records a stream sends under a number."""
+    return sizes[number % len(sizes)]
 
 
 class Stream(NamedTuple):
@@ -82,14 +88,15 @@ class Ledger:
 class Account:
     """The judge's side: what the store must hold of a stream, at least and at most."""
 
-    def __init__(self, path: Path, *, size: int = 1, keyed: bool = False) -> None:
+    def __init__(self, path: Path, *, sizes: tuple[int, ...] = (1,), keyed: bool = False) -> None:
         self.path = path
-        self.size = size
+        self.sizes = sizes
         self.keyed = keyed
         self.attempted: set[int] = set()
         self.acknowledged: set[int] = set()
         self.answers: list[tuple[int, int]] = []
         self.notes: Counter[str] = Counter()
+        self.records: Counter[str] = Counter()
         self.saved = 0
         self.seen: list[int] = []
         self.torn_bytes = 0
@@ -114,6 +121,8 @@ class Account:
 
     def _take_in(self, what: str, numbers: list[int]) -> None:
         self.notes[what] += 1
+        if what in ("attempted", "acknowledged"):
+            self.records[what] += size_of(numbers[0], self.sizes)
         if what == "attempted":
             self.attempted.add(numbers[0])
             self._next = max(self._next, numbers[0] + 1)
@@ -136,12 +145,22 @@ class Account:
     @property
     def least(self) -> int:
         """How many records the store holds if nothing is lost."""
-        return self._known + len(self.acknowledged) * self.size
+        return self._known + self._records_of(self.acknowledged)
 
     @property
     def most(self) -> int:
         """How many records the store holds if nothing counts twice."""
-        return self._known + len(self.attempted) * self.size
+        return self._known + self._records_of(self.attempted)
+
+    def allows(self, recovered: int) -> bool:
+        """Whether so many records are what was acknowledged and some of the rest, each batch as a whole."""
+        possible = {self.least}
+        for number in self.attempted - self.acknowledged:
+            possible |= {records + size_of(number, self.sizes) for records in possible}
+        return recovered in possible
+
+    def _records_of(self, numbers: Iterable[int]) -> int:
+        return sum(size_of(number, self.sizes) for number in numbers)
 
     def settle(self, recovered: int) -> None:
         """After a crash: an unanswered record that nobody will send again was recovered or not, and stays so."""

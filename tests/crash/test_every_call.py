@@ -114,7 +114,7 @@ def judge(run: Run, figures: Figures) -> None:
     lab = Lab(run.directory / "store" / DOCUMENT, run.directory / "outside", figures)
     for name in (BEFORE, scenario.SINGLE, scenario.LATER, scenario.LAST):
         lab.account(name)
-    lab.account(scenario.BATCHED, size=scenario.BATCH)
+    lab.account(scenario.BATCHED, sizes=(scenario.BATCH,))
     lab.check()
 
 

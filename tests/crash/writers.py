@@ -15,12 +15,14 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from crash.ledger import Ledger, Stream
+from crash.ledger import Ledger, Stream, size_of
 from savings_exporter import SavingsRecord, SavingsTracker, StoreError
 from savings_exporter.storage import filesystem
 
-BATCH = 200
-"""Records a batch; large ones, so that whatever the engine fills with records is filled soon."""
+BATCHES = (1, 200, 1, 3, 1, 1000, 1, 30, 1, 6000)
+"""Records a batch, in turn: large ones, so that whatever the engine fills with records is filled soon, and small ones
+that fit where a large one did not.
+"""
 
 BURST = 8
 """Records that are sent without waiting before their receipts are looked at."""
@@ -76,10 +78,11 @@ def threads(tracker: SavingsTracker, streams: list[Stream]) -> None:
 def batches(tracker: SavingsTracker, streams: list[Stream]) -> None:
     """Send batches."""
     ledger = Ledger(streams[0].ledger)
-    records = batch_of(streams[0].name, BATCH)
+    records = batch_of(streams[0].name, max(BATCHES))
     for number in streams[0].numbers():
+        batch = records[: size_of(number, BATCHES)]
         ledger.attempt(number)
-        ledger.answer(number, tracker.record_many(records, **key(streams[0].name, number)))
+        ledger.answer(number, tracker.record_many(batch, **key(streams[0].name, number)))
 
 
 def reader(tracker: SavingsTracker, streams: list[Stream]) -> None:
