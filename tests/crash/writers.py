@@ -19,9 +19,9 @@ from crash.ledger import Ledger, Stream, size_of
 from savings_exporter import SavingsRecord, SavingsTracker, StoreError
 from savings_exporter.storage import filesystem
 
-BATCHES = (1, 200, 1, 3, 1, 1000, 1, 30, 1, 6000)
-"""Records a batch, in turn: large ones, so that whatever the engine fills with records is filled soon, and small ones
-that fit where a large one did not.
+BATCHES = (1, 200, 1, 3, 1, 1000, 1, 6000, 1, 30_000)
+"""Records a batch, in turn: large ones, so that whatever the engine fills with records is filled soon, small ones that
+fit where a large one did not, and one that is larger than a segment.
 """
 
 BURST = 8
@@ -179,7 +179,7 @@ def _die_in_a_write(directory: Path, ledger: Ledger) -> None:
 
     def torn(descriptor: int, data: Any, write: Callable[[Any], int]) -> int:
         nonlocal life
-        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(f"{directory}/") and len(data) > 1:
+        if _is_in(directory, descriptor) and len(data) > 1:
             life -= 1
             if life == 0:
                 ledger.torn(write(data[: random.randrange(1, len(data))]))
@@ -193,11 +193,44 @@ def _die_in_a_write(directory: Path, ledger: Ledger) -> None:
     )
 
 
+def _die_after_a_call(directory: Path, _ledger: Ledger) -> None:
+    """End by SIGKILL right after some call that changes a file: what would have come next never does.
+
+    Which one is counted from the first call of some kind, because those that matter most are rare.
+    """
+    calls = ("replace", "write", "pwrite", "fsync", "fdatasync", "unlink")
+    first, life = random.choice(calls[:2]), random.randint(1, 10)
+    is_dying = False
+
+    def deadly(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def die_after(*arguments: Any, **options: Any) -> Any:
+            nonlocal is_dying, life
+            result = call(*arguments, **options)
+            if _is_in(directory, arguments[0]):
+                is_dying = is_dying or name == first
+                life -= is_dying
+                if life == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return die_after
+
+    for name in calls:
+        setattr(os, name, deadly(name, getattr(os, name)))
+
+
+def _is_in(directory: Path, file: int | str) -> bool:
+    """Whether a path or a descriptor is one of a file in a directory, or of the directory."""
+    path = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else os.fspath(file)
+    return Path(path) == directory or directory in Path(path).parents
+
+
 SABOTAGES = {
     "no directory fsync": _skip_directory_fsync,
     "no data sync": _skip_data_sync,
     "slow syncs": _sync_slowly,
     "sync again": _sync_again,
     "torn write": _die_in_a_write,
+    "sudden death": _die_after_a_call,
 }
 KINDS = {"alone": alone, "threads": threads, "batches": batches, "reader": reader}
