@@ -27,7 +27,7 @@ from savings_exporter.records import SavingsRecord
 from savings_exporter.service import server, settings, views
 from savings_exporter.service.app import HEALTHY_PATH, READY_PATH, SAVINGS_PATH, Service
 from savings_exporter.service.demo import DemoTraffic
-from savings_exporter.storage.repair import inspect, repair
+from savings_exporter.storage.repair import inspect, is_begun, repair
 from savings_exporter.storage.steps import Observers
 from savings_exporter.telemetry.metrics import SavingsCollector, WatchCollector
 from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker, Snapshot, default_path
@@ -79,6 +79,8 @@ def _metrics_path(text: str) -> str:
 
 
 def _expanded(path: str | None) -> str | None:
+    if path == "":
+        raise WrongUsageError("an empty PATH; name the document, or leave it out for the default one")
     return os.path.expanduser(path) if path is not None else None
 
 
@@ -255,7 +257,7 @@ def show(
     if as_json and as_csv:
         raise WrongUsageError("give --json or --csv, not both")
     path = store if store is not None else default_path()
-    if not any(os.path.exists(path + suffix) for suffix in ("", ".previous", ".lock")):
+    if not is_begun(path):
         given = f" --store {store}" if store is not None else ""
         raise CommandError(
             f"{path}: there are no savings yet; record the first with: savings-exporter record --model NAME "
@@ -279,7 +281,11 @@ def show(
 def verify(
     store: Store = None,
     mend: Annotated[
-        bool, typer.Option("--repair", help="Save what is whole, keep damaged files aside, and name what is lost.")
+        bool,
+        typer.Option(
+            "--repair",
+            help="Save what is whole, keep damaged files aside, name what is lost; exit 0 when it can be opened again.",
+        ),
     ] = False,
 ) -> None:
     """Say what a store holds and what is wrong with it; exit 1 when something is."""

@@ -103,6 +103,8 @@ def directory_of(path: str | None) -> str:
         return directory
     path = filesystem.resolved(path)
     directory = path if filesystem.is_directory(path) else os.path.dirname(path)
+    if os.path.exists(directory) and not filesystem.is_directory(directory):
+        raise StoreError(f"{directory}: is not a directory")
     if not filesystem.is_directory(directory):
         raise StoreError(f"{directory}: the directory does not exist; make it first: mkdir -p {directory}")
     return directory

@@ -456,6 +456,14 @@ def is_linked(descriptor: int) -> bool:
     return os.fstat(descriptor).st_nlink > 0
 
 
+def is_at(path: str, descriptor: int) -> bool:
+    """Whether a path leads to an open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
 def modified_ns(path: str) -> int:
     """When a file or directory was last changed, in nanoseconds since 1970."""
     return os.stat(path).st_mtime_ns

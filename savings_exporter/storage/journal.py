@@ -146,11 +146,16 @@ class Segment:
     def __init__(self, path: str, epoch: int, offset: int) -> None:
         self.epoch = epoch
         self.offset = offset
+        self._path = path
         self._descriptor = filesystem.open_segment(path)
 
     def has_room_for(self, size: int) -> bool:
         """Whether a frame of this size still fits."""
         return place_for(size, self.offset) + size <= SEGMENT_BYTES
+
+    def is_in_place(self) -> bool:
+        """Whether it is where the next one who opens the store looks for it."""
+        return filesystem.is_at(self._path, self._descriptor)
 
     def is_written_on(self) -> bool:
         """Whether there is something where the next frame will go, which nobody says is durable."""

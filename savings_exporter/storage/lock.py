@@ -92,6 +92,8 @@ class StoreLock:
     def __init__(self, path: str) -> None:
         self.path = lock_path(path)
         self.held = False
+        self.changes = 0
+        """How often a name in the directory may have changed, as far as was noticed when the lock was taken."""
         self._directory = os.path.dirname(self.path)
         self._quiet_since_ns: int | None = None
         self._descriptor = filesystem.open_lock(self.path)
@@ -158,6 +160,7 @@ class StoreLock:
         changed_ns = filesystem.modified_ns(self._directory)
         if changed_ns == self._quiet_since_ns:
             return True
+        self.changes += 1
         linked = filesystem.is_linked(self._descriptor)
         # Elsewhere two changes within one tick of the clock look like one.
         if linked and time.time_ns() - changed_ns > _TICK_NS:

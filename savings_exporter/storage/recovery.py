@@ -222,10 +222,14 @@ def _base(path: str, limits: Limits, mark: Mark | None, segments: dict[int, str]
         is_new = identity is None and filesystem.identity(previous_path(path)) is None
         if is_new and not segments and not acknowledged:
             return Found(document=Document(), identity=None)
-        rest = f", or mend what can be: savings-exporter verify --repair --store {path}" if segments else ""
+        if segments:
+            raise CorruptStoreError(
+                f"{path}: {damage}; there is no whole save before it, so only what the journal holds is left. Restore "
+                f"it from a backup, or save what is left: savings-exporter verify --repair --store {path}"
+            )
         raise CorruptStoreError(
-            f"{path}: {damage}; there is no whole save before it, so its totals are lost. Restore it from a backup, "
-            f"move all files {path}* away to start from zero{rest}"
+            f"{path}: {damage}; there is no whole save before it, so its totals are lost. Restore it from a backup, or "
+            f"move all files {path}* away to start from zero"
         )
     store = bytes.fromhex(previous.store) or (mark.store if mark else _store_of(segments))
     return Found(document=previous, identity=identity, damage=damage, store=store)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterable
 from datetime import datetime, timezone
 
 import msgspec
 
-from savings_exporter.documents import encode
+from savings_exporter.documents import decode, encode
 from savings_exporter.errors import CorruptStoreError, StoreError
 from savings_exporter.storage import filesystem, journal
 from savings_exporter.storage.atomic_file import AtomicFile
 from savings_exporter.storage.lock import StoreLock, nobody_writing, read_mark
 from savings_exporter.storage.recovery import (
     Found,
-    decoded,
     described,
     described_losses,
     find,
@@ -34,6 +34,12 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     problems: tuple[str, ...]
 
 
+def is_begun(path: str) -> bool:
+    """Whether there is any file of a store yet."""
+    directory = os.path.dirname(filesystem.resolved(path))
+    return filesystem.is_directory(directory) and bool(filesystem.with_suffix(filesystem.resolved(path), ""))
+
+
 def inspect(path: str) -> Inspection:
     """Look at a store without changing anything.
 
@@ -50,7 +56,8 @@ def inspect(path: str) -> Inspection:
         if not found.exists:
             return Inspection(ledger=None, saved_at=None, problems=(f"{path}: there is no store yet",))
         problems = [f"{path}: {problem}" for problem in found.document.problems]
-        problems += found.harmless
+        whole = "" if found.lost or found.unsure else "; nothing is lost by it"
+        problems += [f"{problem}{whole}" for problem in found.harmless]
         if found.damage is not None:
             whole = "" if found.lost else "; nothing is lost: it is written anew when the store is next opened"
             problems.append(f"{path}: {found.damage}{whole}")
@@ -84,7 +91,7 @@ def repair(path: str, observer: Observer) -> str:
         OSError: the disk would not.
     """
     path = filesystem.resolved(path)
-    if not filesystem.with_suffix(path, ""):
+    if not is_begun(path):
         raise StoreError(f"{path}: there is nothing to repair: there is no store yet")
     lock = StoreLock(path)
     try:
@@ -159,6 +166,11 @@ def _discard(segments: Iterable[str]) -> None:
 
 def _problem_of_previous(path: str) -> list[str]:
     previous = previous_path(path)
-    if filesystem.identity(previous) is None or decoded(previous) is not None:
-        return []
+    try:
+        if filesystem.identity(previous) is None or decode(filesystem.read(previous)[0]) is not None:
+            return []
+    except OSError as error:
+        return [f"{previous}: cannot be read: {error.strerror}"]
+    except StoreError:
+        pass
     return [f"{previous}: is damaged; the next save replaces it"]

@@ -103,6 +103,7 @@ class Store:
         self._file = AtomicFile(self.path, previous_path(self.path))
         self._lock = _opened_lock(self.path)
         self._keep_lock = False
+        self._changes = 0
         self._segment: journal.Segment | None = None
         self._no_segment_until = 0.0
         self._attempts: list[_Plan] = []
@@ -296,6 +297,7 @@ class Store:
             try:
                 self._lock.take()
                 self._catch_up()
+                self._look_after_segment()
                 if self.must_save:
                     return False
                 plan = self._planned(batch)
@@ -512,6 +514,18 @@ class Store:
             if self._is_known(self._lock.read()):
                 return
         self._reload()
+
+    def _look_after_segment(self) -> None:
+        """Have the document saved when somebody removed the segment: what it holds is in no other place but here."""
+        if self._changes == self._lock.changes:
+            return
+        if self._segment is not None and self._segment.epoch == self._epoch and not self._segment.is_in_place():
+            logger.error(
+                "%s: somebody removed it; what it held is saved in the document",
+                journal.segment_path(self.path, self._epoch),
+            )
+            self.must_save = True
+        self._changes = self._lock.changes
 
     def _is_known(self, data: bytes) -> bool:
         """Whether all that is in the store is known, now that the mark's bytes are these."""

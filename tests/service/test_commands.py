@@ -287,6 +287,15 @@ def test_verify_and_repair(filled: Path) -> None:
     assert run_cli("verify", "--store", str(filled)).returncode == 0
 
 
+def test_show_says_of_a_store_that_lost_its_documents_what_verify_says(filled: Path) -> None:
+    for suffix in ("", ".previous", ".lock"):
+        filled.with_name(filled.name + suffix).unlink(missing_ok=True)
+    shown, verified = run_cli("show", "--store", str(filled)), run_cli("verify", "--store", str(filled))
+    assert (shown.returncode, verified.returncode) == (1, 1)
+    assert "verify --repair" in shown.stderr
+    assert shown.stderr == verified.stderr
+
+
 def test_a_record_that_cannot_be_saved_is_a_failure_that_says_why(
     store_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from savings_exporter import CorruptStoreError, SavingsTracker, StoreError
+from savings_exporter import CorruptStoreError, SavingsRecord, SavingsTracker, StoreError
 from savings_exporter.storage import journal
 from savings_exporter.storage.recovery import previous_path
 from savings_exporter.storage.repair import inspect, repair
@@ -235,7 +235,7 @@ def test_any_garbling_of_any_file_is_whole_or_refused(kept: Kept, data: st.DataO
 def test_two_damaged_documents_are_refused(kept: Kept, junk: bytes) -> None:
     path = kept.put(document=junk, previous=junk)
     assert assert_whole_or_refused(path) is None
-    assert any("its totals are lost" in problem for problem in inspect(str(path)).problems)
+    assert any("only what the journal holds is left" in problem for problem in inspect(str(path)).problems)
 
 
 def test_repair_of_two_damaged_documents_saves_what_the_journal_has_and_names_what_is_lost(kept: Kept) -> None:
@@ -393,3 +393,36 @@ def test_a_headroom_document_cut_short_is_refused(tmp_path: Path, share: float) 
     with pytest.raises(CorruptStoreError, match="is damaged: not JSON"):
         SavingsTracker(path)
     assert Path(previous_path(str(path))).exists() is False
+
+
+@pytest.mark.parametrize("elsewhere", [None, "moved-away"])
+def test_a_segment_that_somebody_removes_while_it_is_written_loses_nothing(
+    store_path: Path, elsewhere: str | None
+) -> None:
+    with SavingsTracker(store_path) as tracker:
+        for records in (1, 2):
+            assert tracker.record_many([SavingsRecord(model="m", tokens_saved=1)] * records)
+        (segment,) = store_path.parent.glob("*.journal.*")
+        segment.rename(store_path.with_name(elsewhere)) if elsewhere else segment.unlink()
+        assert tracker.record_request(model="m", tokens_saved=1)
+        # What a new process would find at this moment, before anything is saved at the end.
+        assert inspect(str(store_path)).problems == ()
+        assert opened_copy(store_path) == 4
+        assert tracker.record_request(model="m", tokens_saved=1)
+    assert opened(store_path)[0] == 5
+
+
+def opened_copy(path: Path) -> int:
+    """What a store holds that is left as it is at this moment."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / "copy"
+        shutil.copytree(path.parent, copy)
+        return opened(copy / path.name)[0]
+
+
+def test_a_save_before_the_last_that_cannot_be_read_is_not_called_damaged(kept: Kept) -> None:
+    path = kept.put(previous=None)
+    previous = Path(previous_path(str(path)))
+    previous.mkdir()
+    (problem,) = inspect(str(path)).problems
+    assert problem == f"{previous}: cannot be read: Is a directory"
