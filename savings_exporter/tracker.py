@@ -295,9 +295,14 @@ class SavingsTracker:
             RuntimeError: the tracker is closed.
         """
         self._check_open()
-        if not self._take_lead():
+        if self._leads():
             return False
-        self._lead(get_current_span(), save=True)
+        try:
+            self._take_lead()
+            self._lead(get_current_span(), save=True)
+        except BaseException:
+            self._resign()
+            raise
         with self._mutex:
             return self._failure is None and self._save_failure is None
 
@@ -327,12 +332,14 @@ class SavingsTracker:
             Whether everything recorded is durable. What is not is lost with the process, and logged.
         """
         self._closing = True
-        if not self._take_lead():
+        if self._leads():
             return False
-        if self._closed:
+        try:
+            self._take_lead()
+            if not self._closed:
+                self._close()
+        finally:
             self._resign()
-        else:
-            self._close()
         with self._mutex:
             return not self._pending()[0]
 
@@ -442,17 +449,19 @@ class SavingsTracker:
         if self._closing:
             raise RuntimeError(f"the tracker of {self._path} is closed")
 
-    def _take_lead(self) -> bool:
-        """Become the leader, after whoever is; False when this thread is it already, below a signal handler."""
+    def _leads(self) -> bool:
+        """Whether this thread is the leader already: then this is a signal handler that interrupts it."""
+        return self._leader == threading.get_ident()
+
+    def _take_lead(self) -> None:
+        """Become the leader, after whoever is."""
         me = threading.get_ident()
         turn = None
         try:
             with self._mutex:
-                if self._leader == me:
-                    return False
                 if self._leader is None:
                     self._leader = me
-                    return True
+                    return
                 turn = _taken_lock()
                 self._queue.append((me, turn))
             # Looked at again from time to time: an interrupt may come between naming a leader and waking it.
@@ -460,7 +469,6 @@ class SavingsTracker:
                 pass
             with self._mutex:
                 self._queue.remove((me, turn))
-            return True
         except BaseException:
             with self._mutex:
                 self._queue = [waiting for waiting in self._queue if waiting[1] is not turn]

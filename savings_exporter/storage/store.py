@@ -187,16 +187,8 @@ class Store:
             OSError: it is not durable, and the next commit or save has to carry the same batch again.
         """
         with self._working:
-            if batch.durable:
-                return
-            if not self._goes_by_document(batch):
-                try:
-                    if self._commit_to_journal(batch, parent):
-                        return
-                except OSError:
-                    if self.failed_step != ROTATE:
-                        raise
-            self._save(batch, parent)
+            if not batch.durable and not self._goes_by_journal(batch, parent):
+                self._save(batch, parent)
 
     def save(self, parent: Any = None) -> None:
         """Save the document, with nothing counted in.
@@ -279,6 +271,17 @@ class Store:
             raise _cannot("read", self.path, error) from None
         finally:
             self._let_go()
+
+    def _goes_by_journal(self, batch: Batch, parent: Any) -> bool:
+        """Commit a batch to the journal; False when it has to go by the document."""
+        if self._goes_by_document(batch):
+            return False
+        try:
+            return self._commit_to_journal(batch, parent)
+        except OSError:
+            if self.failed_step != ROTATE:
+                raise
+            return False
 
     def _goes_by_document(self, batch: Batch) -> bool:
         """Whether a batch cannot go into the journal: without asking the disk."""
