@@ -72,13 +72,14 @@ def checked_key(key: Any) -> str | None:
         return None
     if not isinstance(key, str):
         raise TypeError(f"idempotency_key must be a string, not {type(key).__name__}")
-    if not 1 <= len(key) <= MAX_KEY_LENGTH:
-        raise ValueError(f"idempotency_key must have 1 to {MAX_KEY_LENGTH} characters, and has {len(key)}")
+    text: str = str.__str__(key)
+    if not 1 <= len(text) <= MAX_KEY_LENGTH:
+        raise ValueError(f"idempotency_key must have 1 to {MAX_KEY_LENGTH} characters, and has {len(text)}")
     try:
-        key.encode()
+        text.encode()
     except UnicodeEncodeError:
         raise ValueError("idempotency_key must be text that can be written as UTF-8") from None
-    return key
+    return text
 
 
 def _entries(text: str) -> Iterator[tuple[bytes, int]]:

@@ -160,9 +160,11 @@ def clean_name(field: str, value: Any) -> str:
         return ""
     if not isinstance(value, str):
         raise TypeError(f"{field} must be a string, not {type(value).__name__}")
-    if len(value) <= MAX_NAME_LENGTH and value.isprintable() and value == value.strip():
-        return value
-    printable = value[:_MAX_RAW_NAME_LENGTH]
+    # The journal's encoder takes no subclass.
+    name: str = value if type(value) is str else str.__str__(value)
+    if len(name) <= MAX_NAME_LENGTH and name.isprintable() and name == name.strip():
+        return name
+    printable = name[:_MAX_RAW_NAME_LENGTH]
     if not printable.isprintable():
         printable = "".join(filter(str.isprintable, printable))
     return printable.strip()[:MAX_NAME_LENGTH].strip()
@@ -205,7 +207,7 @@ def _token_count(field: str, value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{field} must be an integer, not bool")
     try:
-        count = operator.index(value)
+        count = int(operator.index(value))
     except TypeError:
         raise TypeError(f"{field} must be an integer, not {type(value).__name__}") from None
     if count < 0:

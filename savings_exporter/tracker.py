@@ -383,7 +383,8 @@ class SavingsTracker:
         try:
             with self._mutex:
                 receipt = self._accept(records, key, span)
-                if not wait or receipt.durable or self._failure is not None:
+                # Below a signal handler that interrupts a commit of this thread, nobody would end the wait.
+                if not wait or receipt.durable or self._failure is not None or self._leads():
                     self._bell.set()
                     return receipt
                 if self._leader is None:
@@ -398,6 +399,7 @@ class SavingsTracker:
         except BaseException:
             with self._mutex:
                 self._open.recount()
+                self._drop_keys_of_nothing()
             if mine is None and self._leader == me:
                 # Interrupted between taking the lead and giving it up.
                 self._resign()
@@ -444,6 +446,11 @@ class SavingsTracker:
                 if span.is_recording():
                     self._open.link(span)
         return Receipt(expected, 0)
+
+    def _drop_keys_of_nothing(self) -> None:
+        """After an interrupt between noting a key and taking on its records: its repeat is no repeat."""
+        kept = {id(keyed) for batch in (self._sealed, self._open) if batch is not None for keyed in batch.keyed}
+        self._pending_keys = {key: known for key, known in self._pending_keys.items() if known.is_one_of(kept)}
 
     def _check_open(self) -> None:
         if self._closing:
@@ -517,10 +524,11 @@ class SavingsTracker:
             if self._store.is_saved:
                 # It went by the document.
                 self._save_failure, self._save_at = None, None
-            self._sealed = None
             for keyed in batch.keyed:
                 self._pending_keys.pop(keyed.key, None)
             batch.end()
+            # Last: until then, who was interrupted here does all of it again.
+            self._sealed = None
         if was_failing:
             logger.info("%s: committing works again; %d records are durable now", self._path, batch.count)
 
@@ -605,8 +613,9 @@ class SavingsTracker:
         return sum(batch.count for batch in batches), sum(batch.tokens for batch in batches)
 
     def _start_thread(self) -> None:
-        self._thread = threading.Thread(target=self._work, name="savings-exporter", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._work, name="savings-exporter", daemon=True)
+        thread.start()
+        self._thread = thread
         if multiprocessing.process.parent_process() is not None:
             # Such a process ends without running what is registered to be run at its exit.
             multiprocessing.util.Finalize(self, self.close, exitpriority=0)
@@ -621,8 +630,14 @@ class SavingsTracker:
             self._bell.clear()
             self._observers.tell()
             if self._due_at() <= time.monotonic() and not self._closing:
-                self._take_lead()
-                self._lead_in_background()
+                try:
+                    self._take_lead()
+                    self._lead_in_background()
+                except Exception:
+                    # Such as no memory. Who waits for a lead that nobody gives up waits for ever.
+                    self._resign()
+                    logger.exception("%s: the background thread failed and goes on", self._path)
+                    time.sleep(_FIRST_RETRY_SECONDS)
 
     def _lead_in_background(self) -> None:
         save = self._save_at is not None and self._save_at <= time.monotonic()
@@ -703,9 +718,12 @@ class _Batch(Batch):
 
     def release(self) -> None:
         """A commit has ended, well or badly: nobody waits for another one."""
-        followers, self._followers = self._followers, []
-        for lock in followers:
-            lock.release()
+        while self._followers:
+            lock = self._followers[-1]
+            # An interrupt may have come between its release and its leaving the list.
+            if lock.locked():
+                lock.release()
+            self._followers.pop()
         futures, self.futures = self.futures, []
         loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
         for future in futures:
@@ -743,6 +761,9 @@ class _Expected:
     def sequence_of(self, _position: int) -> int | None:
         return self._keyed.sequence
 
+    def is_one_of(self, identities: set[int]) -> bool:
+        return id(self._keyed) in identities
+
     def wait(self, timeout: float | None) -> bool:
         return self.durable or (self._batch.wait(timeout) and self.durable)
 
@@ -779,7 +800,8 @@ def _checked(records: Iterable[SavingsRecord]) -> tuple[SavingsRecord, ...]:
     if not checked:
         raise ValueError("records must not be empty")
     for position, record in enumerate(checked):
-        if not isinstance(record, SavingsRecord):
+        # The journal holds the fields of this type, and no others.
+        if type(record) is not SavingsRecord:
             raise TypeError(f"records[{position}] must be a SavingsRecord, not {type(record).__name__}")
     return checked
 

@@ -451,13 +451,8 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
-def is_linked(descriptor: int) -> bool:
-    """Whether an open file still has a name: it was not removed, and no other took its place."""
-    return os.fstat(descriptor).st_nlink > 0
-
-
 def is_at(path: str, descriptor: int) -> bool:
-    """Whether a path leads to an open file."""
+    """Whether a path leads to an open file: that was not removed or renamed, and no other took its place."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:

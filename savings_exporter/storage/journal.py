@@ -40,8 +40,8 @@ LARGEST_PAYLOAD_BYTES = SEGMENT_BYTES - _HEADER.size
 _encoder = msgspec.json.Encoder()
 
 
-class Line(SavingsRecord, frozen=True, kw_only=True):
-    """A record as the journal holds it."""
+class Line(SavingsRecord, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """A record as the journal holds it. What a later version adds to one is no reason not to read the rest."""
 
     idempotency_key: str | None = None
 

@@ -161,7 +161,7 @@ class StoreLock:
         if changed_ns == self._quiet_since_ns:
             return True
         self.changes += 1
-        linked = filesystem.is_linked(self._descriptor)
+        linked = filesystem.is_at(self.path, self._descriptor)
         # Elsewhere two changes within one tick of the clock look like one.
         if linked and time.time_ns() - changed_ns > _TICK_NS:
             self._quiet_since_ns = changed_ns

@@ -265,14 +265,14 @@ def _with_journal(
     found.epoch, found.offset = found.document.epoch, found.document.offset
     found.newest_epoch = max([found.epoch, *segments])
     for epoch, name in segments.items():
-        if epoch < found.document.epoch:
+        if epoch < found.document.epoch or (only_marked and mark is not None and epoch > mark.epoch):
             continue
         data = filesystem.read(name)[0]
         if journal.store_of(data) not in (b"", found.store):
             found.harmless.append(f"{name}: is of another store")
             continue
-        if only_marked and mark is not None and epoch >= mark.epoch:
-            data = data[: mark.offset] if epoch == mark.epoch else b""
+        if only_marked and mark is not None and epoch == mark.epoch:
+            data = data[: mark.offset]
         _replay(found, name, data, epoch, limits)
     if mark is not None and mark.store == found.store and mark.sequence > found.sequence:
         found.lost.append((found.sequence + 1, mark.sequence))

@@ -13,7 +13,7 @@ from savings_exporter.documents import decode, encode
 from savings_exporter.errors import CorruptStoreError, StoreError
 from savings_exporter.storage import filesystem, journal
 from savings_exporter.storage.atomic_file import AtomicFile
-from savings_exporter.storage.lock import StoreLock, nobody_writing, read_mark
+from savings_exporter.storage.lock import NOBODY, StoreLock, nobody_writing, read_mark
 from savings_exporter.storage.recovery import (
     Found,
     described,
@@ -106,6 +106,9 @@ def repair(path: str, observer: Observer) -> str:
         if not is_damaged and not _problem_of_previous(path):
             return f"{path}: there is nothing to repair: it holds {described(found)}"
         aside = _put_aside(path, found)
+        if mark is not None:
+            # Who is idle beside us has to read anew what it finds here.
+            lock.write(mark._replace(writer=NOBODY).packed())
         _save(path, found, observer)
     finally:
         lock.close()

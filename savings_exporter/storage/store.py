@@ -200,8 +200,11 @@ class Store:
             self._save(Batch(), parent)
 
     def sequence_of(self, key: str) -> int | None:
-        """What an idempotency key was counted under, None when it was not, as far as this process knows."""
-        return self._keys.sequence_of(key)
+        """What an idempotency key was counted under, None when it was not, as far as this process knows to be durable.
+
+        What was read and not saved since may be in the page cache only, and a commit tells.
+        """
+        return None if self.must_save or self._is_unsure else self._keys.sequence_of(key)
 
     def refresh(self) -> None:
         """Know what other processes made durable. Costs one read when that is nothing; never fails, never waits."""
@@ -561,10 +564,13 @@ class Store:
         if mark.store != self._store_id or mark.epoch != self._epoch or mark.offset < self._offset:
             return False
         if mark.offset == self._offset:
+            if mark.sequence != self._sequence:
+                # A document carried records. Until it is read, this mark is not known.
+                return False
             with self.changing:
                 self._know_saved(mark)
             self._mark_data, self._is_mine = mark.packed(), False
-            return mark.sequence == self._sequence
+            return True
         if not self._offset:
             return False
         segment, sequence = self._known_segment(), self._sequence
