@@ -14,6 +14,7 @@ import math
 import multiprocessing.process
 import multiprocessing.util
 import os
+import queue
 import threading
 import time
 import weakref
@@ -156,7 +157,7 @@ class SavingsTracker:
         self._retries = 0
         self._retry_at = 0.0
         self._save_at: float | None = None
-        self._bell = threading.Event()
+        self._bell = _Bell()
         self._wakes_at = math.inf
         self._thread: threading.Thread | None = None
 
@@ -317,7 +318,7 @@ class SavingsTracker:
         with self._mutex:
             last = self._open if self._open.count else self._sealed
         if last is not None:
-            self._bell.set()
+            self._bell.ring()
             last.wait(timeout)
         self._observers.tell()
         return last is None or last.durable
@@ -365,7 +366,7 @@ class SavingsTracker:
                 reason = self._reason() if self._failure else ""
         finally:
             self._resign()
-        self._bell.set()
+        self._bell.ring()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         atexit.unregister(self.close)
@@ -380,12 +381,13 @@ class SavingsTracker:
     def _record(self, records: Sequence[SavingsRecord], key: Any, *, wait: bool) -> Receipt:
         key = checked_key(key)
         me, mine, span = threading.get_ident(), None, get_current_span()
+        is_nested = self._leads()
         try:
             with self._mutex:
                 receipt = self._accept(records, key, span)
                 # Below a signal handler that interrupts a commit of this thread, nobody would end the wait.
-                if not wait or receipt.durable or self._failure is not None or self._leads():
-                    self._bell.set()
+                if not wait or receipt.durable or self._failure is not None or is_nested:
+                    self._bell.ring()
                     return receipt
                 if self._leader is None:
                     self._leader = me
@@ -400,7 +402,7 @@ class SavingsTracker:
             with self._mutex:
                 self._open.recount()
                 self._drop_keys_of_nothing()
-            if mine is None and self._leader == me:
+            if mine is None and self._leader == me and not is_nested:
                 # Interrupted between taking the lead and giving it up.
                 self._resign()
             raise
@@ -415,7 +417,7 @@ class SavingsTracker:
                     ended.get_loop().call_soon_threadsafe(_finish, [ended])
                 else:
                     self._open.futures.append(ended)
-        self._bell.set()
+        self._bell.ring()
         return receipt
 
     def _accept(self, records: Sequence[SavingsRecord], key: str | None, span: Span) -> Receipt:
@@ -457,8 +459,8 @@ class SavingsTracker:
             raise RuntimeError(f"the tracker of {self._path} is closed")
 
     def _leads(self) -> bool:
-        """Whether this thread is the leader already: then this is a signal handler that interrupts it."""
-        return self._leader == threading.get_ident()
+        """Whether this thread is the leader already, or takes records on: then this is a signal handler within that."""
+        return self._leader == threading.get_ident() or self._mutex._is_owned()  # type: ignore[attr-defined]
 
     def _take_lead(self) -> None:
         """Become the leader, after whoever is."""
@@ -587,7 +589,7 @@ class SavingsTracker:
             self._leader = None
             if self._due_at() < self._wakes_at:
                 self._wakes_at = 0.0
-                self._bell.set()
+                self._bell.ring()
 
     def _back_off(self) -> float:
         delay = min(_FIRST_RETRY_SECONDS * 2.0**self._retries, _LONGEST_RETRY_SECONDS)
@@ -627,7 +629,6 @@ class SavingsTracker:
                 self._wakes_at = self._due_at()
             pause = self._wakes_at - time.monotonic()
             self._bell.wait(max(pause, 0.0) if pause < math.inf else None)
-            self._bell.clear()
             self._observers.tell()
             if self._due_at() <= time.monotonic() and not self._closing:
                 try:
@@ -677,6 +678,24 @@ def _begin_in_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_in_fork)
+
+
+class _Bell:
+    """Wakes the background thread. A signal handler may ring it while the same thread does, unlike an event's."""
+
+    def __init__(self) -> None:
+        self._rings: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def ring(self) -> None:
+        if self._rings.empty():
+            self._rings.put(None)
+
+    def wait(self, timeout: float | None) -> None:
+        """Wait until it has been rung since the last time."""
+        with suppress(queue.Empty):
+            self._rings.get(timeout=timeout)
+            while True:
+                self._rings.get_nowait()
 
 
 class _Batch(Batch):

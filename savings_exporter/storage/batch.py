@@ -32,7 +32,6 @@ class Batch:
         self.records: list[SavingsRecord] = []
         self.keyed: list[Keyed] = []
         self.folded: Delta | None = None
-        self.unkeyed = 0
         self.count = 0
         self.tokens = 0
         self.links: list[Any] = []
@@ -43,10 +42,14 @@ class Batch:
         """Whether the records survive a power loss from now on."""
         return self.base is not None
 
+    @property
+    def unkeyed(self) -> int:
+        """How many records have no key. Counted when it is asked for: no interrupt can come between two numbers."""
+        return len(self.records) + (self.folded.records if self.folded is not None else 0)
+
     def add(self, records: Sequence[SavingsRecord]) -> int:
         """Take on records without a key; where the last of them stands among those."""
         self.records += records
-        self.unkeyed += len(records)
         self._count(records)
         return self.unkeyed
 
@@ -69,12 +72,10 @@ class Batch:
     def recount(self) -> None:
         """Count anew what is in it, after an interrupt that may have come between its parts."""
         folded, self.count, self.tokens = self.folded, 0, 0
-        self.unkeyed = len(self.records)
         self._count(self.records)
         for keyed in self.keyed:
             self._count(keyed.records)
         if folded is not None:
-            self.unkeyed += folded.records
             self.count += folded.records
             self.tokens += folded.lifetime.tokens_saved
 

@@ -190,3 +190,39 @@ def test_a_thread_that_could_not_be_started_is_started_by_the_next_record(
             tracker.record_request(**ONE)
     assert tracker.record_request(**ONE, wait=False).wait(WAIT_SECONDS)
     assert tracker.snapshot().sequence == 1
+
+
+HANDLERS = """
+import signal, sys
+from savings_exporter import SavingsTracker
+recorded = handled = 0
+with SavingsTracker(sys.argv[1]) as tracker:
+    def handle(number, frame):
+        global recorded, handled
+        handled += 1
+        if handled % 3 == 0:
+            tracker.save()
+        else:
+            recorded += 1
+            tracker.record_request(model="m", tokens_saved=1, wait=bool(handled % 2))
+    signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    while handled < 300:
+        recorded += 1
+        tracker.record_request(model="m", tokens_saved=1, wait=bool(recorded % 2))
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert tracker.flush(30)
+    assert tracker.snapshot().lifetime.requests == recorded
+"""
+
+
+def test_signal_handlers_that_record_and_save_lose_nothing_and_end(store_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANDLERS, str(store_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=2 * WAIT_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert reopened(store_path) > 300
