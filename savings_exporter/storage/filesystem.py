@@ -365,12 +365,16 @@ def keep_copy(path: str, kept: str) -> None:
 
 
 def write_aside(path: str, data: bytes) -> None:
-    """Keep bytes under a new name."""
+    """Keep bytes under a new name, all of them or none."""
     with _opened(
         os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CLOSE_ON_EXEC | _BINARY, _NEW_FILE_MODE)
     ) as file:
-        write_all(file, data)
-        fsync_file(file)
+        try:
+            write_all(file, data)
+            fsync_file(file)
+        except BaseException:
+            discard(path)
+            raise
 
 
 def replace(temporary: str, path: str) -> None:

@@ -488,6 +488,8 @@ class Store:
                     "%s: %s; nothing is lost: its totals are those of the save before it and the journal%s",
                     *(self.path, found.damage, f"; the damaged file is kept as {aside}" if aside else ""),
                 )
+                # If what follows fails, it is not kept once more.
+                found.damage = None
             if found.tail is not None:
                 aside = filesystem.unused_name(found.tail.segment, "torn")
                 filesystem.write_aside(aside, found.tail.data)
