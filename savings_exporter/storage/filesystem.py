@@ -364,6 +364,15 @@ def keep_copy(path: str, kept: str) -> None:
     discard(temporary)
 
 
+def kept_under(path: str, suffix: str) -> str | None:
+    """Which second name of this kind a file has already."""
+    for name in with_suffix(path, f".{suffix}-"):
+        with suppress(FileNotFoundError):
+            if os.path.samefile(name, path):
+                return name
+    return None
+
+
 def write_aside(path: str, data: bytes) -> None:
     """Keep bytes under a new name, all of them or none."""
     with _opened(

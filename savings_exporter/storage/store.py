@@ -480,9 +480,12 @@ class Store:
                 self._file.previous = None
                 aside = ""
                 if found.identity is not None:
-                    aside = filesystem.unused_name(self.path, "corrupt")
-                    filesystem.keep_copy(self.path, aside)
-                    self._observers.recovered("corrupt_document")
+                    # A save that failed since may have kept it before.
+                    aside = filesystem.kept_under(self.path, "corrupt") or ""
+                    if not aside:
+                        aside = filesystem.unused_name(self.path, "corrupt")
+                        filesystem.keep_copy(self.path, aside)
+                        self._observers.recovered("corrupt_document")
                 self._observers.recovered("previous_document")
                 logger.error(
                     "%s: %s; nothing is lost: its totals are those of the save before it and the journal%s",
