@@ -48,6 +48,9 @@ DOCUMENT_NAME = "proxy_savings.json"
 # Of more records than this that wait, only the sums are kept. A frame of so many is some megabytes.
 _MOST_UNFOLDED = 10_000
 
+# So few at a time are some milliseconds: whoever's record crosses the limit may be an event loop.
+_FOLDED_AT_ONCE = 500
+
 # More records than this are taken on in a thread by the async face.
 _MANY_RECORDS = 100
 
@@ -98,6 +101,7 @@ class SavingsTracker:
         save_interval: seconds after which what was committed to the journal is saved in the document, too. A record is
             durable without that; those who read the document alone are behind by so much.
         max_models: how many models (and pairs of provider and model) are told apart; further ones become ``other``.
+            Give all processes on a store the same limits: each applies its own to what is in the journal.
         max_projects: the same for projects.
         tracer_provider: where spans go; by default OpenTelemetry's global provider.
 
@@ -433,7 +437,7 @@ class SavingsTracker:
         if span.is_recording():
             batch.link(span)
         if len(batch.records) > _MOST_UNFOLDED:
-            batch.fold(self._store.ledger, self._limits)
+            batch.fold(max(len(records), _FOLDED_AT_ONCE), self._store.ledger, self._limits)
         return Receipt(batch, position)
 
     def _accept_keyed(self, records: Sequence[SavingsRecord], key: str, span: Span) -> Receipt:
@@ -660,11 +664,7 @@ class SavingsTracker:
     def _begin_in_fork(self) -> None:
         """Begin anew in a forked copy. What was pending is the parent's."""
         self._observe()
-        try:
-            self._store.reopen_after_fork(self._observers)
-        except OSError as error:
-            logger.warning("%s: cannot be used in this process: %s", self._path, error)
-            self._closing = True
+        self._store.reopen_after_fork(self._observers)
         self._begin()
 
 

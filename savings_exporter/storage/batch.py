@@ -58,16 +58,16 @@ class Batch:
         self.keyed.append(keyed)
         self._count(keyed.records)
 
-    def fold(self, ledger: Ledger, limits: Limits) -> None:
-        """Keep no more than the sums of the records without a key.
+    def fold(self, most: int, ledger: Ledger, limits: Limits) -> None:
+        """Keep no more than the sums of the oldest records without a key, of so many at ``most``.
 
         They take no more memory then, however many they are, and no longer fit into a frame of the journal.
         """
         folded = Delta()
         if self.folded is not None:
             folded.absorb(self.folded, ledger, limits)
-        folded.add_all(self.records, ledger, limits)
-        self.folded, self.records = folded, []
+        folded.add_all(self.records[:most], ledger, limits)
+        self.folded, self.records = folded, self.records[most:]
 
     def recount(self) -> None:
         """Count anew what is in it, after an interrupt that may have come between its parts."""

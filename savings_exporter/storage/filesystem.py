@@ -22,6 +22,7 @@ else:
     import fcntl
 
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _CLOSE_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
 _CAN_ADVISE = hasattr(os, "posix_fadvise")
@@ -185,7 +186,10 @@ def mount_of(path: str) -> Mount | None:
 
 def read(path: str) -> tuple[bytes, Identity]:
     """The whole file, and the identity of what was read."""
-    with open(path, "rb") as file:
+    # A pipe of that name must not keep us waiting for somebody who writes into it.
+    with open(os.open(path, os.O_RDONLY | _NO_WAIT | _CLOSE_ON_EXEC | _BINARY), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", path)
         return file.read(), identity_of(file.fileno())
 
 
@@ -198,11 +202,7 @@ def create_temporary(path: str, like: str) -> int:
         path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _CLOSE_ON_EXEC | _BINARY, _NEW_FILE_MODE
     )
     try:
-        with suppress(FileNotFoundError):
-            status = os.stat(like)
-            if sys.platform != "win32":
-                _give_to(descriptor, status)
-                os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+        _make_like(descriptor, like)
     except BaseException:
         close(descriptor)
         raise
@@ -445,9 +445,20 @@ def make_directories(path: str) -> None:
             fsync_directory(os.path.dirname(directory))
 
 
-def open_lock(path: str) -> int:
-    """Open the lock file, making it if it is not there. Nobody ever renames or removes it."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW | _CLOSE_ON_EXEC, _NEW_FILE_MODE)
+def open_lock(path: str, like: str) -> int:
+    """Open the lock file, making it if it is not there, with the mode and, if we may, the owner of the file that it is
+    for. We never rename or remove it.
+    """
+    flags = os.O_RDWR | _NO_FOLLOW | _CLOSE_ON_EXEC
+    with suppress(FileNotFoundError):
+        return os.open(path, flags)
+    descriptor = os.open(path, flags | os.O_CREAT, _NEW_FILE_MODE)
+    try:
+        _make_like(descriptor, like)
+    except BaseException:
+        close(descriptor)
+        raise
+    return descriptor
 
 
 def try_lock(descriptor: int) -> bool:
@@ -535,6 +546,15 @@ def _statfs_type(path: str) -> int:
 def _unescaped(field: bytes) -> str:
     """A field of mountinfo, where blanks and backslashes are written in octal."""
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), field))
+
+
+def _make_like(descriptor: int, like: str) -> None:
+    """Give a file the mode and, if we may, the owner of another, if there is that one."""
+    with suppress(FileNotFoundError):
+        status = os.stat(like)
+        if sys.platform != "win32":
+            _give_to(descriptor, status)
+            os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
 
 
 def _give_to(descriptor: int, owner: os.stat_result) -> None:

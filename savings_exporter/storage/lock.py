@@ -1,8 +1,9 @@
 """The lock file: who may write, and the mark that says what is known to be durable.
 
 Whoever holds the lock writes, and writes the mark when what it wrote is durable, never before. So what the mark
-names was acknowledged, and what lies beyond it was left by a process that died, or whose sync failed. The mark is not
-synced: living processes see it in the page cache, and after a power loss an older one is just as true.
+names was acknowledged, and what lies beyond it was left by a process that died, or whose sync failed. With a commit it
+is not synced: living processes see it in the page cache, and after a power loss an older one is just as true, because
+the journal proves itself. With a save it is, because only the mark says what a document held that is damaged later.
 """
 
 from __future__ import annotations
@@ -91,12 +92,14 @@ class StoreLock:
 
     def __init__(self, path: str) -> None:
         self.path = lock_path(path)
+        self._document = path
         self.held = False
         self.changes = 0
         """How often a name in the directory may have changed, as far as was noticed when the lock was taken."""
         self._directory = os.path.dirname(self.path)
         self._quiet_since_ns: int | None = None
-        self._descriptor = filesystem.open_lock(self.path)
+        self._descriptor = -1
+        self.reopen()
 
     def take(self) -> None:
         """Take the lock, unless it is held already.
@@ -109,6 +112,8 @@ class StoreLock:
 
     def take_if_free(self) -> bool:
         """Take the lock, unless another process holds it."""
+        if self._descriptor < 0:
+            self.reopen()
         for _ in range(2):
             locked = filesystem.try_lock(self._descriptor)
             if self._is_linked():
@@ -127,10 +132,14 @@ class StoreLock:
             filesystem.unlock(self._descriptor)
 
     def reopen(self) -> None:
-        """Open the lock file anew. In a forked copy the old one is the parent's, and only closed."""
+        """Open the lock file anew. In a forked copy the old one is the parent's, and only closed.
+
+        Raises:
+            OSError: it cannot be opened now. The next one who takes the lock tries again.
+        """
         self.held, self._quiet_since_ns = False, None
-        old, self._descriptor = self._descriptor, filesystem.open_lock(self.path)
-        filesystem.close(old)
+        self._close_file()
+        self._descriptor = filesystem.open_lock(self.path, like=self._document)
 
     def read(self) -> bytes:
         """The mark's bytes, whatever they are."""
@@ -144,9 +153,16 @@ class StoreLock:
         """
         filesystem.write_mark(self._descriptor, mark)
 
+    def sync(self) -> None:
+        """Have the mark on the disk."""
+        filesystem.sync_data(self._descriptor)
+
     def close(self) -> None:
         """Let go of the lock and its file."""
         self.release()
+        self._close_file()
+
+    def _close_file(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             filesystem.close(descriptor)

@@ -117,6 +117,11 @@ def find(path: str, limits: Limits, mark: Mark | None, *, only_marked: bool = Fa
     """
     segments = journal.segments(path)
     found = _base(path, limits, mark, segments)
+    if only_marked and mark is not None and mark.writer == NOBODY and mark.sequence < found.document.ledger.sequence:
+        # Who saves it has the lock, and a document is seen before it is durable.
+        earlier = _before(found, path, segments, limits, mark)
+        if earlier is not None:
+            return earlier
     return _with_journal(found, segments, limits, mark, only_marked=only_marked)
 
 
@@ -252,6 +257,16 @@ def _refuse_to_lose_ours(path: str, limits: Limits, mark: Mark | None, segments:
             f"{path}: was written by another program, and does not have our records {saved + 1} to {ours.sequence}. To "
             f"go back to our own totals: savings-exporter verify --repair --store {path}"
         )
+
+
+def _before(found: Found, path: str, segments: dict[int, str], limits: Limits, mark: Mark) -> Found | None:
+    """What the mark says, by the save before the last one and the journal; None when they do not hold just that."""
+    previous = decoded(previous_path(path))
+    if previous is None or previous.store != found.document.store or mark.store != found.store:
+        return None
+    before = Found(document=previous, identity=found.identity, store=found.store)
+    _with_journal(before, segments, limits, mark, only_marked=True)
+    return before if before.sequence == mark.sequence and not before.lost else None
 
 
 def _with_journal(

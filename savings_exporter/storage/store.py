@@ -238,7 +238,9 @@ class Store:
         self._attempted = set()
         self._is_mine, self._writer = False, secrets.token_bytes(len(NOBODY))
         self._close_segment()
-        self._lock.reopen()
+        with suppress(OSError):
+            # The next commit tries again, and reports it.
+            self._lock.reopen()
         # Another thread may have been counting at the fork.
         self._torn = True
         self._saved_sequence, self._only_in_document = self._sequence, False
@@ -442,6 +444,7 @@ class Store:
             self._torn = False
         with suppress(OSError):
             self._write_mark(self._mark_at(epoch, offset, plan.last))
+            self._lock.sync()
         self._attempts, self._journal_unsure, self._document_unsure, self.must_save = [], False, False, False
         self._attempted.clear()
         self._file.previous = previous_path(self.path)

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 from crash.lab import FILESYSTEMS, Disk, Lab, LostError, mounted, reported, rounds
+from savings_exporter import SavingsRecord, SavingsTracker
+from savings_exporter.errors import CorruptStoreError
 
 pytestmark = pytest.mark.needs("linux", "root", "mount", "xfsprogs", "e2fsprogs")
 
 WRITERS = ("alone", "threads", "batches", "reader")
+
+ONE = SavingsRecord(model="m", tokens_saved=1)
 
 # From before the first process has opened the store until all have recorded for a while.
 LONGEST_LIFE_SECONDS = 0.3
@@ -30,6 +34,24 @@ def test_what_was_acknowledged_survives_a_power_loss_at_any_instant(tmp_path: Pa
             lab.verify()
     # Whatever the instants were, records were acknowledged, and some were on their way when the power went.
     assert 0 < lab.figures.acknowledged < lab.figures.attempted
+
+
+@pytest.mark.parametrize("filesystem", FILESYSTEMS)
+def test_what_only_a_document_had_is_missed_when_it_is_damaged_after_a_power_loss(
+    tmp_path: Path, filesystem: str
+) -> None:
+    with mounted(Disk(filesystem, tmp_path)) as disk:
+        store = disk.mountpoint / "proxy_savings.json"
+        with SavingsTracker(store, save_interval=1000) as tracker:
+            assert tracker.record_many([ONE])
+            # So many go by the document.
+            assert tracker.record_many([ONE] * 10_001)
+            disk.lose_power()
+        disk.unmount()
+        disk.mount()
+        store.write_bytes(store.read_bytes()[:-100])
+        with pytest.raises(CorruptStoreError, match="acknowledged records are lost: number 2 to 10002"):
+            SavingsTracker(store)
 
 
 @pytest.mark.parametrize("sabotage", ["no directory fsync", "no data sync"])

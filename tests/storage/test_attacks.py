@@ -6,6 +6,7 @@ import enum
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from savings_exporter import SavingsRecord, SavingsTracker
+from savings_exporter.errors import StoreError
 from savings_exporter.storage import filesystem
 from savings_exporter.storage.repair import repair
 from savings_exporter.storage.steps import Observers
@@ -90,6 +92,97 @@ os.kill(os.getpid(), 9)
         assert receipt.wait(WAIT_SECONDS)
         assert tracker.record_request(**ONE, idempotency_key="k").sequence == receipt.sequence
         assert tracker.snapshot().sequence == 3
+
+
+def test_who_joins_shows_nothing_of_a_document_that_is_not_durable_yet(store_path: Path) -> None:
+    program = f"""
+import os, stat
+from savings_exporter import SavingsRecord, SavingsTracker
+one = SavingsRecord(model="m", tokens_saved=1)
+tracker = SavingsTracker({str(store_path)!r}, save_interval=1000)
+for _ in range(2):
+    assert tracker.record_many([one])
+fsync = os.fsync
+def fail_for_directories(descriptor):
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        raise OSError(5, "Input/output error")
+    fsync(descriptor)
+os.fsync = fail_for_directories
+assert not tracker.record_many([one] * 10_001)
+print("failing", flush=True)
+input()
+os.fsync = fsync
+assert tracker.save()
+print("mended", flush=True)
+input()
+os._exit(0)
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as failing:
+        assert failing.stdin
+        assert failing.stdout
+        assert failing.stdout.readline() == "failing\n"
+        with SavingsTracker(store_path) as tracker:
+            assert tracker.snapshot().sequence == 2
+            failing.stdin.write("\n")
+            failing.stdin.flush()
+            assert failing.stdout.readline() == "mended\n"
+            assert tracker.record_request(**ONE, wait=False).wait(WAIT_SECONDS)
+            assert tracker.snapshot().sequence == 10_004
+        failing.stdin.write("\n")
+    assert reopened(store_path) == 10_004
+
+
+def test_a_fork_that_cannot_open_the_lock_file_yet_records_when_it_can(store_path: Path) -> None:
+    directory = store_path.parent
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.record_request(**ONE)
+        directory.rename(directory.with_name("moved"))
+        child = os.fork()
+        if child == 0:
+            receipt = tracker.record_request(**ONE)
+            refused = not receipt.durable and not tracker.health().healthy
+            directory.with_name("moved").rename(directory)
+            os._exit(0 if refused and receipt.wait(WAIT_SECONDS) and tracker.close() else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert tracker.snapshot().sequence == 2
+    assert reopened(store_path) == 2
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_and_waited_for_by_nobody(store_path: Path) -> None:
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.record_request(**ONE)
+    os.mkfifo(f"{store_path}.journal.00000099")
+    with pytest.raises(StoreError, match=r"Not a regular file \(EINVAL\) on .*\.journal\.00000099"):
+        SavingsTracker(store_path)
+
+
+@pytest.mark.needs("root")
+def test_a_lock_file_made_by_root_is_for_the_user_of_the_document(store_path: Path) -> None:
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.record_request(**ONE)
+    lock = store_path.with_name(store_path.name + ".lock")
+    lock.unlink()
+    os.chown(store_path, 1234, 1234)
+    assert reopened(store_path) == 1
+    status = lock.stat()
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (1234, 1234, 0o600)
+
+
+def test_records_that_wait_for_a_failing_disk_are_folded_a_few_at_a_time(
+    tracker: SavingsTracker, faults: Faults
+) -> None:
+    faults.fail("fsync_file", errno.EIO)
+    records = 12_345
+    for number in range(records):
+        tracker.record_request(model=f"m{number % 7}", tokens_saved=number, wait=False)
+    pending = tracker.snapshot()
+    assert (pending.pending_records, pending.pending_tokens) == (records, sum(range(records)))
+    faults.mend()
+    assert tracker.save()
+    snapshot = tracker.snapshot()
+    assert snapshot.lifetime.tokens_saved == sum(range(records))
+    assert snapshot.by_model["m3"].requests == len(range(3, records, 7))
 
 
 class Text(str):
