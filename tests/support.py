@@ -77,6 +77,10 @@ class Faults:
         real_fsync, real_write, real_replace = os.fsync, os.write, os.replace
         real_pwrite, real_fdatasync = os.pwrite, os.fdatasync
 
+        def is_segment(descriptor: int) -> bool:
+            # The other file that is written at an offset and synced so is the lock file, with its mark.
+            return os.fstat(descriptor).st_size == SEGMENT_BYTES
+
         def fsync(descriptor: int) -> None:
             self._call("fsync_dir" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "fsync_file")
             real_fsync(descriptor)
@@ -91,13 +95,13 @@ class Faults:
             real_replace(source, target)
 
         def pwrite(descriptor: int, data: Any, offset: int) -> int:
-            # The other file that is written at an offset is the lock file, with its mark.
-            if os.fstat(descriptor).st_size == SEGMENT_BYTES:
+            if is_segment(descriptor):
                 self._call("append")
             return real_pwrite(descriptor, data, offset)
 
         def fdatasync(descriptor: int) -> None:
-            self._call("fsync_journal")
+            if is_segment(descriptor):
+                self._call("fsync_journal")
             real_fdatasync(descriptor)
 
         monkeypatch.setattr(os, "fsync", fsync)

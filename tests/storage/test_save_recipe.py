@@ -125,13 +125,15 @@ os._exit(0)
     strace = ["strace", "-f", "-y", "-e", "trace=fsync,fdatasync,rename,renameat,renameat2", "-o", str(log)]
     subprocess.run([*strace, sys.executable, "-c", program], check=True)
     calls = [line.split(maxsplit=1)[1] for line in log.read_text().splitlines() if str(tmp_path) in line]
-    assert len(calls) == 3, calls
+    assert len(calls) == 4, calls
     assert calls[0].startswith("fsync(")
     assert ".tmp>" in calls[0]
     assert calls[1].startswith("rename")
     assert f'"{store_path}"' in calls[1]
     assert calls[2].startswith("fsync(")
     assert f"<{tmp_path}>" in calls[2]
+    assert calls[3].startswith("fdatasync(")
+    assert f"<{store_path}.lock>" in calls[3]
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS])
