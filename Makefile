@@ -8,7 +8,7 @@ ARGS ?=
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test crash bench lint format headroom clean
+.PHONY: help run test crash bench lint format dashboards headroom clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,6 +37,9 @@ lint: .venv/.dev ## check style, format and types
 format: .venv/.dev ## put code in the project's format
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
+
+dashboards: .venv/.dev ## build Grafana's dashboards, and the pictures of them, from dashboards/grafana
+	@.venv/bin/python dashboards/grafana/build.py
 
 headroom: .venv-headroom/.installed ## install the Headroom that the interop tests talk to, apart from everything else
 

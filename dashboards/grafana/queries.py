@@ -1,0 +1,65 @@
+"""The queries that panels ask, in PromQL.
+
+Windows are Grafana's own: ``$__rate_interval`` is long enough for a rate at the datasource's scrape interval, and
+``$__range`` is the time that a panel shows.
+"""
+
+from __future__ import annotations
+
+SELECTOR = 'job=~"$job", instance=~"$instance"'
+
+_WINDOWS = {"rate": "$__rate_interval", "increase": "$__range"}
+
+
+def total(metric: str, *by: str, function: str = "") -> str:
+    """What all stores hold of a lifetime metric, or its ``rate`` or its ``increase`` in the time that is shown.
+
+    Two exporters may show one store, such as two workers, or a service and a watcher: of several views of a store only
+    the largest counts. Different stores are added up.
+    """
+    names = "project" if metric.startswith("savings_project_") else "provider, model"
+    series = f"{metric}{{{SELECTOR}}}"
+    if function:
+        series = f"{function}({series}[{_WINDOWS[function]}])"
+    named = f"{series} * on (job, instance) group_left (store) savings_store_info{{{SELECTOR}}}"
+    return f"sum{_by(by)} (max by (store, {names}) ({named}))"
+
+
+def share(*by: str, function: str = "") -> str:
+    """The percentage of the input that was saved, defined as in ``Totals.savings_percent``; no data without input."""
+    saved, deferred, sent = (
+        total(metric, *by, function=function)
+        for metric in ("savings_tokens_saved_total", "savings_tool_tokens_saved_total", "savings_input_tokens_total")
+    )
+    return f"100 * ({saved} + {deferred}) / ({saved} + {deferred} + {sent} > 0)"
+
+
+def of_instances(metric: str) -> str:
+    """What each exporter says of itself."""
+    return f"{metric}{{{SELECTOR}}}"
+
+
+def happened(metric: str, *by: str) -> str:
+    """How often something happened to each exporter, counted anew at each point of a graph."""
+    return f"sum by ({', '.join(('job', 'instance', *by))}) (increase({of_instances(metric)}[$__rate_interval]))"
+
+
+def per_second(metric: str) -> str:
+    """How often something happens to each exporter."""
+    return f"sum by (job, instance) (rate({of_instances(metric)}[$__rate_interval]))"
+
+
+def quantile(share_of_all: float, histogram: str, *, step: str = "") -> str:
+    """What this share of each exporter's observations stays within."""
+    selector = f'{SELECTOR}, step="{step}"' if step else SELECTOR
+    buckets = f"rate({histogram}_bucket{{{selector}}}[$__rate_interval])"
+    return f"histogram_quantile({share_of_all}, sum by (job, instance, le) ({buckets}))"
+
+
+def buckets(histogram: str) -> str:
+    """How many observations a second fall into each bucket, of all exporters together."""
+    return f"sum by (le) (rate({of_instances(histogram + '_bucket')}[$__rate_interval]))"
+
+
+def _by(labels: tuple[str, ...]) -> str:
+    return f" by ({', '.join(labels)})" if labels else ""

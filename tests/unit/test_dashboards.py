@@ -1,0 +1,113 @@
+"""Grafana's dashboards: they are what build.py builds, can be read, and ask for metrics that there are."""
+
+from __future__ import annotations
+
+import re
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dashboards import DASHBOARDS, panel_queries, panels
+from savings_exporter import SavingsTracker
+from savings_exporter.telemetry.metrics import SavingsCollector
+from support import ROOT, samples
+
+FRAMED = [
+    pytest.param(panel, id=f"{path.stem}: {panel['title']}")
+    for path in DASHBOARDS
+    for panel in panels(path)
+    if panel["type"] != "row"
+]
+ASKED = [found for path in DASHBOARDS for found in panel_queries(path)]
+QUERIES = [pytest.param(found.query, id=f"{found.dashboard}: {found.panel}") for found in ASKED]
+each_dashboard = pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+each_panel = pytest.mark.parametrize("panel", FRAMED)
+each_query = pytest.mark.parametrize("query", QUERIES)
+
+
+# The newer kind of dashboard is for Grafana 12 and later only.
+@pytest.mark.filterwarnings("ignore:Prefer using dashboardv2:DeprecationWarning")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="grafana-foundation-sdk needs Python 3.11")
+def test_the_files_are_what_build_py_builds() -> None:
+    from build import built
+
+    for path, text in built().items():
+        assert (ROOT / path).read_text(encoding="utf-8") == text, f"{path} is not what is built: run make dashboards"
+
+
+@each_panel
+def test_every_panel_says_what_it_shows(panel: dict[str, Any]) -> None:
+    assert panel["title"]
+    assert panel["description"].endswith(".")
+    assert panel["fieldConfig"]["defaults"]["unit"]
+
+
+@each_dashboard
+def test_titles_and_ids_are_each_used_once(path: Path) -> None:
+    for key in ("id", "title"):
+        used = [panel[key] for panel in panels(path)]
+        assert len(used) == len(set(used)), used
+
+
+@each_dashboard
+def test_panels_lie_side_by_side_on_24_columns(path: Path) -> None:
+    places = [(panel["title"], panel["gridPos"]) for panel in panels(path)]
+    for title, place in places:
+        assert place["w"] > 0, title
+        assert place["h"] > 0, title
+        assert 0 <= place["x"] <= 24 - place["w"], title
+    for (one, a), (other, b) in combinations(places, 2):
+        is_beside = a["x"] + a["w"] <= b["x"] or b["x"] + b["w"] <= a["x"]
+        is_above_or_below = a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"]
+        assert is_beside or is_above_or_below, f"{one} lies on {other}"
+
+
+@each_panel
+def test_all_that_is_asked_is_asked_of_the_chosen_datasource(panel: dict[str, Any]) -> None:
+    chosen = {"type": "prometheus", "uid": "${datasource}"}
+    assert panel["datasource"] == chosen
+    assert panel["targets"]
+    assert all(target["datasource"] == chosen for target in panel["targets"])
+
+
+@each_query
+def test_windows_are_those_that_grafana_knows(query: str) -> None:
+    assert set(re.findall(r"\[(.*?)\]", query)) <= {"$__rate_interval", "$__range"}
+    functions = len(re.findall(r"\b(?:rate|increase)\(", query))
+    assert query.count("[") == functions
+    assert query.count("_bucket{") <= functions
+
+
+@each_query
+def test_every_series_is_one_that_was_chosen(query: str) -> None:
+    if "ALERTS" not in query:
+        selectors = re.findall(r"\b(?:savings|process)_\w+(?:{(.*?)})?", query)
+        assert selectors
+        assert all('job=~"$job", instance=~"$instance"' in selector for selector in selectors), query
+
+
+def test_views_of_one_store_are_not_added_up(tracker: SavingsTracker) -> None:
+    tracker.record_request(model="m", provider="p", project="j", tokens_saved=1, input_tokens=1)
+    for sample in samples(SavingsCollector(tracker)):
+        name, _, labels = sample.partition("{")
+        if "model=" in labels or "project=" in labels:
+            together = "provider, model" if "model=" in labels else "project"
+            named = r"[^}]*}(\[[^]]*\]\))? \* on \(job, instance\) group_left \(store\) savings_store_info{"
+            once = rf"max by \(store, {together}\) \((rate\(|increase\()?{name}{{{named}"
+            for found in ASKED:
+                assert len(re.findall(rf"\b{name}{{", found.query)) == len(re.findall(once, found.query)), found
+
+
+def test_every_family_is_on_a_panel_and_every_panel_asks_for_families_that_there_are(tracker: SavingsTracker) -> None:
+    asked = {name for found in ASKED for name in re.findall(r"\bsavings_\w+", found.query)}
+    there = {name.partition("{")[0] for name in samples(SavingsCollector(tracker))}
+    assert asked <= there
+    assert {family_of(name) for name in there} == {family_of(name) for name in asked}
+
+
+def family_of(sample: str) -> str:
+    """The family that a sample belongs to."""
+    return re.sub(r"_(bucket|count|sum|created)$", "", sample)
