@@ -28,6 +28,9 @@ _NEEDS = {
     "root": lambda: hasattr(os, "geteuid") and os.geteuid() == 0,
     "user-namespace": can_make_user_namespaces,
     "prometheus": lambda: shutil.which("prometheus") and shutil.which("promtool"),
+    "alertmanager": lambda: (
+        (shutil.which("prometheus-alertmanager") or shutil.which("alertmanager")) and shutil.which("amtool")
+    ),
     "strace": lambda: shutil.which("strace"),
     "e2fsprogs": lambda: shutil.which("mkfs.ext4"),
     "xfsprogs": lambda: shutil.which("mkfs.xfs"),
@@ -42,6 +45,7 @@ _WHY = {
     "root": "it needs root",
     "user-namespace": "making a user namespace needs root, and a kernel that allows it",
     "prometheus": "prometheus and promtool are not installed (Debian: apt-get install prometheus)",
+    "alertmanager": "Alertmanager and amtool are not installed (Debian: apt-get install prometheus-alertmanager)",
     "strace": "strace is not installed (Debian: apt-get install strace)",
     "e2fsprogs": "mkfs.ext4 is not installed (Debian: apt-get install e2fsprogs)",
     "xfsprogs": "mkfs.xfs is not installed (Debian: apt-get install xfsprogs)",

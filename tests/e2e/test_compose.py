@@ -1,0 +1,486 @@
+"""The compose file and what it mounts: read by the programs that will read it, with the commands that it gives them.
+
+Neither Docker nor Grafana nor Tempo is run here. Of what is meant for those, the tests see that it is well formed, and
+that names, ports and paths agree with each other.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from support import DATA, ROOT, WAIT_SECONDS, eventually, free_port, running
+
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+DASHBOARDS = ROOT / "dashboards"
+ALERTMANAGER = shutil.which("prometheus-alertmanager") or shutil.which("alertmanager") or "alertmanager"
+
+# Debian's package and the project's own image name the program differently.
+PROGRAMS = {"prometheus": "prometheus", "alertmanager": ALERTMANAGER}
+
+PINNED = re.compile(r"[a-z]+(/[a-z]+)?:v?\d+\.\d+\.\d+(-[a-z-]+)?")
+
+
+def dockerfile(instruction: str) -> list[str]:
+    """What follows an instruction, each time that it is given."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    return re.findall(rf"^{instruction}\s+(.*)$", text, flags=re.MULTILINE)
+
+
+def healthcheck() -> list[str]:
+    """The image's healthcheck, as a command."""
+    command: list[str] = json.loads(dockerfile("HEALTHCHECK")[-1].partition("CMD")[2])
+    return command
+
+
+def mounts(service: str) -> list[list[str]]:
+    """Source and target of a service's mounts, and ``ro`` where it must not write."""
+    return [mount.split(":") for mount in SERVICES[service].get("volumes", [])]
+
+
+def laid_out(service: str, root: Path) -> list[str]:
+    """Lay a service's mounts out below a directory as they are in its container; its command, with paths in there."""
+    for source, target, *_ in mounts(service):
+        place = root / target.lstrip("/")
+        if source.startswith("."):
+            shutil.copytree(ROOT / source, place)
+        else:
+            place.mkdir(parents=True)
+    command = [*SERVICES[service].get("entrypoint", []), *SERVICES[service]["command"]]
+    return [re.sub(r"^(--?[\w.-]+=)?/", rf"\g<1>{root}/", argument) for argument in command]
+
+
+def edit(path: Path, *changes: tuple[str, str]) -> None:
+    """Replace patterns in a file, each of which must be there."""
+    text = path.read_text()
+    for pattern, replacement in changes:
+        text, count = re.subn(pattern, replacement, text)
+        assert count, f"{path} has no {pattern}"
+    path.write_text(text)
+
+
+def fetched(url: str, data: Any = None) -> bytes:
+    headers = {"Content-Type": "application/json"}
+    body = json.dumps(data).encode() if data is not None else None
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=WAIT_SECONDS) as response:
+        content: bytes = response.read()
+        return content
+
+
+def answers(url: str) -> bool:
+    try:
+        fetched(url)
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
+
+
+@contextmanager
+def started(command: list[str], log: Path, ready: str, env: dict[str, str] | None = None) -> Iterator[None]:
+    """A program, from when it answers at an address."""
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=env) as process:
+
+        def is_ready() -> bool:
+            assert process.poll() is None, log.read_text()
+            return answers(ready)
+
+        try:
+            eventually(is_ready, f"{ready} to answer")
+            yield
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def exporter(directory: Path, port: int, **environment: str) -> Iterator[str]:
+    """The service as the image starts it, with its store and its port elsewhere; its address."""
+    assert json.loads(dockerfile("ENTRYPOINT")[-1]) == ["savings-exporter"]
+    command = [sys.executable, "-m", "savings_exporter", *json.loads(dockerfile("CMD")[-1])]
+    env = dict(line.split("=", 1) for line in dockerfile("ENV") if line.startswith("SAVINGS_EXPORTER_"))
+    env = {name: value.replace("/data", str(directory)) for name, value in env.items()}
+    env = {name: value.replace("0.0.0.0:9478", f"127.0.0.1:{port}") for name, value in env.items()}
+    url = f"http://127.0.0.1:{port}"
+    with started(command, directory / "exporter.log", f"{url}/-/ready", {**env, **environment}):
+        yield url
+
+
+@contextmanager
+def alertmanager(root: Path, port: int, *changes: tuple[str, str]) -> Iterator[str]:
+    """An Alertmanager as the compose file starts it, with changes in its configuration; its address."""
+    command = [PROGRAMS["alertmanager"], *laid_out("alertmanager", root), f"--web.listen-address=127.0.0.1:{port}"]
+    edit(root / "etc/alertmanager/alertmanager.yml", *changes)
+    url = f"http://127.0.0.1:{port}"
+    with started(command, root / "log", f"{url}/-/ready"):
+        yield url
+
+
+@contextmanager
+def listening(answer: Callable[[BaseHTTPRequestHandler, bytes], int | None]) -> Iterator[str]:
+    """A server that answers every POST with a status, or hangs up on None; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status = answer(self, self.rfile.read(int(self.headers["Content-Length"])))
+            if status is not None:
+                self.send_response(status)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        def do_GET(self) -> None:
+            self.send_error(answer(self, b"") or 500)
+
+        def log_message(self, *_arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+# The compose file
+
+
+def test_it_is_a_compose_file() -> None:
+    schema = json.loads((DATA / "compose-spec/compose-spec.json").read_text())
+    validator = jsonschema.Draft7Validator(schema)
+    assert [error.message for error in validator.iter_errors(COMPOSE)] == []
+    assert COMPOSE["name"] == "savings-exporter"
+
+
+def test_every_image_is_pinned_to_a_full_version() -> None:
+    images = [service["image"] for service in SERVICES.values() if "build" not in service]
+    images += [stage.split()[0] for stage in dockerfile("FROM")]
+    assert [image for image in images if not PINNED.fullmatch(image)] == []
+    assert {service["build"] for service in SERVICES.values() if "build" in service} == {"."}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_can_do_little_harm(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["restart"] == "unless-stopped"
+    assert not {"privileged", "network_mode", "pid", "cap_add", "env_file"} & service.keys()
+    assert [port for port in service.get("ports", []) if not port.startswith("127.0.0.1:")] == []
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_what_a_service_mounts_is_in_the_checkout_and_read_only_or_a_volume(name: str) -> None:
+    for source, _, *mode in mounts(name):
+        if source.startswith("."):
+            assert (ROOT / source).is_dir(), source
+            assert mode == ["ro"], source
+        else:
+            assert source in COMPOSE["volumes"], source
+
+
+def test_no_volume_is_left_over() -> None:
+    mounted = {source for name in SERVICES for source, *_ in mounts(name) if not source.startswith(".")}
+    assert mounted == set(COMPOSE["volumes"])
+
+
+# The image
+
+
+def test_the_image_is_built_from_what_its_context_holds(tmp_path: Path) -> None:
+    """Without the network only the package is built, which is what needs the checkout's files."""
+    context = (ROOT / ".dockerignore").read_text().splitlines()
+    copies = [line.split()[:-1] for line in dockerfile("COPY") if "--from" not in line]
+    assert "*" in context
+    for source in [source for sources in copies for source in sources]:
+        assert f"!{source}" in context, source
+        copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+        copy(ROOT / source, tmp_path / source)
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", "dist"]
+    done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, timeout=WAIT_SECONDS)
+    assert done.returncode == 0, done.stderr
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "savings_exporter").rglob("*.py")}
+    assert modules <= set(zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))).namelist())
+
+
+def test_nobody_is_root_and_the_volume_is_the_users() -> None:
+    user = dockerfile("USER")[-1]
+    assert {SERVICES[name]["user"] for name in SERVICES if "build" in SERVICES[name]} == {user}
+    uid, gid = user.split(":")
+    made = " ".join(dockerfile("RUN"))
+    assert f"--gid {gid} savings" in made
+    assert f"--uid {uid} --gid {gid}" in made
+    assert "--owner savings --group savings" in made
+    assert json.loads(dockerfile("VOLUME")[-1]) == [target for _, target in mounts("exporter")] == ["/data"]
+
+
+def test_the_image_serves_a_store_in_the_volume(tmp_path: Path) -> None:
+    saving = {"model": "claude-sonnet-4-5", "tokens_saved": 4096}
+    with exporter(tmp_path, free_port()) as url:
+        assert json.loads(fetched(f"{url}/v1/savings", saving))["durable"] is True
+    assert (tmp_path / "proxy_savings.json").is_file()
+    with exporter(tmp_path, free_port()) as url:
+        assert json.loads(fetched(f"{url}/v1/savings"))["lifetime"]["tokens_saved"] == 4096
+
+
+def is_well(port: int) -> bool:
+    """What the healthcheck says of a port."""
+    command = [sys.executable if word == "python" else word.replace("9478", str(port)) for word in healthcheck()]
+    return subprocess.run(command, capture_output=True, timeout=WAIT_SECONDS).returncode == 0
+
+
+def test_the_healthcheck_tells_a_service_that_answers_from_one_that_does_not(tmp_path: Path) -> None:
+    port = free_port()
+    assert not is_well(port)
+    with exporter(tmp_path, port):
+        assert is_well(port)
+    assert not is_well(port)
+    with listening(lambda handler, _: 503) as stopping:
+        assert not is_well(int(stopping.rpartition(":")[2]))
+
+
+def test_the_healthcheck_asks_what_is_no_reason_for_a_restart() -> None:
+    """A service that is not healthy holds savings that a restart would lose (docs/service.md)."""
+    assert "'/-/ready'" in healthcheck()[-1]
+    assert SERVICES["exporter"]["healthcheck"]["test"] == ["CMD", *healthcheck()]
+
+
+# Prometheus and Alertmanager
+
+
+@pytest.mark.needs("prometheus")
+def test_promtool_accepts_the_configuration_and_every_rule() -> None:
+    rules = sorted((DASHBOARDS / "prometheus/rules").glob("*.yml"))
+    checked = subprocess.run(
+        ["promtool", "check", "config", DASHBOARDS / "prometheus/prometheus.yml"], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert rules
+    assert f"{len(rules)} rule files found" in checked.stdout
+
+
+@pytest.mark.needs("prometheus", "alertmanager")
+def test_prometheus_scrapes_the_exporter_loads_the_rules_and_knows_the_alertmanager(tmp_path: Path) -> None:
+    ours, theirs, port = free_port(), free_port(), free_port()
+    command = [PROGRAMS["prometheus"], *laid_out("prometheus", tmp_path / "prometheus")]
+    edit(
+        tmp_path / "prometheus/etc/prometheus/prometheus.yml",
+        ("exporter:9478", f"127.0.0.1:{ours}"),
+        ("alertmanager:9093", f"127.0.0.1:{theirs}"),
+        ("localhost:9090", f"127.0.0.1:{port}"),
+        (r"_interval: 15s", "_interval: 1s"),
+    )
+    url, log = f"http://127.0.0.1:{port}", tmp_path / "prometheus/log"
+
+    def api(path: str) -> Any:
+        return json.loads(fetched(f"{url}/api/v1/{path}"))["data"]
+
+    def value(query: str) -> float | None:
+        result = api(f"query?{urllib.parse.urlencode({'query': query})}")["result"]
+        return float(result[0]["value"][1]) if result else None
+
+    # Nobody listens there: a trace is an exemplar whether or not it arrives.
+    spans = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
+    with (
+        alertmanager(tmp_path / "alertmanager", theirs, ("invalid", "invalid")),
+        exporter(tmp_path, ours, **spans) as exporter_url,
+        started([*command, f"--web.listen-address=127.0.0.1:{port}"], log, f"{url}/-/ready"),
+    ):
+        eventually(lambda: value('count(up{job=~"savings-exporter|prometheus"} == 1)') == 2, "both targets to be up")
+        fetched(f"{exporter_url}/v1/savings", {"model": "claude-sonnet-4-5", "tokens_saved": 4096})
+        eventually(lambda: value("sum(savings_tokens_saved_total)") == 4096, "the saving")
+        files = {group["file"] for group in api("rules")["groups"]}
+        assert {Path(file).name for file in files} == {
+            path.name for path in (DASHBOARDS / "prometheus/rules").glob("*.yml")
+        }
+        eventually(lambda: api("alertmanagers")["activeAlertmanagers"], "the Alertmanager to be found")
+        # Alerts link to the runbook there.
+        for document in (ROOT / "docs").glob("*.md"):
+            assert fetched(f"{url}/user/docs/{document.name}") == document.read_bytes()
+        asked = {"query": "savings_save_duration_seconds_bucket", "start": "0", "end": "9999999999"}
+        exemplars = eventually(
+            lambda: api(f"query_exemplars?{urllib.parse.urlencode(asked)}"), "an exemplar of the save"
+        )
+        assert set(exemplars[0]["exemplars"][0]["labels"]) >= {
+            destination["name"]
+            for destination in data_sources()["prometheus"]["jsonData"]["exemplarTraceIdDestinations"]
+        }
+
+
+@pytest.mark.needs("alertmanager")
+@pytest.mark.parametrize(("severity", "receiver"), [("critical", "pager"), ("warning", "team"), ("info", "info")])
+def test_amtool_accepts_the_configuration_and_routes_by_severity(severity: str, receiver: str) -> None:
+    config = DASHBOARDS / "alertmanager/alertmanager.yml"
+    checked = subprocess.run(["amtool", "check-config", config], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    routed = subprocess.run(
+        ["amtool", "config", "routes", "test", f"--config.file={config}", f"severity={severity}"],
+        capture_output=True,
+        text=True,
+    )
+    assert routed.stdout.split() == [receiver], routed.stderr
+
+
+def alert(name: str, severity: str, instance: str | None = None, **fields: str) -> dict[str, Any]:
+    labels = {"alertname": name, "severity": severity, "job": "savings-exporter"}
+    return {"labels": {**labels, **({"instance": instance} if instance else {})}, **fields}
+
+
+@pytest.mark.needs("alertmanager")
+def test_who_is_paged_hears_it_once_and_when_it_is_over(tmp_path: Path) -> None:
+    heard: list[tuple[str, str, str]] = []
+
+    def take(handler: BaseHTTPRequestHandler, body: bytes) -> int:
+        message = json.loads(body)
+        heard.extend((handler.path, message["status"], one["labels"]["alertname"]) for one in message["alerts"])
+        return 200
+
+    with listening(take) as webhooks:
+        changes = [(rf"http://replace-with-your-{who}.invalid/", f"{webhooks}/{who}") for who in ("pager", "team-chat")]
+        changes += [(r"group_(wait|interval): \w+", r"group_\1: 100ms")]
+        with alertmanager(tmp_path, free_port(), *changes) as url:
+            alerts = f"{url}/api/v2/alerts"
+            fetched(alerts, [alert("FsyncFails", "critical", "a:1")])
+            eventually(lambda: ("/pager", "firing", "FsyncFails") in heard, "the page")
+            fetched(alerts, [alert("SavesFail", "warning", "a:1"), alert("Degraded", "warning", "b:1")])
+            fetched(alerts, [alert("Note", "info", "b:1")])
+            eventually(lambda: ("/team-chat", "firing", "Degraded") in heard, "the message about another exporter")
+            shown = {one["labels"]["alertname"]: one for one in json.loads(fetched(alerts))}
+            assert {name: one["status"]["state"] for name, one in shown.items()} == {
+                "FsyncFails": "active",
+                "SavesFail": "suppressed",
+                "Degraded": "active",
+                "Note": "active",
+            }
+            assert shown["Note"]["receivers"] == [{"name": "info"}]
+            fetched(alerts, [alert("FsyncFails", "critical", "a:1", endsAt="2000-01-01T00:00:00Z")])
+            eventually(lambda: ("/pager", "resolved", "FsyncFails") in heard, "the end of it")
+    assert {(path, name) for path, _, name in heard} >= {("/pager", "FsyncFails"), ("/team-chat", "Degraded")}
+    assert not [name for path, _, name in heard if path == "/pager" and name != "FsyncFails"]
+
+
+@pytest.mark.needs("alertmanager")
+def test_an_exporter_that_is_down_is_not_reported_as_absent_too(tmp_path: Path) -> None:
+    with alertmanager(tmp_path, free_port(), ("invalid", "invalid")) as url:
+        down, absent = alert("SavingsExporterDown", "critical", "a:1"), alert("SavingsExporterAbsent", "critical")
+        fetched(f"{url}/api/v2/alerts", [absent])
+        fetched(f"{url}/api/v2/alerts", [down])
+
+        def states() -> dict[str, str]:
+            shown = json.loads(fetched(f"{url}/api/v2/alerts"))
+            return {one["labels"]["alertname"]: one["status"]["state"] for one in shown}
+
+        expected = {"SavingsExporterDown": "active", "SavingsExporterAbsent": "suppressed"}
+        eventually(lambda: states() == expected, "only one of them to count")
+
+
+# Grafana and Tempo
+
+
+def data_sources() -> dict[str, dict[str, Any]]:
+    provisioned = yaml.safe_load((DASHBOARDS / "grafana/provisioning/datasources/datasources.yml").read_text())
+    return {source["uid"]: source for source in provisioned["datasources"]}
+
+
+def test_grafana_asks_services_that_are_there_at_the_ports_where_they_listen() -> None:
+    tempo = yaml.safe_load((DASHBOARDS / "tempo/tempo.yaml").read_text())
+    assert {uid: source["url"] for uid, source in data_sources().items()} == {
+        "prometheus": f"http://prometheus:{SERVICES['prometheus']['ports'][0].rpartition(':')[2]}",
+        "tempo": f"http://tempo:{tempo['server']['http_listen_port']}",
+    }
+    assert {uid: source["type"] for uid, source in data_sources().items()} == {uid: uid for uid in data_sources()}
+    destinations = data_sources()["prometheus"]["jsonData"]["exemplarTraceIdDestinations"]
+    assert [destination["datasourceUid"] for destination in destinations] == ["tempo"]
+
+
+def test_grafana_finds_its_dashboards(tmp_path: Path) -> None:
+    providers = yaml.safe_load((DASHBOARDS / "grafana/provisioning/dashboards/dashboards.yml").read_text())["providers"]
+    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    places = {target: ROOT / source for source, target, *_ in mounts("grafana")}
+    for provider in providers:
+        assert list(places[provider["options"]["path"]].glob("*.json"))
+    directory, _, name = home.rpartition("/")
+    assert json.loads((places[directory] / name).read_text())["uid"]
+
+
+def test_tempo_takes_spans_where_the_exporter_sends_them_and_keeps_them_in_its_volume() -> None:
+    tempo = yaml.safe_load((DASHBOARDS / "tempo/tempo.yaml").read_text())
+    http_receiver = tempo["distributor"]["receivers"]["otlp"]["protocols"]["http"]["endpoint"]
+    assert SERVICES["exporter"]["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"] == http_receiver.replace(
+        "0.0.0.0", "http://tempo"
+    )
+    storage = tempo["storage"]["trace"]
+    writable = [target for _, target, *mode in mounts("tempo") if not mode]
+    assert {str(Path(storage[part]["path"]).parent) for part in ("wal", "local")} == set(writable)
+    config = next(target for source, target, *_ in mounts("tempo") if source.startswith("."))
+    assert SERVICES["tempo"]["command"] == [f"-config.file={config}/tempo.yaml"]
+
+
+# The demo's traffic
+
+
+@contextmanager
+def traffic(root: Path, exporter_url: str) -> Iterator[None]:
+    """The script of the profile ``demo``, posting to an address."""
+    service = SERVICES["exporter"]
+    inside = f"http://exporter:{service['ports'][0].rpartition(':')[2]}"
+    command = [word.replace(inside, exporter_url) for word in laid_out("traffic", root)]
+    assert command[0] == "python"
+    assert exporter_url in command
+    with (root / "log").open("wb") as log, subprocess.Popen([sys.executable, *command[1:]], stderr=log) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+
+
+def test_the_demo_starts_only_when_it_is_asked_for_and_the_exporter_answers() -> None:
+    assert [name for name, service in SERVICES.items() if "profiles" in service] == ["traffic"]
+    assert SERVICES["traffic"]["depends_on"] == {"exporter": {"condition": "service_healthy"}}
+
+
+def test_the_demos_traffic_reaches_the_exporter_also_when_that_comes_late(tmp_path: Path, store_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with traffic(tmp_path, f"http://{address}"):
+        eventually(lambda: "trying again" in (tmp_path / "log").read_text(), "the first attempt to fail")
+        with running("serve", "--store", str(store_path), address=address) as service:
+
+            def requests() -> float:
+                metrics = service.metrics()
+                return sum(value for name, value in metrics.items() if name.startswith("savings_requests_total"))
+
+            eventually(lambda: requests() >= 3, "three savings")
+
+
+def test_the_demos_traffic_repeats_a_saving_that_got_no_answer_under_the_same_key(tmp_path: Path) -> None:
+    """The exporter counts such a repeat once."""
+    posts: list[tuple[str, bytes]] = []
+    statuses = [503, None]
+
+    def take(handler: BaseHTTPRequestHandler, body: bytes) -> int | None:
+        posts.append((handler.headers["Idempotency-Key"], body))
+        return statuses.pop(0) if statuses else 200
+
+    with listening(take) as url, traffic(tmp_path, url):
+        eventually(lambda: len(posts) >= 4, "a saving after the repeated one")
+    assert posts[0] == posts[1] == posts[2]
+    assert posts[3][0] != posts[2][0]
