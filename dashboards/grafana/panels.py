@@ -26,6 +26,9 @@ Panel = Any
 
 GREEN, ORANGE, RED, BLUE = "green", "orange", "red", "blue"
 
+# That of Grafana 11, the oldest that is meant: newer ones bring a dashboard up to date themselves.
+_SCHEMA = 39
+
 _DATASOURCE = common_models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 
@@ -182,7 +185,8 @@ def dashboard_of(title: str, uid: str, description: str, rows: Iterable[Row], *,
         builder.with_row(dashboard.Row(row.title))
         for panel in row.panels:
             builder.with_panel(panel)
-    built = builder.build()
+    built = builder.annotations([]).build()
+    built.schema_version = _SCHEMA
     # The library's default hides links in a menu.
     built.links[0].placement = None
     for number, panel in enumerate(built.panels, 1):
