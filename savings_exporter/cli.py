@@ -27,6 +27,8 @@ from savings_exporter.records import SavingsRecord
 from savings_exporter.service import server, settings, views
 from savings_exporter.service.app import HEALTHY_PATH, READY_PATH, SAVINGS_PATH, Service
 from savings_exporter.service.demo import DemoTraffic
+from savings_exporter.service.drill import KINDS, LONGEST_SECONDS, DrillError, taking_drills
+from savings_exporter.service.drill import ask as ask_for_drill
 from savings_exporter.storage.repair import inspect, is_begun, repair
 from savings_exporter.storage.steps import Observers
 from savings_exporter.telemetry.metrics import SavingsCollector, WatchCollector
@@ -153,6 +155,12 @@ def serve(
     demo: Annotated[
         bool, typer.Option("--demo", help="Feed made-up traffic; without --store, into one that is thrown away.")
     ] = False,
+    enable_drill: Annotated[
+        bool,
+        typer.Option(
+            "--enable-drill", envvar="SAVINGS_EXPORTER_ENABLE_DRILL", help="Take fire drills from this host's users."
+        ),
+    ] = False,
 ) -> None:
     """Keep the savings that proxies POST, and show them to Prometheus."""
     settings.configure_logging(log_level, log_format)
@@ -171,6 +179,8 @@ def serve(
             raise WrongUsageError(f"{store} exists already: --demo makes numbers up, which would spoil its totals.")
         tracker = SavingsTracker(store, tracer_provider=provider)
         stack.callback(tracker.close)
+        if enable_drill:
+            stack.enter_context(taking_drills(tracker))
         if demo:
             stack.enter_context(DemoTraffic(tracker))
         service = Service(tracker, SavingsCollector(tracker), telemetry_path=telemetry_path, token=token)
@@ -303,6 +313,31 @@ def verify(
 
 
 @app.command()
+def drill(
+    name: Annotated[
+        Literal["dir-fsync", "file-fsync", "journal-fsync", "save-latency"],
+        typer.Argument(metavar="|".join(KINDS), help="What seems to fail, or with save-latency to be slow."),
+    ],
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--seconds",
+            min=1,
+            max=LONGEST_SECONDS,
+            help="For how long. Default: as long as it takes until somebody is called.",
+        ),
+    ] = None,
+    store: Store = None,
+) -> None:
+    """Have the running service behave as if a step failed, to test your paging. Its store is not touched."""
+    settings.be_quiet()
+    kind, path = KINDS[name], store if store is not None else default_path()
+    lasts = kind.usual_seconds if seconds is None else seconds
+    ask_for_drill(path, name, lasts)
+    print(f"{path}: drill {name} has begun and lasts {lasts:g} s; {kind.alert} should call somebody")
+
+
+@app.command()
 def doctor(
     path: Annotated[
         str | None,
@@ -340,7 +375,7 @@ def main() -> NoReturn:
         sys.stdout.flush()
     except CommandError as error:
         _exit(error.status, str(error))
-    except (StoreError, settings.SettingsError) as error:
+    except (StoreError, settings.SettingsError, DrillError) as error:
         _exit(1, str(error))
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(_INTERRUPTED)

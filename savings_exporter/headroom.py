@@ -77,6 +77,7 @@ class WatchedFile:
         modified = datetime.fromtimestamp(identity.modified_ns / 1e9, timezone.utc) if identity else None
         return Snapshot(
             sequence=ledger.sequence,
+            store_id=found.document.store or filesystem.place(path),
             lifetime=ledger.lifetime,
             by_model=ledger.by_model,
             projects=ledger.projects,

@@ -66,11 +66,13 @@ _LONGEST_RETRY_SECONDS = 30.0
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """What is durable at one moment, and how much is still on its way.
 
-    ``sequence`` counts the records in it. ``pending_records`` and ``pending_tokens`` (the ``tokens_saved`` of those
-    records) are accepted and not durable yet, so they are not part of the totals.
+    ``sequence`` counts the records in it. ``store_id`` names the store: once it is saved, for good and wherever it is.
+    ``pending_records`` and ``pending_tokens`` (the ``tokens_saved`` of those records) are accepted and not durable yet,
+    so they are not part of the totals.
     """
 
     sequence: int
+    store_id: str
     lifetime: Totals
     by_model: Mapping[str, Totals]
     projects: Mapping[str, Totals]
@@ -255,6 +257,7 @@ class SavingsTracker:
         ledger = state.ledger
         return Snapshot(
             sequence=ledger.sequence,
+            store_id=state.store_id,
             lifetime=ledger.lifetime,
             by_model=dict(ledger.by_model),
             projects=dict(ledger.projects),
@@ -287,6 +290,11 @@ class SavingsTracker:
         """What happened to each commit and save of this process, until now."""
         self._observers.tell()
         return self._metrics
+
+    @property
+    def observers(self) -> Observers:
+        """Who is told of this process's commits and saves."""
+        return self._observers
 
     @property
     def storage_path(self) -> str:

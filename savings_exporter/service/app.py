@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 import msgspec
-from prometheus_client import CollectorRegistry
+from prometheus_client import PROCESS_COLLECTOR, CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from starlette.applications import Starlette
@@ -80,6 +80,7 @@ class Service:
         self._source = source
         self._registry = CollectorRegistry()
         self._registry.register(collector)
+        self._registry.register(PROCESS_COLLECTOR)
         self._telemetry_path = telemetry_path
         self._posts_in_flight = 0
         self._body_bytes_in_flight = 0

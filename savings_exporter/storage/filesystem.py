@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import os
+import platform
 import re
 import secrets
 import stat
@@ -134,6 +136,11 @@ def identity_of(descriptor: int) -> Identity:
 def device_of(path: str) -> int:
     """The device that a path lies on."""
     return os.stat(path).st_dev
+
+
+def place(path: str) -> str:
+    """A short name for a path on this host, the same whenever it is asked for (16 hexadecimal digits)."""
+    return hashlib.sha256(f"{platform.node()}:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def is_directory(path: str) -> bool:
@@ -403,6 +410,13 @@ def discard(path: str) -> None:
     """Remove a file that nobody needs. That it stays is no harm, so this never fails."""
     with suppress(OSError):
         os.unlink(path)
+
+
+@contextmanager
+def opened_directory(path: str) -> Iterator[int]:
+    """A directory, opened only to name what is in it."""
+    with _opened(os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _CLOSE_ON_EXEC)) as descriptor:
+        yield descriptor
 
 
 def close(descriptor: int) -> None:

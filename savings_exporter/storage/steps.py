@@ -66,6 +66,11 @@ class Step:
             self._operation.failed_step = self.name
 
     @property
+    def is_drill(self) -> bool:
+        """Whether it only pretends to have happened."""
+        return self._operation.drill
+
+    @property
     def began_ns(self) -> int:
         """When it began, in nanoseconds since 1970."""
         operation = self._operation
@@ -76,11 +81,13 @@ class Operation(Step):
     """A save, a commit or a rotation, as a block; its observer is told when it has ended.
 
     ``parent`` and ``links`` are the observers' too: what it is a part of, and what its records were part of.
+    ``drill`` is set on what did not happen: a fire drill tells the observers of it.
     """
 
     records = 0
     sequence: int | None = None
     failed_step: str | None = None
+    drill = False
 
     def __init__(self, name: str, observer: Observer, parent: Any = None, links: Sequence[Any] = ()) -> None:
         super().__init__(name, self)

@@ -52,10 +52,11 @@ _MOST_UNCOUNTED = 500
 
 
 class State(NamedTuple):
-    """What a store holds: durable totals, when the document was saved (by any process; None when never), and how many
-    bytes document and journal have.
+    """What a store holds: its name, durable totals, when the document was saved (by any process; None when never), and
+    how many bytes document and journal have.
     """
 
+    store_id: str
     ledger: Ledger
     saved_at: datetime | None
     document_bytes: int
@@ -124,7 +125,7 @@ class Store:
         self._mark_data, self._is_mine = b"", False
         self._writer = secrets.token_bytes(len(NOBODY))
         self._merged: Ledger | None = None
-        self._shown = State(Ledger(), None, 0, 0)
+        self._shown = State(filesystem.place(self.path), Ledger(), None, 0, 0)
         # Set while what is above changes. Who finds it set was preceded by an interrupt, and has it read again.
         self._torn = False
         self._found: Found | None = None
@@ -155,7 +156,8 @@ class Store:
             if self._identity is not None:
                 size = self._identity.size
                 saved_at = saved_at or datetime.fromtimestamp(self._identity.modified_ns / 1e9, timezone.utc)
-            self._shown = State(self._merged, saved_at, size, self._journal_bytes + self._offset)
+            store_id = self._document.store or filesystem.place(self.path)
+            self._shown = State(store_id, self._merged, saved_at, size, self._journal_bytes + self._offset)
             return self._shown
 
     @property

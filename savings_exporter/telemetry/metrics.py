@@ -46,6 +46,9 @@ _LIKELY_ERRORS = tuple(
 _PREPARE_ERRORS = (*_LIKELY_ERRORS, *(errno.errorcode[number] for number in (errno.EAGAIN, errno.ESTALE)))
 _RECOVERIES = ("corrupt_document", "previous_document", "torn_tail")
 
+DRILLS = ("dir-fsync", "file-fsync", "journal-fsync", "save-latency")
+"""What a fire drill can pretend."""
+
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 
 # Prometheus's own multiprocess mode keeps instruments in files that its collector adds up.
@@ -168,6 +171,13 @@ class StoreMetrics:
         self._recoveries = Counter(
             "savings_recoveries", "Damage that was mended when the store was opened, by kind.", ["kind"], registry=None
         )
+        self._drill_active = Gauge(
+            "savings_drill_active",
+            "Whether a fire drill pretends now that this fails: then failures are told that did not happen.",
+            ["drill"],
+            registry=None,
+            multiprocess_mode="livemax",
+        )
         # A series that first appears at 1 has no increase(), so all that can be known are there at 0.
         for failures, steps in (
             (self._save_failures, (PREPARE, *SAVE_STEPS)),
@@ -182,6 +192,8 @@ class StoreMetrics:
             self._fsync_failures.labels(target)
         for kind in _RECOVERIES:
             self._recoveries.labels(kind)
+        for drill in DRILLS:
+            self._drill_active.labels(drill)
         self._dir_fsync_supported.set(1)
         self._last_dir_fsync.set(1)
 
@@ -203,12 +215,17 @@ class StoreMetrics:
         """Count it."""
         self._recoveries.labels(kind).inc()
 
+    def drilling(self, drill: str, *, active: bool) -> None:
+        """Say that a fire drill has begun or ended."""
+        self._drill_active.labels(drill).set(active)
+
     def collect(self) -> Iterator[Metric]:
         """All families of commits and saves."""
         instruments: tuple[Collector, ...] = (
             *(self._commits, self._commit_failures, self._commit_duration, self._commit_records),
             *(self._saves, self._save_failures, self._save_duration, self._step_duration),
             *(self._fsync_failures, self._dir_fsync_supported, self._last_dir_fsync, self._recoveries),
+            self._drill_active,
         )
         for instrument in instruments:
             yield from instrument.collect()
@@ -259,6 +276,8 @@ def totals_families(source: Source) -> Iterator[Metric]:
     ):
         yield GaugeMetricFamily(f"savings_{name}", help_text, value=value)
     build = {"version": version("savings-exporter"), "python_version": platform.python_version()}
+    # Two exporters may show one store, and then their totals must not be added up.
+    yield InfoMetricFamily("savings_store", "The store that the totals are of.", value={"store": snapshot.store_id})
     yield InfoMetricFamily("savings_build", "The exporter that answers.", value=build)
 
 

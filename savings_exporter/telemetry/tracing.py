@@ -57,6 +57,8 @@ def _described(step: Step, attributes: dict[str, str | int]) -> dict[str, str | 
         attributes["file.size"] = step.size
     if step.name == FSYNC_DIR:
         attributes["savings.dir_fsync.result"] = step.outcome
+    if step.is_drill:
+        attributes["drill"] = "true"
     if step.error is not None:
         attributes["error.type"] = error_symbol(step.error)
     return attributes

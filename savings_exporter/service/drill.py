@@ -1,0 +1,233 @@
+"""The fire drill: for a while, the observers of a store are told of failures that did not happen.
+
+So people can test their paging before they need it. The store itself is not touched: what is recorded meanwhile is as
+durable as ever. A service takes drills over a socket beside its document, which only processes on the same host can
+reach, and only those of its own user or root.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+from savings_exporter.service.settings import SettingsError
+from savings_exporter.storage import filesystem
+from savings_exporter.storage.steps import COMMIT, FSYNC_DIR, FSYNC_FILE, FSYNC_JOURNAL, SAVE, FsyncTarget, Operation
+from savings_exporter.tracker import SavingsTracker
+
+logger = logging.getLogger(__name__)
+
+LONGEST_SECONDS = 3600.0
+
+_PAUSE_SECONDS = 1.0
+_SLOW_SAVE_SECONDS = 2.0
+_MOST_BYTES = 4096
+_PATIENCE_SECONDS = 5.0
+_MARKED = {"drill": "true"}
+
+
+class DrillError(Exception):
+    """A drill cannot begin. The message says why."""
+
+
+class Kind(NamedTuple):
+    """What a drill pretends: that a step of an operation fails or, where ``seconds`` are given, is slow."""
+
+    operation: str
+    step: str
+    target: FsyncTarget
+    seconds: float | None
+    usual_seconds: float
+    """How long the drill lasts, unless it is said: as long as it takes until somebody is called."""
+    alert: str
+
+
+KINDS = {
+    "dir-fsync": Kind(SAVE, FSYNC_DIR, "directory", None, 60, "SavingsDirectoryFsyncFailing"),
+    "file-fsync": Kind(SAVE, FSYNC_FILE, "file", None, 60, "SavingsFileFsyncFailing"),
+    "journal-fsync": Kind(COMMIT, FSYNC_JOURNAL, "journal", None, 60, "SavingsJournalFsyncFailing"),
+    "save-latency": Kind(SAVE, FSYNC_FILE, "file", _SLOW_SAVE_SECONDS, 900, "SavingsSaveLatencyHigh"),
+}
+
+
+class Drills:
+    """The drills of one tracker, one at a time."""
+
+    def __init__(self, tracker: SavingsTracker) -> None:
+        self._tracker = tracker
+        self._stopped = threading.Event()
+        self._running: threading.Thread | None = None
+
+    def begin(self, name: str, seconds: float) -> None:
+        """Begin a drill that ends by itself.
+
+        Raises:
+            DrillError: another one is running, or there is no such drill.
+        """
+        if name not in KINDS or not 0 < seconds <= LONGEST_SECONDS:
+            raise DrillError(f"a drill is one of {', '.join(KINDS)}, and lasts {LONGEST_SECONDS:.0f} seconds at most")
+        if self._running is not None and self._running.is_alive():
+            raise DrillError("another drill is running; wait for its end")
+        self._running = threading.Thread(target=self._run, args=(name, seconds), name="savings-drill", daemon=True)
+        self._running.start()
+
+    def stop(self) -> None:
+        """End the drill that is running, if one is."""
+        self._stopped.set()
+        if self._running is not None:
+            self._running.join()
+
+    def _run(self, name: str, seconds: float) -> None:
+        path, metrics = self._tracker.storage_path, self._tracker.store_metrics
+        logger.warning("%s: fire drill %s begins and lasts %.0f s; nothing is lost", path, name, seconds, extra=_MARKED)
+        over = threading.Event()
+        timer = threading.Timer(seconds, over.set)
+        timer.start()
+        metrics.drilling(name, active=True)
+        try:
+            while not over.is_set() and not self._stopped.is_set():
+                self._pretend(KINDS[name])
+                self._stopped.wait(_PAUSE_SECONDS)
+        finally:
+            timer.cancel()
+            metrics.drilling(name, active=False)
+            logger.warning("%s: fire drill %s has ended", path, name, extra=_MARKED)
+
+    def _pretend(self, kind: Kind) -> None:
+        operation = Operation(kind.operation, self._tracker.observers)
+        operation.drill = True
+        with suppress(OSError), operation, operation.step(kind.step) as step:
+            step.fsync_target = kind.target
+            if kind.seconds is not None:
+                self._stopped.wait(kind.seconds)
+                logger.warning("fire drill: %s took %.1f s", kind.step, kind.seconds, extra=_MARKED)
+                return
+            error = OSError(errno.EIO, os.strerror(errno.EIO))
+            logger.error("fire drill: %s failed: %s (EIO)", kind.step, error.strerror, extra=_MARKED)
+            raise error
+
+
+@contextmanager
+def taking_drills(tracker: SavingsTracker) -> Iterator[None]:
+    """Take drills for a tracker, for the length of a block.
+
+    Raises:
+        SettingsError: they cannot be taken here, or another service on the store takes them.
+    """
+    path = filesystem.resolved(tracker.storage_path)
+    with _bound(path) as listener:
+        drills = Drills(tracker)
+        thread = threading.Thread(target=_answer_all, args=(listener, drills), name="savings-drills", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            # Ends the accept that the thread is waiting in.
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            drills.stop()
+
+
+def ask(path: str, name: str, seconds: float) -> None:
+    """Have the service that keeps a store begin a drill.
+
+    Raises:
+        DrillError: there is none that takes drills, or it refused.
+    """
+    path = filesystem.resolved(path)
+    nobody = (
+        f"{path}: no service that takes drills keeps this store; start it with: savings-exporter serve --enable-drill"
+    )
+    try:
+        answer = _exchange(path, json.dumps({"drill": name, "seconds": seconds}))
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise DrillError(nobody) from None
+    except (OSError, ValueError) as error:
+        raise DrillError(f"{path}: its service cannot be asked for a drill: {error}") from None
+    if answer.get("refused"):
+        raise DrillError(f"{path}: {answer['refused']}")
+
+
+def _exchange(path: str, line: str) -> dict[str, Any]:
+    with _socket() as asking:
+        asking.settimeout(_PATIENCE_SECONDS)
+        _at(path, asking.connect)
+        asking.sendall(line.encode() + b"\n")
+        asking.shutdown(socket.SHUT_WR)
+        answer = json.loads(asking.makefile("rb").read(_MOST_BYTES))
+    return answer if isinstance(answer, dict) else {}
+
+
+@contextmanager
+def _bound(path: str) -> Iterator[socket.socket]:
+    with _socket() as listener:
+        try:
+            with suppress(FileNotFoundError, ConnectionRefusedError), _socket() as other:
+                _at(path, other.connect)
+                raise SettingsError(
+                    f"{path}: another service takes drills for this store; stop it, or start only one so"
+                )
+            filesystem.discard(_socket_path(path))
+            # Nobody else may connect, from the beginning.
+            before = os.umask(0o177)
+            try:
+                _at(path, listener.bind)
+            finally:
+                os.umask(before)
+            listener.listen()
+        except OSError as error:
+            raise SettingsError(f"{_socket_path(path)}: cannot take drills there: {error.strerror or error}") from None
+        try:
+            yield listener
+        finally:
+            filesystem.discard(_socket_path(path))
+
+
+def _answer_all(listener: socket.socket, drills: Drills) -> None:
+    with suppress(OSError):  # it is shut down
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                _answer(connection, drills)
+
+
+def _answer(connection: socket.socket, drills: Drills) -> None:
+    answer = {}
+    with suppress(OSError):
+        connection.settimeout(_PATIENCE_SECONDS)
+        try:
+            asked = json.loads(connection.makefile("rb").readline(_MOST_BYTES))
+            drills.begin(str(asked["drill"]), float(asked["seconds"]))
+        except DrillError as error:
+            answer["refused"] = str(error)
+        except (ValueError, TypeError, LookupError, RecursionError):
+            answer["refused"] = "this is no drill"
+        connection.sendall(json.dumps(answer).encode())
+
+
+def _socket() -> socket.socket:
+    if not hasattr(socket, "AF_UNIX"):
+        raise SettingsError("drills need Unix domain sockets, which this platform does not have")
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+
+
+def _socket_path(path: str) -> str:
+    directory, name = os.path.split(path)
+    return os.path.join(directory, f".{name}.drill")
+
+
+def _at(path: str, act: Callable[[str], object]) -> None:
+    """Bind or connect at a path of any length: an address has room for some hundred bytes only (unix(7))."""
+    directory, name = os.path.split(_socket_path(path))
+    if not os.path.isdir("/proc/self/fd"):
+        act(os.path.join(directory, name))
+        return
+    with filesystem.opened_directory(directory) as descriptor:
+        act(f"/proc/self/fd/{descriptor}/{name}")
