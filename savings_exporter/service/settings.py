@@ -231,6 +231,8 @@ class _LineFormatter(logging.Formatter):
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
             fields["error"] = f"{type(error).__name__}: {error}"
+        if hasattr(record, "drill"):
+            fields["drill"] = record.drill
         if self._as_json:
             return json.dumps(fields)
         return " ".join(f"{key}={_logfmt(value)}" for key, value in fields.items())

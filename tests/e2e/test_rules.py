@@ -1,0 +1,133 @@
+"""The shipped rules, by Prometheus's own tools: what fires when, and what everybody is told."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from savings_exporter.service.drill import KINDS
+from support import ROOT, Service, running
+
+pytestmark = pytest.mark.needs("prometheus")
+
+FOLDER = ROOT / "dashboards" / "prometheus"
+RULES = sorted(FOLDER.glob("rules/*.yml"))
+RULE_TESTS = sorted(FOLDER.glob("tests/*.yml"))
+RUNBOOK = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+
+
+def all_rules() -> list[dict[str, Any]]:
+    """Every rule that is shipped."""
+    groups = [group for path in RULES for group in yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+ALERTS = [rule for rule in all_rules() if "alert" in rule]
+
+
+def promtool(*arguments: str | Path) -> None:
+    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_promtool_finds_nothing_wrong_with_the_rules() -> None:
+    promtool("check", "rules", *RULES)
+
+
+@pytest.mark.parametrize("path", RULE_TESTS, ids=lambda path: path.name)
+def test_the_rules_do_what_their_tests_say(path: Path) -> None:
+    promtool("test", "rules", path)
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+def test_every_alert_is_tested_when_it_fires_and_when_it_must_not(alert: dict[str, Any]) -> None:
+    tests = [test for path in RULE_TESTS for test in yaml.safe_load(path.read_text(encoding="utf-8"))["tests"]]
+    expected = [
+        bool(case["exp_alerts"])
+        for test in tests
+        for case in test.get("alert_rule_test", ())
+        if case["alertname"] == alert["alert"]
+    ]
+    assert set(expected) == {True, False}
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+def test_every_alert_says_what_it_is_and_where_to_read_on(alert: dict[str, Any]) -> None:
+    assert alert["labels"]["severity"] in ("critical", "warning", "info")
+    assert {"summary", "description", "runbook_url"} == set(alert["annotations"])
+    page, _, anchor = alert["annotations"]["runbook_url"].partition("#")
+    assert page.endswith("/docs/runbook.md")
+    sections = {
+        heading.lower(): text for heading, text in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", RUNBOOK, re.M | re.S)
+    }
+    assert anchor == alert["alert"].lower()
+    for part in ("Means", "At risk", "Look", "do"):
+        assert part.lower() in sections[anchor].lower()
+
+
+def test_the_runbook_has_no_section_of_an_alert_that_is_gone() -> None:
+    assert sorted(re.findall(r"^## (\w+)$", RUNBOOK, re.M)) == sorted(alert["alert"] for alert in ALERTS)
+
+
+def test_every_drill_names_an_alert_that_there_is() -> None:
+    assert {kind.alert for kind in KINDS.values()} <= {alert["alert"] for alert in ALERTS}
+
+
+def test_rules_and_runbook_name_only_metrics_that_the_exporter_has(store_path: Path) -> None:
+    with running("serve", "--store", str(store_path)) as service:
+        status, text = service.get("/metrics")
+    assert status == 200
+    there = {re.sub(r"_(bucket|count|sum)$", "", name) for name in re.findall(r"^(\w+)[ {]", text, re.M)}
+    recorded = {rule["record"] for rule in all_rules() if "record" in rule}
+    for rule in all_rules():
+        for name in re.findall(r"[a-z_]+:[a-z0-9_:]+", rule["expr"]):
+            assert name in recorded, rule
+        plain = re.sub(r"[a-z_]+:[a-z0-9_:]+|\"[^\"]*\"", "", rule["expr"])
+        for name in re.findall(r"\b(?:savings|process)_\w+", plain):
+            assert re.sub(r"_(bucket|count|sum)$", "", name) in there, rule
+
+
+def test_nothing_fires_in_ten_quiet_minutes(store_path: Path, tmp_path: Path) -> None:
+    with running("serve", "--store", str(store_path)) as service:
+        for _ in range(3):
+            assert service.post({"model": "m", "provider": "p", "project": "x", "tokens_saved": 7})[0] == 200
+        series = [*quiet(service), {"series": 'up{job="savings-exporter", instance="a:9478"}', "values": "1x80"}]
+    test = {
+        "rule_files": [str(path) for path in RULES],
+        "evaluation_interval": "15s",
+        "tests": [
+            {
+                "interval": "15s",
+                "input_series": series,
+                "alert_rule_test": [
+                    {"eval_time": f"{minute}m", "alertname": alert["alert"], "exp_alerts": []}
+                    for alert in ALERTS
+                    for minute in range(11)
+                ],
+            }
+        ],
+    }
+    path = tmp_path / "quiet.yml"
+    path.write_text(yaml.safe_dump(test), encoding="utf-8")
+    promtool("test", "rules", path)
+
+
+def quiet(service: Service) -> list[dict[str, str]]:
+    """What the service exports now, as it would stay for twenty minutes in which nobody sends anything."""
+    _, text = service.get("/metrics")
+    samples = re.findall(r"^(\w+)(?:\{(.*)\})? (\S+)$", text, re.M)
+    assert len(samples) > 100
+    # promtool's clock begins at the epoch.
+    past = ("savings_last_save_success_timestamp_seconds", "process_start_time_seconds")
+    return [
+        {
+            "series": f'{name}{{{labels + "," if labels else ""}job="savings-exporter",instance="a:9478"}}',
+            "values": f"{-3600 if name in past else value}x80",
+        }
+        for name, labels, value in samples
+    ]
