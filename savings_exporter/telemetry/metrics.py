@@ -196,6 +196,8 @@ class StoreMetrics:
             self._drill_active.labels(drill)
         self._dir_fsync_supported.set(1)
         self._last_dir_fsync.set(1)
+        # What a drill said of it is over with the drill.
+        self._is_dir_fsync_well = True
 
     def ended(self, operation: Operation) -> None:
         """Count it and its steps. Observations carry their trace as an exemplar."""
@@ -218,6 +220,8 @@ class StoreMetrics:
     def drilling(self, drill: str, *, active: bool) -> None:
         """Say that a fire drill has begun or ended."""
         self._drill_active.labels(drill).set(active)
+        if not active:
+            self._last_dir_fsync.set(self._is_dir_fsync_well)
 
     def collect(self) -> Iterator[Metric]:
         """All families of commits and saves."""
@@ -245,6 +249,8 @@ class StoreMetrics:
             self._fsync_failures.labels(step.fsync_target).inc()
         if step.name == FSYNC_DIR:
             self._last_dir_fsync.set(step.outcome != "failed")
+            if not step.is_drill:
+                self._is_dir_fsync_well = step.outcome != "failed"
             if step.outcome != "failed":
                 self._dir_fsync_supported.set(step.outcome == "ok")
 

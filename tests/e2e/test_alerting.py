@@ -1,0 +1,188 @@
+"""From a fault to a page: the exporter, Prometheus and Alertmanager as they are shipped, and somebody who is called.
+
+Of the configuration the targets are replaced, and the intervals: minutes become seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crash.lab import Disk, mounted
+from dashboards import DASHBOARDS, panel_queries
+from pack import alertmanager, fetched, listening, prometheus
+from support import ROOT, eventually, failing_directory_fsync, free_port, run_cli, running
+
+pytestmark = pytest.mark.needs("prometheus", "alertmanager")
+
+SAVING: dict[str, Any] = {
+    "model": "claude-sonnet-4-5",
+    "provider": "anthropic",
+    "project": "web",
+    "tokens_saved": 4096,
+    "input_tokens": 12000,
+}
+SHORTER = ((r"\[5m\]", "[10s]"), (r"offset 5m", "offset 10s"), (r"< 300", "< 10"), (r"for: \dm", "for: 1s"))
+
+
+class Stack:
+    """What runs, and what came to the pager, in order."""
+
+    def __init__(self, url: str, calls: list[dict[str, Any]]) -> None:
+        self.url = url
+        self.calls = calls
+
+    def call(self, name: str, status: str) -> dict[str, Any]:
+        """Wait for a call about an alert."""
+
+        def found() -> dict[str, Any] | None:
+            same = [one for one in self.calls if one["labels"]["alertname"] == name and one["status"] == status]
+            return same[-1] if same else None
+
+        alert: dict[str, Any] = eventually(found, f"{name} to be {status}; called: {self.calls}")
+        return alert
+
+    def query(self, query: str) -> list[dict[str, Any]]:
+        """An instant query's series."""
+        answer = json.loads(fetched(f"{self.url}/api/v1/query?{urllib.parse.urlencode({'query': query})}"))
+        series: list[dict[str, Any]] = answer["data"]["result"]
+        return series
+
+    def value(self, query: str) -> float | None:
+        """The only series' value."""
+        series = self.query(query)
+        return float(series[0]["value"][1]) if len(series) == 1 else None
+
+
+@contextmanager
+def stack(directory: Path, *targets: str) -> Iterator[Stack]:
+    calls: list[dict[str, Any]] = []
+
+    def take(handler: BaseHTTPRequestHandler, body: bytes) -> int:
+        if handler.path == "/pager":
+            calls.extend(json.loads(body)["alerts"])
+        return 200
+
+    alerts, port = free_port(), free_port()
+    with listening(take) as webhooks:
+        changes = [(rf"http://replace-with-your-{who}.invalid/", f"{webhooks}/{who}") for who in ("pager", "team-chat")]
+        changes += [(r"group_(wait|interval): \w+", r"group_\1: 100ms")]
+        with (
+            alertmanager(directory / "alertmanager", alerts, *changes),
+            prometheus(directory / "prometheus", port, list(targets), alerts, *SHORTER) as url,
+        ):
+            yield Stack(url, calls)
+
+
+def assert_it_says_what_to_do(alert: dict[str, Any], address: str) -> None:
+    name = alert["labels"]["alertname"]
+    assert {"severity": "critical", "job": "savings-exporter", "instance": address}.items() <= alert["labels"].items()
+    assert address in alert["annotations"]["summary"]
+    page, _, section = alert["annotations"]["runbook_url"].partition("#")
+    assert section == name.lower()
+    assert f"## {name}" in fetched(page).decode()
+
+
+@pytest.mark.needs("strace")
+def test_a_directory_fsync_that_fails_calls_somebody_until_it_works_again(tmp_path: Path, store_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with running("serve", "--store", str(store_path), address=address) as service, stack(tmp_path, address) as seen:
+        eventually(lambda: seen.value("savings_store_healthy") == 1, "the first scrape")
+        with failing_directory_fsync(service, store_path.parent):
+            status, answer = service.post(SAVING)
+            assert (status, answer["durable"]) == (202, False)
+            assert_it_says_what_to_do(seen.call("SavingsDirectoryFsyncFailing", "firing"), address)
+        # A retry comes within seconds, because the fault did not last.
+        eventually(lambda: seen.value("sum(savings_tokens_saved_total)") == 4096, "the saving to be durable")
+        assert service.post(SAVING)[0] == 200
+        assert unanswered(seen) == []
+        seen.call("SavingsDirectoryFsyncFailing", "resolved")
+
+
+def unanswered(seen: Stack) -> list[str]:
+    """Which panels show nothing, when there was time for two scrapes."""
+    variables = {"$job": ".+", "$instance": ".+", "$__rate_interval": "10s", "$__range": "1m"}
+
+    def silent() -> list[str]:
+        found = []
+        for path in DASHBOARDS:
+            for panel in panel_queries(path):
+                query = panel.query
+                for name, value in variables.items():
+                    query = query.replace(name, value)
+                if not seen.query(query):
+                    found.append(f"{panel.dashboard}: {panel.panel}: {query}")
+        return found
+
+    with suppress(AssertionError):  # the caller says which
+        eventually(lambda: not silent(), "every panel to show something")
+    return silent()
+
+
+@pytest.mark.needs("linux", "root", "mount", "e2fsprogs")
+def test_a_disk_that_goes_away_calls_somebody_until_it_is_back(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with mounted(Disk("ext4", tmp_path)) as disk, stack(tmp_path, address) as seen:
+        store = disk.mountpoint / "proxy_savings.json"
+        with running("serve", "--store", str(store), address=address) as service:
+            for _ in range(2):
+                assert service.post(SAVING)[0] == 200
+            eventually(lambda: seen.value("sum(savings_tokens_saved_total)") == 8192, "what was saved")
+            disk.lose_power()
+            assert service.post(SAVING)[0] == 202
+            # Neither a commit nor a save gets as far as a sync there: no file can be written or made any more.
+            assert_it_says_what_to_do(seen.call("SavingsStoreUnhealthy", "firing"), address)
+        disk.unmount()
+        disk.mount()
+        with running("serve", "--store", str(store), address=address) as service:
+            seen.call("SavingsStoreUnhealthy", "resolved")
+            assert service.post(SAVING)[0] == 200
+            eventually(lambda: seen.value("sum(savings_tokens_saved_total)") == 3 * 4096, "the total to go on")
+
+
+def test_a_fire_drill_calls_somebody_and_says_that_it_is_one(tmp_path: Path, store_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    arguments = ("serve", "--store", str(store_path), "--enable-drill")
+    with running(*arguments, address=address) as service, stack(tmp_path, address) as seen:
+        assert service.post(SAVING)[0] == 200
+        eventually(lambda: seen.value("savings_store_healthy") == 1, "the first scrape")
+        assert run_cli("drill", "dir-fsync", "--seconds", "8", "--store", str(store_path)).returncode == 0
+        call = seen.call("SavingsDirectoryFsyncFailing", "firing")
+        assert_it_says_what_to_do(call, address)
+        assert "A fire drill (dir-fsync) ran" in call["annotations"]["description"]
+        assert service.post(SAVING)[1]["durable"]
+        seen.call("SavingsDirectoryFsyncFailing", "resolved")
+
+
+def test_two_views_of_one_store_are_one_and_two_stores_are_two(tmp_path: Path) -> None:
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(3)]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    stores = [str(tmp_path / name / "proxy_savings.json") for name in ("one", "one", "two")]
+    with (
+        running("serve", "--store", stores[0], address=addresses[0]) as first,
+        running("serve", "--store", stores[1], address=addresses[1]) as second,
+        running("serve", "--store", stores[2], address=addresses[2]) as third,
+        stack(tmp_path, *addresses) as seen,
+    ):
+        for service, tokens in ((first, 100), (second, 20), (third, 3000)):
+            assert service.post({**SAVING, "tokens_saved": tokens})[0] == 200
+        eventually(lambda: seen.value("savings:tokens_saved:sum") == 3120, "the recorded total")
+        eventually(lambda: seen.value("sum(savings_tokens_saved_total)") == 3240, "what adding up would give")
+        lifetime = [
+            query.query.replace("$job", ".+").replace("$instance", ".+")
+            for query in panel_queries(ROOT / "dashboards/grafana/savings.json")
+            if query.panel == "Tokens saved"
+        ]
+        assert lifetime
+        for query in lifetime:
+            assert seen.value(query) == 3120, query
+    assert os.path.exists(stores[0])
