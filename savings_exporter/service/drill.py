@@ -123,12 +123,13 @@ def taking_drills(tracker: SavingsTracker) -> Iterator[None]:
     """
     path = filesystem.resolved(tracker.storage_path)
     with _bound(path) as listener:
-        drills = Drills(tracker)
-        thread = threading.Thread(target=_answer_all, args=(listener, drills), name="savings-drills", daemon=True)
+        drills, over = Drills(tracker), threading.Event()
+        thread = threading.Thread(target=_answer_all, args=(listener, drills, over), name="savings-drills", daemon=True)
         thread.start()
         try:
             yield
         finally:
+            over.set()
             # Ends the accept that the thread is waiting in.
             listener.shutdown(socket.SHUT_RDWR)
             thread.join()
@@ -190,12 +191,16 @@ def _bound(path: str) -> Iterator[socket.socket]:
             filesystem.discard(_socket_path(path))
 
 
-def _answer_all(listener: socket.socket, drills: Drills) -> None:
-    with suppress(OSError):  # it is shut down
-        while True:
+def _answer_all(listener: socket.socket, drills: Drills, over: threading.Event) -> None:
+    while not over.is_set():
+        try:
             connection, _ = listener.accept()
-            with connection:
-                _answer(connection, drills)
+        except OSError:
+            # It is shut down, or no descriptor is left for now.
+            over.wait(_PAUSE_SECONDS)
+            continue
+        with connection:
+            _answer(connection, drills)
 
 
 def _answer(connection: socket.socket, drills: Drills) -> None:

@@ -256,9 +256,10 @@ def test_who_is_paged_hears_it_once_and_when_it_is_over(tmp_path: Path) -> None:
                 "Note": "active",
             }
             assert shown["Note"]["receivers"] == [{"name": "info"}]
+            assert {(path, name) for path, _, name in heard} == {("/pager", "FsyncFails"), ("/team-chat", "Degraded")}
             fetched(alerts, [alert("FsyncFails", "critical", "a:1", endsAt="2000-01-01T00:00:00Z")])
             eventually(lambda: ("/pager", "resolved", "FsyncFails") in heard, "the end of it")
-    assert {(path, name) for path, _, name in heard} == {("/pager", "FsyncFails"), ("/team-chat", "Degraded")}
+            eventually(lambda: ("/team-chat", "firing", "SavesFail") in heard, "what goes on without it")
 
 
 @pytest.mark.needs("alertmanager")

@@ -74,15 +74,48 @@ def test_the_runbook_has_no_section_of_an_alert_that_is_gone() -> None:
     assert sorted(re.findall(r"^## (\w+)$", RUNBOOK, re.M)) == sorted(alert["alert"] for alert in ALERTS)
 
 
+@pytest.fixture
+def exported(store_path: Path) -> str:
+    """What a service shows that has had traffic."""
+    with running("serve", "--store", str(store_path)) as service:
+        assert service.post({"model": "m", "provider": "p", "project": "x", "tokens_saved": 7})[0] == 200
+        status, text = service.get("/metrics")
+    assert status == 200
+    return text
+
+
+def test_the_page_of_metrics_has_what_the_exporter_has_and_nothing_else(exported: str) -> None:
+    families = re.findall(r"^# TYPE (\w+) (\w+)\n((?:(?!# ).*\n)*)", exported, re.M)
+    there = {
+        (name, kind, frozenset(re.findall(r'(\w+)="', lines)) - {"le"})
+        for name, kind, lines in families
+        if not name.endswith("_created")
+    }
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) ?\| ", page, re.M)
+    told = {(name, kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+    assert told == {family for family in there if not family[0].startswith("process_")}
+    assert set(re.findall(r"\bprocess_\w+", page)) == {name for name, *_ in there if name.startswith("process_")}
+
+
+def test_docs_name_only_metrics_that_the_exporter_has(exported: str) -> None:
+    there = set(re.findall(r"^# TYPE (\w+)", exported, re.M))
+    recorded = {rule["record"] for rule in all_rules() if "record" in rule}
+    # The package, and a field of a record.
+    others = {"savings_exporter", "savings_usd"}
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        text = path.read_text(encoding="utf-8")
+        assert set(re.findall(r"[a-z_]+:savings_[a-z0-9_:]+", text)) <= recorded, path
+        plain = re.sub(r"[a-z_]+:savings_[a-z0-9_:]+", "", text)
+        assert set(re.findall(r"\bsavings_\w+", plain)) - others <= there, path
+
+
 def test_every_drill_names_an_alert_that_there_is() -> None:
     assert {kind.alert for kind in KINDS.values()} <= {alert["alert"] for alert in ALERTS}
 
 
-def test_rules_and_runbook_name_only_metrics_that_the_exporter_has(store_path: Path) -> None:
-    with running("serve", "--store", str(store_path)) as service:
-        status, text = service.get("/metrics")
-    assert status == 200
-    there = {re.sub(r"_(bucket|count|sum)$", "", name) for name in re.findall(r"^(\w+)[ {]", text, re.M)}
+def test_rules_name_only_metrics_that_the_exporter_has(exported: str) -> None:
+    there = {re.sub(r"_(bucket|count|sum)$", "", name) for name in re.findall(r"^(\w+)[ {]", exported, re.M)}
     recorded = {rule["record"] for rule in all_rules() if "record" in rule}
     for rule in all_rules():
         for name in re.findall(r"[a-z_]+:[a-z0-9_:]+", rule["expr"]):
