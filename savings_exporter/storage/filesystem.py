@@ -205,15 +205,7 @@ def create_temporary(path: str, like: str) -> int:
 
     A new file is for its owner's eyes only.
     """
-    descriptor = os.open(
-        path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _CLOSE_ON_EXEC | _BINARY, _NEW_FILE_MODE
-    )
-    try:
-        _make_like(descriptor, like)
-    except BaseException:
-        close(descriptor)
-        raise
-    return descriptor
+    return _made_like(path, os.O_WRONLY | os.O_EXCL | _NO_FOLLOW | _CLOSE_ON_EXEC | _BINARY, like)
 
 
 def create_zero_filled(path: str, size: int) -> int:
@@ -466,13 +458,7 @@ def open_lock(path: str, like: str) -> int:
     flags = os.O_RDWR | _NO_FOLLOW | _CLOSE_ON_EXEC
     with suppress(FileNotFoundError):
         return os.open(path, flags)
-    descriptor = os.open(path, flags | os.O_CREAT, _NEW_FILE_MODE)
-    try:
-        _make_like(descriptor, like)
-    except BaseException:
-        close(descriptor)
-        raise
-    return descriptor
+    return _made_like(path, flags, like)
 
 
 def try_lock(descriptor: int) -> bool:
@@ -562,13 +548,19 @@ def _unescaped(field: bytes) -> str:
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), field))
 
 
-def _make_like(descriptor: int, like: str) -> None:
-    """Give a file the mode and, if we may, the owner of another, if there is that one."""
-    with suppress(FileNotFoundError):
-        status = os.stat(like)
-        if sys.platform != "win32":
-            _give_to(descriptor, status)
-            os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+def _made_like(path: str, flags: int, like: str) -> int:
+    """Make a file and open it, with the mode and, if we may, the owner of another, if there is that one."""
+    descriptor = os.open(path, flags | os.O_CREAT, _NEW_FILE_MODE)
+    try:
+        with suppress(FileNotFoundError):
+            status = os.stat(like)
+            if sys.platform != "win32":
+                _give_to(descriptor, status)
+                os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+    except BaseException:
+        close(descriptor)
+        raise
+    return descriptor
 
 
 def _give_to(descriptor: int, owner: os.stat_result) -> None:
