@@ -8,14 +8,16 @@ reach, and only those of its own user or root.
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import msgspec
 
 from savings_exporter.service.settings import SettingsError
 from savings_exporter.storage import filesystem
@@ -30,11 +32,22 @@ _PAUSE_SECONDS = 1.0
 _SLOW_SAVE_SECONDS = 2.0
 _MOST_BYTES = 4096
 _PATIENCE_SECONDS = 5.0
+# A question comes in one piece. Whoever keeps us waiting keeps a stop of the service waiting.
+_QUESTION_SECONDS = 1.0
 _MARKED = {"drill": "true"}
 
 
 class DrillError(Exception):
     """A drill cannot begin. The message says why."""
+
+
+class _Question(msgspec.Struct):
+    drill: str
+    seconds: float
+
+
+class _Answer(msgspec.Struct):
+    refused: str = ""
 
 
 class Kind(NamedTuple):
@@ -69,14 +82,18 @@ class Drills:
         """Begin a drill that ends by itself.
 
         Raises:
-            DrillError: another one is running, or there is no such drill.
+            DrillError: another one is running, there is no such drill, or no thread for it.
         """
         if name not in KINDS or not 0 < seconds <= LONGEST_SECONDS:
             raise DrillError(f"a drill is one of {', '.join(KINDS)}, and lasts {LONGEST_SECONDS:.0f} seconds at most")
         if self._running is not None and self._running.is_alive():
             raise DrillError("another drill is running; wait for its end")
-        self._running = threading.Thread(target=self._run, args=(name, seconds), name="savings-drill", daemon=True)
-        self._running.start()
+        thread = threading.Thread(target=self._run, args=(name, seconds), name="savings-drill", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise DrillError(f"the service cannot run it now: {error}") from None
+        self._running = thread
 
     def stop(self) -> None:
         """End the drill that is running, if one is."""
@@ -87,16 +104,13 @@ class Drills:
     def _run(self, name: str, seconds: float) -> None:
         path, metrics = self._tracker.storage_path, self._tracker.store_metrics
         logger.warning("%s: fire drill %s begins and lasts %.0f s; nothing is lost", path, name, seconds, extra=_MARKED)
-        over = threading.Event()
-        timer = threading.Timer(seconds, over.set)
-        timer.start()
+        end = time.monotonic() + seconds
         metrics.drilling(name, active=True)
         try:
-            while not over.is_set() and not self._stopped.is_set():
+            while time.monotonic() < end and not self._stopped.is_set():
                 self._pretend(KINDS[name])
                 self._stopped.wait(_PAUSE_SECONDS)
         finally:
-            timer.cancel()
             metrics.drilling(name, active=False)
             logger.warning("%s: fire drill %s has ended", path, name, extra=_MARKED)
 
@@ -147,23 +161,21 @@ def ask(path: str, name: str, seconds: float) -> None:
         f"{path}: no service that takes drills keeps this store; start it with: savings-exporter serve --enable-drill"
     )
     try:
-        answer = _exchange(path, json.dumps({"drill": name, "seconds": seconds}))
+        answer = _exchange(path, _Question(name, seconds))
     except (FileNotFoundError, ConnectionRefusedError):
         raise DrillError(nobody) from None
     except (OSError, ValueError) as error:
         raise DrillError(f"{path}: its service cannot be asked for a drill: {error}") from None
-    if answer.get("refused"):
-        raise DrillError(f"{path}: {answer['refused']}")
+    if answer.refused:
+        raise DrillError(f"{path}: {answer.refused}")
 
 
-def _exchange(path: str, line: str) -> dict[str, Any]:
+def _exchange(path: str, question: _Question) -> _Answer:
     with _socket() as asking:
         asking.settimeout(_PATIENCE_SECONDS)
         _at(path, asking.connect)
-        asking.sendall(line.encode() + b"\n")
-        asking.shutdown(socket.SHUT_WR)
-        answer = json.loads(asking.makefile("rb").read(_MOST_BYTES))
-    return answer if isinstance(answer, dict) else {}
+        asking.sendall(msgspec.json.encode(question))
+        return msgspec.json.decode(asking.recv(_MOST_BYTES), type=_Answer)
 
 
 @contextmanager
@@ -175,7 +187,7 @@ def _bound(path: str) -> Iterator[socket.socket]:
                 raise SettingsError(
                     f"{path}: another service takes drills for this store; stop it, or start only one so"
                 )
-            filesystem.discard(_socket_path(path))
+            filesystem.discard_socket(_socket_path(path))
             # Nobody else may connect, from the beginning.
             before = os.umask(0o177)
             try:
@@ -188,7 +200,7 @@ def _bound(path: str) -> Iterator[socket.socket]:
         try:
             yield listener
         finally:
-            filesystem.discard(_socket_path(path))
+            filesystem.discard_socket(_socket_path(path))
 
 
 def _answer_all(listener: socket.socket, drills: Drills, over: threading.Event) -> None:
@@ -204,17 +216,17 @@ def _answer_all(listener: socket.socket, drills: Drills, over: threading.Event) 
 
 
 def _answer(connection: socket.socket, drills: Drills) -> None:
-    answer = {}
+    answer = _Answer()
     with suppress(OSError):
-        connection.settimeout(_PATIENCE_SECONDS)
+        connection.settimeout(_QUESTION_SECONDS)
         try:
-            asked = json.loads(connection.makefile("rb").readline(_MOST_BYTES))
-            drills.begin(str(asked["drill"]), float(asked["seconds"]))
+            question = msgspec.json.decode(connection.recv(_MOST_BYTES), type=_Question)
+            drills.begin(question.drill, question.seconds)
         except DrillError as error:
-            answer["refused"] = str(error)
-        except (ValueError, TypeError, LookupError, RecursionError):
-            answer["refused"] = "this is no drill"
-        connection.sendall(json.dumps(answer).encode())
+            answer.refused = str(error)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            answer.refused = "this is no drill"
+        connection.sendall(msgspec.json.encode(answer))
 
 
 def _socket() -> socket.socket:

@@ -404,6 +404,13 @@ def discard(path: str) -> None:
         os.unlink(path)
 
 
+def discard_socket(path: str) -> None:
+    """Remove a Unix socket's file that nobody needs, and no other file."""
+    with suppress(OSError):
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
+
+
 @contextmanager
 def opened_directory(path: str) -> Iterator[int]:
     """A directory, opened only to name what is in it."""

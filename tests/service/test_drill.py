@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from savings_exporter import SavingsTracker
-from savings_exporter.service.drill import KINDS, DrillError, Drills
+from savings_exporter.service.drill import KINDS, DrillError, Drills, taking_drills
 from savings_exporter.telemetry.metrics import DRILLS, SavingsCollector
-from support import eventually, run_cli, running, samples
+from support import WAIT_SECONDS, eventually, run_cli, running, samples
 
 SAVING: dict[str, Any] = {"model": "m", "tokens_saved": 7}
 
@@ -35,7 +38,7 @@ def test_every_drill_has_its_series_from_the_start() -> None:
 def test_a_drill_is_counted_like_the_failure_and_touches_no_saving(name: str, series: str, store_path: Path) -> None:
     with running("serve", "--store", str(store_path), "--enable-drill") as service:
         assert service.post(SAVING)[1]["sequence"] == 1
-        asked = run_cli("drill", name, "--seconds", "2", "--store", str(store_path))
+        asked = run_cli("drill", name, "--seconds", "600", "--store", str(store_path))
         assert (asked.returncode, asked.stderr) == (0, "")
         assert KINDS[name].alert in asked.stdout
         eventually(lambda: service.metrics()[series] > 0, "the drill to be counted")
@@ -46,7 +49,6 @@ def test_a_drill_is_counted_like_the_failure_and_touches_no_saving(name: str, se
         status, answer = service.post(SAVING)
         assert (status, answer["durable"], answer["sequence"]) == (200, True, 2)
         assert service.get("/-/healthy")[0] == 200
-        eventually(lambda: service.metrics()[f'savings_drill_active{{drill="{name}"}}'] == 0, "the drill to end")
         status, _, log = service.stop()
     assert status == 0
     lines = [line for line in log.splitlines() if "drill" in line]
@@ -54,6 +56,14 @@ def test_a_drill_is_counted_like_the_failure_and_touches_no_saving(name: str, se
     assert all("drill=true" in line for line in lines)
     with SavingsTracker(store_path) as tracker:
         assert tracker.snapshot().sequence == 2
+
+
+def test_a_drill_ends_by_itself_and_leaves_the_directory_well(tracker: SavingsTracker) -> None:
+    metrics = SavingsCollector(tracker)
+    Drills(tracker).begin("dir-fsync", 0.001)
+    eventually(lambda: samples(metrics)['savings_fsync_failures_total{target="directory"}'] == 1, "the failure")
+    eventually(lambda: samples(metrics)['savings_drill_active{drill="dir-fsync"}'] == 0, "the end")
+    assert samples(metrics)["savings_last_dir_fsync_success"] == 1
 
 
 def test_slow_saves_are_seen_as_slow(store_path: Path) -> None:
@@ -108,6 +118,56 @@ def test_only_the_services_own_user_reaches_it_and_nothing_of_it_stays(tmp_path:
         assert run_cli("drill", "dir-fsync", "--seconds", "60", "--store", str(store)).returncode == 0
         assert service.stop()[0] == 0
     assert not [entry for entry in os.listdir(directory) if "drill" in entry]
+
+
+def asked(directory: Path, question: bytes) -> bytes:
+    """What the service answers to somebody who does not keep to the protocol, in a directory with a short name."""
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.settimeout(WAIT_SECONDS)
+        asking.connect(str(directory / ".proxy_savings.json.drill"))
+        asking.sendall(question)
+        return asking.recv(4096)
+
+
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as directory:
+        yield Path(directory)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        b"{}",
+        b"\xff",
+        b"[" * 4000,
+        b'{"drill": "dir-fsync", "seconds": ' + b"9" * 400 + b"}",
+        b'{"drill": "dir-fsync", "seconds": null}',
+        b'{"drill": "dir-fsync", "seconds": 60',
+    ],
+    ids=lambda question: question[:20],
+)
+def test_what_is_no_question_is_refused_and_the_next_is_answered(question: bytes, short_directory: Path) -> None:
+    with SavingsTracker(short_directory / "proxy_savings.json") as tracker, taking_drills(tracker):
+        assert asked(short_directory, question) == b'{"refused":"this is no drill"}'
+        assert asked(short_directory, b'{"drill": "dir-fsync", "seconds": 1}') == b'{"refused":""}'
+
+
+def test_who_asks_and_says_nothing_does_not_keep_the_service_from_stopping(short_directory: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as also_silent:
+        with SavingsTracker(short_directory / "proxy_savings.json") as tracker, taking_drills(tracker):
+            for asking in (silent, also_silent):
+                asking.connect(str(short_directory / ".proxy_savings.json.drill"))
+        assert not list(short_directory.glob(".*"))
+
+
+def test_a_file_that_is_no_socket_stays(store_path: Path) -> None:
+    other = store_path.parent / f".{store_path.name}.drill"
+    other.write_text("somebody's")
+    service = run_cli("serve", "--store", str(store_path), "--enable-drill", "--web.listen-address", "127.0.0.1:0")
+    assert service.returncode == 1
+    assert f"{other}: cannot take drills there: Address already in use" in service.stderr
+    assert other.read_text() == "somebody's"
 
 
 def test_what_a_killed_service_left_is_in_nobodys_way(store_path: Path) -> None:
