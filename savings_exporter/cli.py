@@ -158,12 +158,19 @@ def serve(
     enable_drill: Annotated[
         bool,
         typer.Option(
-            "--enable-drill", envvar="SAVINGS_EXPORTER_ENABLE_DRILL", help="Take fire drills from this host's users."
+            "--enable-drill",
+            envvar="SAVINGS_EXPORTER_ENABLE_DRILL",
+            help="Take fire drills from this user on this host.",
         ),
     ] = False,
 ) -> None:
     """Keep the savings that proxies POST, and show them to Prometheus."""
     settings.configure_logging(log_level, log_format)
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        # It would hide the failures of syncs: what prometheus-client keeps in that directory, nobody here adds up.
+        raise WrongUsageError(
+            "PROMETHEUS_MULTIPROC_DIR is for Python services of several workers; unset it for savings-exporter serve."
+        )
     config = settings.web_config(web_config_file)
     token = config.token()
     with ExitStack() as stack:
@@ -324,7 +331,7 @@ def drill(
             "--seconds",
             min=1,
             max=LONGEST_SECONDS,
-            help="For how long. Default: as long as it takes until somebody is called.",
+            help="For how long: longer than Prometheus's scrape interval. Default: until somebody should be called.",
         ),
     ] = None,
     store: Store = None,

@@ -194,7 +194,7 @@ def _how_slow() -> Row:
             ),
             _latencies(
                 "Save duration",
-                "A whole save of the document. Nobody waits for it, but the journal grows until it is done.",
+                "A whole save of the document. What is recorded meanwhile waits for its end.",
                 "save",
                 width=12,
             ),

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 SELECTOR = 'job=~"$job", instance=~"$instance"'
 
-_WINDOWS = {"rate": "$__rate_interval", "increase": "$__range"}
-
 
 def total(metric: str, *by: str, function: str = "") -> str:
-    """What all stores hold of a lifetime metric, or its ``rate`` or its ``increase`` in the time that is shown.
+    """What all stores hold of a lifetime metric, or its ``rate``, or its ``gain`` in the time that is shown.
 
     Two exporters may show one store, such as two workers, or a service and a watcher: of several views of a store only
     the largest counts. Different stores are added up.
     """
     names = "project" if metric.startswith("savings_project_") else "provider, model"
     series = f"{metric}{{{SELECTOR}}}"
-    if function:
-        series = f"{function}({series}[{_WINDOWS[function]}])"
+    if function == "rate":
+        series = f"rate({series}[$__rate_interval])"
+    elif function == "gain":
+        # Not increase(): that takes a total that went backwards (a backup in its place) for one that began at zero.
+        series = f"(max_over_time({series}[$__range]) - min_over_time({series}[$__range]))"
     named = f"{series} * on (job, instance) group_left (store) savings_store_info{{{SELECTOR}}}"
     return f"sum{_by(by)} (max by (store, {names}) ({named}))"
 

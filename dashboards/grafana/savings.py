@@ -21,7 +21,9 @@ _PROJECT_TOKENS = "savings_project_tokens_saved_total"
 _PROJECT_REQUESTS = "savings_project_requests_total"
 
 _PAIR = ("provider", "model")
-_ABOUT = "Prometheus reckons it from scrapes, so it is close but not exact, and a model's first scrape is not in it."
+_ABOUT = (
+    "From the first scrape in that time to the last, of exporters that answer now; a model's first scrape is not in it."
+)
 
 
 def build(other: tuple[str, str]) -> Any:
@@ -38,14 +40,14 @@ def _how_much() -> Row:
         "Tokens saved today",
         f"Input tokens that compression saved since midnight. {_ABOUT}",
         "short",
-        Query(total(_TOKENS, function="increase"), ""),
+        Query(total(_TOKENS, function="gain"), ""),
         width=4,
     ).time_from("now/d")
     week = stat_panel(
         "Tokens saved this week",
         f"Input tokens that compression saved since the week began. {_ABOUT}",
         "short",
-        Query(total(_TOKENS, function="increase"), ""),
+        Query(total(_TOKENS, function="gain"), ""),
         width=4,
     ).time_from("now/w")
     of_input = stat_panel(

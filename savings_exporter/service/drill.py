@@ -187,20 +187,24 @@ def _bound(path: str) -> Iterator[socket.socket]:
                 raise SettingsError(
                     f"{path}: another service takes drills for this store; stop it, or start only one so"
                 )
-            filesystem.discard_socket(_socket_path(path))
+            if filesystem.socket_at(_socket_path(path)) is not None:
+                filesystem.discard(_socket_path(path))
             # Nobody else may connect, from the beginning.
             before = os.umask(0o177)
             try:
                 _at(path, listener.bind)
             finally:
                 os.umask(before)
+            ours = filesystem.socket_at(_socket_path(path))
             listener.listen()
         except OSError as error:
             raise SettingsError(f"{_socket_path(path)}: cannot take drills there: {error.strerror or error}") from None
         try:
             yield listener
         finally:
-            filesystem.discard_socket(_socket_path(path))
+            # Another service may have taken the name while nobody answered here.
+            if filesystem.socket_at(_socket_path(path)) == ours:
+                filesystem.discard(_socket_path(path))
 
 
 def _answer_all(listener: socket.socket, drills: Drills, over: threading.Event) -> None:

@@ -404,11 +404,13 @@ def discard(path: str) -> None:
         os.unlink(path)
 
 
-def discard_socket(path: str) -> None:
-    """Remove a Unix socket's file that nobody needs, and no other file."""
-    with suppress(OSError):
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            os.unlink(path)
+def socket_at(path: str) -> tuple[int, int] | None:
+    """Device and inode of the Unix socket's file of that name; None if there is none, or another kind of file."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
 
 
 @contextmanager

@@ -198,6 +198,7 @@ class StoreMetrics:
         self._last_dir_fsync.set(1)
         # What a drill said of it is over with the drill.
         self._is_dir_fsync_well = True
+        self._is_drilling = False
 
     def ended(self, operation: Operation) -> None:
         """Count it and its steps. Observations carry their trace as an exemplar."""
@@ -220,8 +221,9 @@ class StoreMetrics:
     def drilling(self, drill: str, *, active: bool) -> None:
         """Say that a fire drill has begun or ended."""
         self._drill_active.labels(drill).set(active)
+        self._is_drilling = active
         if not active:
-            self._last_dir_fsync.set(self._is_dir_fsync_well)
+            self._forget_drills()
 
     def collect(self) -> Iterator[Metric]:
         """All families of commits and saves."""
@@ -248,11 +250,20 @@ class StoreMetrics:
         if step.outcome == "failed" and step.fsync_target is not None:
             self._fsync_failures.labels(step.fsync_target).inc()
         if step.name == FSYNC_DIR:
-            self._last_dir_fsync.set(step.outcome != "failed")
             if not step.is_drill:
                 self._is_dir_fsync_well = step.outcome != "failed"
+            self._last_dir_fsync.set(step.outcome != "failed")
+            if step.is_drill and not self._is_drilling:
+                self._forget_drills()
             if step.outcome != "failed":
                 self._dir_fsync_supported.set(step.outcome == "ok")
+
+    def _forget_drills(self) -> None:
+        # A real result may come meanwhile, from another thread. No lock, because a fork might leave it taken.
+        is_well = None
+        while is_well != self._is_dir_fsync_well:
+            is_well = self._is_dir_fsync_well
+            self._last_dir_fsync.set(is_well)
 
 
 def totals_families(source: Source) -> Iterator[Metric]:

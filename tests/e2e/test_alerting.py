@@ -30,7 +30,13 @@ SAVING: dict[str, Any] = {
     "tokens_saved": 4096,
     "input_tokens": 12000,
 }
-SHORTER = ((r"\[5m\]", "[10s]"), (r"offset 5m", "offset 10s"), (r"< 300", "< 10"), (r"for: \dm", "for: 1s"))
+SHORTER = (
+    (r"\[5m\]", "[10s]"),
+    (r"\[2m\]", "[2s]"),
+    (r"offset 5m", "offset 10s"),
+    (r"< 300", "< 10"),
+    (r"for: \dm", "for: 1s"),
+)
 
 
 class Stack:

@@ -246,35 +246,26 @@ def test_who_is_paged_hears_it_once_and_when_it_is_over(tmp_path: Path) -> None:
             fetched(alerts, [alert("FsyncFails", "critical", "a:1")])
             eventually(lambda: ("/pager", "firing", "FsyncFails") in heard, "the page")
             fetched(alerts, [alert("SavesFail", "warning", "a:1"), alert("Degraded", "warning", "b:1")])
-            fetched(alerts, [alert("Note", "info", "b:1")])
+            fetched(alerts, [alert("Note", "info", "b:1"), alert("SavingsRecovered", "warning", "a:1")])
             eventually(lambda: ("/team-chat", "firing", "Degraded") in heard, "the message about another exporter")
+            eventually(lambda: ("/team-chat", "firing", "SavingsRecovered") in heard, "the message about damage")
             shown = {one["labels"]["alertname"]: one for one in json.loads(fetched(alerts))}
             assert {name: one["status"]["state"] for name, one in shown.items()} == {
                 "FsyncFails": "active",
                 "SavesFail": "suppressed",
                 "Degraded": "active",
                 "Note": "active",
+                "SavingsRecovered": "active",
             }
             assert shown["Note"]["receivers"] == [{"name": "info"}]
-            assert {(path, name) for path, _, name in heard} == {("/pager", "FsyncFails"), ("/team-chat", "Degraded")}
+            assert {(path, name) for path, _, name in heard} == {
+                ("/pager", "FsyncFails"),
+                ("/team-chat", "Degraded"),
+                ("/team-chat", "SavingsRecovered"),
+            }
             fetched(alerts, [alert("FsyncFails", "critical", "a:1", endsAt="2000-01-01T00:00:00Z")])
             eventually(lambda: ("/pager", "resolved", "FsyncFails") in heard, "the end of it")
             eventually(lambda: ("/team-chat", "firing", "SavesFail") in heard, "what goes on without it")
-
-
-@pytest.mark.needs("alertmanager")
-def test_an_exporter_that_is_down_is_not_reported_as_absent_too(tmp_path: Path) -> None:
-    with alertmanager(tmp_path, free_port()) as url:
-        down, absent = alert("SavingsExporterDown", "critical", "a:1"), alert("SavingsExporterAbsent", "critical")
-        fetched(f"{url}/api/v2/alerts", [absent])
-        fetched(f"{url}/api/v2/alerts", [down])
-
-        def states() -> dict[str, str]:
-            shown = json.loads(fetched(f"{url}/api/v2/alerts"))
-            return {one["labels"]["alertname"]: one["status"]["state"] for one in shown}
-
-        expected = {"SavingsExporterDown": "active", "SavingsExporterAbsent": "suppressed"}
-        eventually(lambda: states() == expected, "only one of them to count")
 
 
 # Grafana and Tempo

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from savings_exporter import SavingsTracker
 from savings_exporter.service.drill import KINDS, DrillError, Drills, taking_drills
-from savings_exporter.telemetry.metrics import DRILLS, SavingsCollector
+from savings_exporter.storage import filesystem
+from savings_exporter.storage.steps import FSYNC_DIR, SAVE, Operation
+from savings_exporter.telemetry.metrics import DRILLS, SavingsCollector, StoreMetrics
 from support import WAIT_SECONDS, eventually, run_cli, running, samples
 
 SAVING: dict[str, Any] = {"model": "m", "tokens_saved": 7}
@@ -64,6 +68,34 @@ def test_a_drill_ends_by_itself_and_leaves_the_directory_well(tracker: SavingsTr
     eventually(lambda: samples(metrics)['savings_fsync_failures_total{target="directory"}'] == 1, "the failure")
     eventually(lambda: samples(metrics)['savings_drill_active{drill="dir-fsync"}'] == 0, "the end")
     assert samples(metrics)["savings_last_dir_fsync_success"] == 1
+
+
+def test_a_directory_fsync_that_really_fails_during_a_drill_is_still_known_at_its_end(
+    tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_path: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    metrics, drills = SavingsCollector(tracker), Drills(tracker)
+    drills.begin("dir-fsync", 60)
+    eventually(lambda: samples(metrics)['savings_fsync_failures_total{target="directory"}'], "a failure")
+    monkeypatch.setattr(filesystem, "fsync_directory", failing)
+    tracker.record_request(**SAVING)
+    assert not tracker.save()
+    drills.stop()
+    assert samples(metrics)["savings_last_dir_fsync_success"] == 0
+
+
+def test_a_drill_that_is_told_of_late_says_nothing_of_the_directory() -> None:
+    metrics = StoreMetrics()
+    late = Operation(SAVE, metrics)
+    late.drill = True
+    with suppress(OSError), late, late.step(FSYNC_DIR):
+        metrics.drilling("dir-fsync", active=True)
+        metrics.drilling("dir-fsync", active=False)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    (gauge,) = (family for family in metrics.collect() if family.name == "savings_last_dir_fsync_success")
+    assert [sample.value for sample in gauge.samples] == [1]
 
 
 def test_slow_saves_are_seen_as_slow(store_path: Path) -> None:

@@ -23,6 +23,8 @@ FRAMED = [
 ]
 ASKED = [found for path in DASHBOARDS for found in panel_queries(path)]
 QUERIES = [pytest.param(found.query, id=f"{found.dashboard}: {found.panel}") for found in ASKED]
+# How much a total grew in a time, whatever it began with.
+GAIN = re.compile(r"\(max_over_time\((\w+{[^}]*}\[[^]]*\])\) - min_over_time\(\1\)\)")
 each_dashboard = pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
 each_panel = pytest.mark.parametrize("panel", FRAMED)
 each_query = pytest.mark.parametrize("query", QUERIES)
@@ -83,7 +85,7 @@ def test_all_that_is_asked_is_asked_of_the_chosen_datasource(panel: dict[str, An
 @each_query
 def test_windows_are_those_that_grafana_knows(query: str) -> None:
     assert set(re.findall(r"\[(.*?)\]", query)) <= {"$__rate_interval", "$__range"}
-    functions = len(re.findall(r"\b(?:rate|increase)\(", query))
+    functions = len(re.findall(r"\b(?:rate|increase|max_over_time|min_over_time)\(", query))
     assert query.count("[") == functions
     assert query.count("_bucket{") <= functions
 
@@ -102,9 +104,10 @@ def test_views_of_one_store_are_not_added_up(exported: list[str]) -> None:
         if "model=" in labels or "project=" in labels:
             together = "provider, model" if "model=" in labels else "project"
             named = r"[^}]*}(\[[^]]*\]\))? \* on \(job, instance\) group_left \(store\) savings_store_info{"
-            once = rf"max by \(store, {together}\) \((rate\(|increase\()?{name}{{{named}"
+            once = rf"max by \(store, {together}\) \((rate\(|gain\()?{name}{{{named}"
             for found in ASKED:
-                assert len(re.findall(rf"\b{name}{{", found.query)) == len(re.findall(once, found.query)), found
+                query = GAIN.sub(r"gain(\1)", found.query)
+                assert len(re.findall(rf"\b{name}{{", query)) == len(re.findall(once, query)), found
 
 
 def test_every_family_is_on_a_panel_and_every_panel_asks_for_families_that_there_are(exported: list[str]) -> None:
