@@ -308,3 +308,11 @@ def test_a_record_that_cannot_be_saved_is_a_failure_that_says_why(
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     assert "fsync_file failed: Input/output error (EIO)" in said.err
+
+
+def test_a_service_does_not_let_its_failures_be_hidden_in_a_multiprocess_directory(
+    store_path: Path, tmp_path: Path
+) -> None:
+    refused = run_cli("serve", "--store", str(store_path), env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)})
+    assert refused.returncode == 2
+    assert "unset it for savings-exporter serve" in refused.stderr
