@@ -1,0 +1,47 @@
+"""Observers are told of operations when these have ended: metrics and traces are two of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+from savings_exporter.storage.operation import Operation
+
+logger = logging.getLogger(__name__)
+
+Subject = TypeVar("Subject")
+
+
+class Observer(Protocol):
+    """Is told of operations."""
+
+    def ended(self, operation: Operation) -> None:
+        """An operation has ended; it and its steps are complete."""
+
+    def recovered(self, kind: str) -> None:
+        """Opening the store repaired something: ``torn_tail``, ``previous_document`` or ``corrupt_document``."""
+
+
+class Observers:
+    """Several observers as one, told in this order. An exception of one is logged and does not reach the store."""
+
+    def __init__(self, observers: Sequence[Observer] = ()) -> None:
+        self._observers = tuple(observers)
+
+    def ended(self, operation: Operation) -> None:
+        """Tell each observer."""
+        for observer in self._observers:
+            _guarded(observer.ended, operation)
+
+    def recovered(self, kind: str) -> None:
+        """Tell each observer."""
+        for observer in self._observers:
+            _guarded(observer.recovered, kind)
+
+
+def _guarded(tell: Callable[[Subject], None], subject: Subject) -> None:
+    try:
+        tell(subject)
+    except Exception:
+        logger.exception("an observer of the store failed; the store is not affected")
