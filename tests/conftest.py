@@ -17,7 +17,10 @@ from pathlib import Path
 import pytest
 
 from savings_exporter import SavingsTracker
-from support import HEADROOM_PYTHON, can_make_user_namespaces, can_mount, can_mount_fuse
+from tests.support.faults import Faults
+from tests.support.mounts import can_make_user_namespaces, can_mount, can_mount_fuse
+from tests.support.paths import HEADROOM_PYTHON
+from tests.support.spans import Traced
 
 _LEFT_OUT = pytest.StashKey[dict[str, list[str]]]()
 
@@ -92,3 +95,19 @@ def tracker(store_path: Path) -> Iterator[SavingsTracker]:
     """A tracker on a new store."""
     with SavingsTracker(store_path) as tracker:
         yield tracker
+
+
+@pytest.fixture
+def traced(store_path: Path) -> Iterator[Traced]:
+    """A tracker on a new store, whose spans are kept."""
+    traced = Traced(store_path)
+    yield traced
+    traced.tracker.close()
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """Makes steps fail and hang; at the end none does."""
+    faults = Faults(monkeypatch)
+    yield faults
+    faults.mend()

@@ -7,8 +7,8 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from crash.lab import LONG, RESULTS, Figures
-from support import ROOT
+from tests.crash.lab import LONG, RESULTS, Figures
+from tests.support.paths import ROOT
 
 RESULTS_FILE = ROOT / "build" / "crash-lab.json"
 

@@ -22,12 +22,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
-from crash import writers
-from crash.ledger import Account, size_of
 from savings_exporter import SavingsTracker, Snapshot, StoreError
 from savings_exporter.telemetry.metrics import SavingsCollector
 from savings_exporter.totals import Totals
-from support import eventually, run_cli, samples
+from tests.crash import writers
+from tests.crash.ledger import Account, size_of
+from tests.support.scrape import samples
+from tests.support.service import run_cli
+from tests.support.wait import eventually
 
 LONG = os.environ.get("CRASH_LAB") == "long"
 
@@ -43,7 +45,7 @@ _DONT_FLUSH_THE_LOG = struct.pack("I", 2)
 
 # Processes are forked from one that has imported the package already and has no threads.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["crash.writers", "savings_exporter"])
+_processes.set_forkserver_preload(["tests.crash.writers", "savings_exporter"])
 
 
 class LostError(AssertionError):

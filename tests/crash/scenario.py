@@ -12,9 +12,9 @@ import sys
 from itertools import count
 from pathlib import Path
 
-from crash.ledger import Ledger
-from crash.writers import batch_of, key
 from savings_exporter import SavingsTracker, StoreError
+from tests.crash.ledger import Ledger
+from tests.crash.writers import batch_of, key
 
 REFUSED = 3
 

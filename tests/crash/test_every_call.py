@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import pytest
 
-from crash import scenario
-from crash.lab import LONG, Figures, Lab, reported
-from support import ROOT, WAIT_SECONDS
+from tests.crash import scenario
+from tests.crash.lab import LONG, Figures, Lab, reported
+from tests.support.paths import ROOT
+from tests.support.wait import WAIT_SECONDS
 
 pytestmark = pytest.mark.needs("linux", "strace")
 
@@ -129,7 +130,8 @@ def run_scenario(prepared: Path, directory: Path, options: list[str]) -> Run:
     shutil.copytree(prepared, directory)
     log = directory / "strace.log"
     command = ["strace", "-f", "-e", f"trace={','.join(CALLS)}", *options, "-o", str(log)]
-    command += [sys.executable, scenario.__file__, str(directory / "store" / DOCUMENT), str(directory / "outside")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    arguments = [directory / "store" / DOCUMENT, directory / "outside"]
+    command += [sys.executable, "-m", scenario.__name__, *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, timeout=2 * WAIT_SECONDS, check=False)
     return Run(directory, done.returncode, done.stderr, log.read_text())

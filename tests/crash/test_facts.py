@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from crash.lab import FILESYSTEMS, Disk, ThinDisk, drop_caches, mounted, pooled
+from tests.crash.lab import FILESYSTEMS, Disk, ThinDisk, drop_caches, mounted, pooled
 
 pytestmark = pytest.mark.needs("linux", "root", "mount", "xfsprogs", "e2fsprogs")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from crash.lab import Lab, reported, rounds
-from support import WAIT_SECONDS
+from tests.crash.lab import Lab, reported, rounds
+from tests.support.wait import WAIT_SECONDS
 
 pytestmark = pytest.mark.needs("linux")
 

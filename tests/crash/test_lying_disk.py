@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from crash.lab import (
+from tests.crash.lab import (
     FILESYSTEMS,
     Disk,
     Lab,
@@ -19,7 +19,7 @@ from crash.lab import (
     reported,
     rounds,
 )
-from support import eventually
+from tests.support.wait import eventually
 
 pytestmark = pytest.mark.needs("linux", "root", "mount", "xfsprogs", "e2fsprogs")
 

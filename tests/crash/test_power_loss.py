@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from crash.lab import FILESYSTEMS, Disk, Lab, LostError, mounted, reported, rounds
 from savings_exporter import SavingsRecord, SavingsTracker
 from savings_exporter.errors import CorruptStoreError
+from tests.crash.lab import FILESYSTEMS, Disk, Lab, LostError, mounted, reported, rounds
 
 pytestmark = pytest.mark.needs("linux", "root", "mount", "xfsprogs", "e2fsprogs")
 

@@ -15,9 +15,9 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from crash.ledger import Ledger, Stream, size_of
 from savings_exporter import SavingsRecord, SavingsTracker, StoreError
 from savings_exporter.storage import filesystem
+from tests.crash.ledger import Ledger, Stream, size_of
 
 BATCHES = (1, 200, 1, 3, 1, 1000, 1, 6000, 1, 30_000)
 """Records a batch, in turn: large ones, so that whatever the engine fills with records is filled soon, small ones that

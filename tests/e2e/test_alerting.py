@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 
-from crash.lab import Disk, mounted
-from dashboards import DASHBOARDS, panel_queries
-from pack import alertmanager, fetched, listening, prometheus
 from savings_exporter.service.drill import KINDS
-from support import eventually, failing_directory_fsync, free_port, run_cli, running
+from tests.crash.lab import Disk, mounted
+from tests.support.faults import failing_directory_fsync
+from tests.support.grafana import DASHBOARDS, panel_queries
+from tests.support.pack import alertmanager, fetched, listening, prometheus
+from tests.support.service import free_port, run_cli, running
+from tests.support.wait import eventually
 
 pytestmark = pytest.mark.needs("prometheus", "alertmanager")
 

@@ -24,22 +24,11 @@ import jsonschema
 import pytest
 import yaml
 
-from pack import (
-    COMPOSE,
-    DASHBOARDS,
-    SERVICES,
-    alertmanager,
-    dockerfile,
-    edit,
-    exporter,
-    fetched,
-    healthcheck,
-    laid_out,
-    listening,
-    mounts,
-    started,
-)
-from support import DATA, ROOT, WAIT_SECONDS, eventually, free_port, running
+from tests.support.compose import COMPOSE, DASHBOARDS, SERVICES, dockerfile, edit, healthcheck, laid_out, mounts
+from tests.support.pack import alertmanager, exporter, fetched, listening, started
+from tests.support.paths import DATA, ROOT
+from tests.support.service import free_port, running
+from tests.support.wait import WAIT_SECONDS, eventually
 
 PINNED = re.compile(r"[a-z]+(/[a-z]+)?:v?\d+\.\d+\.\d+(-[a-z-]+)?")
 

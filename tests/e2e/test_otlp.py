@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from support import Service, failing_directory_fsync, free_port, running
+from tests.support.faults import failing_directory_fsync
+from tests.support.service import Service, free_port, running
 
 pytestmark = pytest.mark.needs("oteltap")
 

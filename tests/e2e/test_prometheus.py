@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from support import Service, eventually, free_port, running
+from tests.support.service import Service, free_port, running
+from tests.support.wait import eventually
 
 pytestmark = pytest.mark.needs("prometheus")
 

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from savings_exporter.service.drill import KINDS
-from support import ROOT, Service, running
+from tests.support.paths import ROOT
+from tests.support.service import Service, running
 
 pytestmark = pytest.mark.needs("prometheus")
 

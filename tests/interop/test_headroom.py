@@ -12,7 +12,8 @@ import pytest
 
 from savings_exporter import SavingsTracker, Snapshot
 from savings_exporter.totals import AMOUNTS, COUNTS, Totals
-from support import DATA, HEADROOM_PYTHON, WAIT_SECONDS
+from tests.support.paths import DATA, HEADROOM_PYTHON
+from tests.support.wait import WAIT_SECONDS
 
 pytestmark = pytest.mark.needs("headroom")
 

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from savings_exporter import SavingsTracker, cli
-from support import DATA, Faults, run_cli, running
+from tests.support.faults import Faults
+from tests.support.paths import DATA
+from tests.support.service import run_cli, running
 
 HEADROOM = DATA / "headroom" / "v6-latest" / "proxy_savings.json"
 

@@ -17,7 +17,10 @@ import pytest
 from savings_exporter import cli, doctor
 from savings_exporter.storage import filesystem
 from savings_exporter.storage.filesystem import FilesystemType
-from support import WAIT_SECONDS, Faults, eventually, mounted, run_cli
+from tests.support.faults import Faults
+from tests.support.mounts import mounted
+from tests.support.service import run_cli
+from tests.support.wait import WAIT_SECONDS, eventually
 
 STEPS = ["write", "fsync_file", "replace", "fsync_dir", "append", "fsync_journal", "append_and_fsync_growing_file"]
 

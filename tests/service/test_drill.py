@@ -22,7 +22,9 @@ from savings_exporter.service.drill import KINDS, DrillError, Drills, taking_dri
 from savings_exporter.storage import filesystem
 from savings_exporter.storage.steps import FSYNC_DIR, SAVE, Operation
 from savings_exporter.telemetry.metrics import DRILLS, SavingsCollector, StoreMetrics
-from support import WAIT_SECONDS, eventually, run_cli, running, samples
+from tests.support.scrape import samples
+from tests.support.service import run_cli, running
+from tests.support.wait import WAIT_SECONDS, eventually
 
 SAVING: dict[str, Any] = {"model": "m", "tokens_saved": 7}
 

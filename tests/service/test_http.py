@@ -19,7 +19,9 @@ from savings_exporter import SavingsTracker
 from savings_exporter.service import app
 from savings_exporter.service.app import Service as Application
 from savings_exporter.telemetry.metrics import SavingsCollector
-from support import Service, eventually, failing_directory_fsync, run_cli, running
+from tests.support.faults import failing_directory_fsync
+from tests.support.service import Service, run_cli, running
+from tests.support.wait import eventually
 
 RECORD = {"model": "claude-sonnet-4-5", "tokens_saved": 4096}
 

@@ -10,7 +10,9 @@ import pytest
 
 from savings_exporter import StoreError
 from savings_exporter.headroom import WatchedFile
-from support import DATA, parsed, running
+from tests.support.paths import DATA
+from tests.support.scrape import parsed
+from tests.support.service import running
 
 OLDER = DATA / "headroom" / "v5" / "proxy_savings.json"
 NEWER = DATA / "headroom" / "v6-latest" / "proxy_savings.json"

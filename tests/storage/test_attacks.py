@@ -20,14 +20,10 @@ from savings_exporter.errors import StoreError
 from savings_exporter.storage import filesystem
 from savings_exporter.storage.repair import repair
 from savings_exporter.storage.steps import Observers
-from support import WAIT_SECONDS, Faults
+from tests.support.faults import Faults
+from tests.support.wait import WAIT_SECONDS
 
 ONE: dict[str, Any] = {"model": "m", "tokens_saved": 1}
-
-
-@pytest.fixture
-def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
-    return Faults(monkeypatch)
 
 
 def reopened(path: Path) -> int:

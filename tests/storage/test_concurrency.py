@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,14 +15,9 @@ import pytest
 
 from savings_exporter import Receipt, SavingsRecord, SavingsTracker
 from savings_exporter.telemetry.metrics import SavingsCollector
-from support import Faults, eventually, samples
-
-
-@pytest.fixture
-def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    faults = Faults(monkeypatch)
-    yield faults
-    faults.mend()
+from tests.support.faults import Faults
+from tests.support.scrape import samples
+from tests.support.wait import eventually
 
 
 def test_a_new_process_reads_what_was_recorded(tracker: SavingsTracker, store_path: Path) -> None:

@@ -21,7 +21,8 @@ from savings_exporter.storage.recovery import previous_path
 from savings_exporter.storage.repair import inspect, repair
 from savings_exporter.storage.steps import Observers
 from savings_exporter.telemetry.metrics import SavingsCollector
-from support import DATA, samples
+from tests.support.paths import DATA
+from tests.support.scrape import samples
 
 DOCUMENT = "proxy_savings.json"
 PREVIOUS = "proxy_savings.json.previous"

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from savings_exporter import SavingsTracker, StoreError
-from support import DATA, mounted, run_cli
+from tests.support.mounts import mounted
+from tests.support.paths import DATA
+from tests.support.service import run_cli
 
 
 @pytest.fixture

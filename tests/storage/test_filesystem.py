@@ -16,7 +16,7 @@ import pytest
 
 from savings_exporter.storage import filesystem
 from savings_exporter.storage.filesystem import FilesystemType, Mount
-from support import mounted
+from tests.support.mounts import mounted
 
 _FUSE_INIT, _FUSE_STATFS = 26, 17
 

@@ -12,31 +12,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
 from savings_exporter import SavingsRecord, SavingsTracker, StoreError
 from savings_exporter.storage import filesystem, journal
 from savings_exporter.telemetry.metrics import SavingsCollector
-from support import ERRNOS, WAIT_SECONDS, Faults, eventually, samples
+from tests.support.faults import ERRNOS, Faults
+from tests.support.scrape import samples
+from tests.support.spans import Traced
+from tests.support.wait import WAIT_SECONDS, eventually
 
 SAVED: dict[str, Any] = {"model": "claude-sonnet-4-5", "provider": "anthropic", "tokens_saved": 4096}
 COMMIT_STEPS = ("append", "fsync_journal")
-
-
-@pytest.fixture
-def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    faults = Faults(monkeypatch)
-    yield faults
-    faults.mend()
 
 
 @pytest.fixture
@@ -261,32 +254,11 @@ def test_a_key_that_is_none_is_refused_by_its_name(tracker: SavingsTracker, key:
     assert tracker.snapshot().pending_records == 0
 
 
-class Traced:
-    """A tracker whose spans are kept."""
-
-    def __init__(self, path: Path) -> None:
-        self._exporter = InMemorySpanExporter()
-        self.provider = TracerProvider()
-        self.provider.add_span_processor(SimpleSpanProcessor(self._exporter))
-        self.tracker = SavingsTracker(path, tracer_provider=self.provider)
-
-    def commits(self) -> list[tuple[ReadableSpan, list[ReadableSpan]]]:
-        """Each commit's span with its children, in the order of their beginning."""
-        self.tracker.flush()
-        spans = sorted(self._exporter.get_finished_spans(), key=lambda span: span.start_time or 0)
-        return [
-            (commit, [span for span in spans if span.parent and span.parent.span_id == commit.context.span_id])
-            for commit in spans
-            if commit.name == "savings.commit"
-        ]
-
-
 @pytest.fixture
-def traced(store_path: Path) -> Iterator[Traced]:
-    traced = Traced(store_path)
+def traced(traced: Traced) -> Traced:
+    """A tracker whose spans are kept, and whose next record is a commit."""
     assert traced.tracker.record_request(**SAVED).durable
-    yield traced
-    traced.tracker.close()
+    return traced
 
 
 def test_a_commit_is_a_span_with_its_steps_below_the_span_that_led_it(traced: Traced) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from savings_exporter import SavingsTracker
-from support import WAIT_SECONDS, eventually, free_port, parsed
+from tests.support.scrape import parsed
+from tests.support.service import free_port
+from tests.support.wait import WAIT_SECONDS, eventually
 
 
 def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

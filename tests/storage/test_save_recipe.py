@@ -8,62 +8,23 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import StatusCode
 
 from savings_exporter import SavingsTracker
 from savings_exporter.storage import filesystem
 from savings_exporter.telemetry.metrics import SavingsCollector
-from support import ERRNOS, Faults, eventually, samples
+from tests.support.faults import ERRNOS, Faults
+from tests.support.scrape import samples
+from tests.support.spans import Traced
+from tests.support.wait import eventually
 
 STEPS = ("write", "fsync_file", "replace", "fsync_dir")
 SAVED: dict[str, Any] = {"model": "claude-sonnet-4-5", "provider": "anthropic", "tokens_saved": 4096}
-
-
-class Traced:
-    """A tracker whose spans are kept."""
-
-    def __init__(self, path: Path) -> None:
-        self._exporter = InMemorySpanExporter()
-        provider = TracerProvider()
-        provider.add_span_processor(SimpleSpanProcessor(self._exporter))
-        self.tracker = SavingsTracker(path, tracer_provider=provider)
-
-    def saves(self) -> list[tuple[ReadableSpan, list[ReadableSpan]]]:
-        """Each save's span with its children, in the order of their beginning."""
-        spans = self._exporter.get_finished_spans()
-        return [
-            (save, sorted((s for s in spans if s.parent and s.parent.span_id == save.context.span_id), key=_begun))
-            for save in sorted((s for s in spans if s.name == "savings.save"), key=_begun)
-        ]
-
-    def samples(self) -> dict[str, float]:
-        return samples(SavingsCollector(self.tracker))
-
-
-def _begun(span: ReadableSpan) -> int:
-    return span.start_time or 0
-
-
-@pytest.fixture
-def traced(store_path: Path) -> Iterator[Traced]:
-    traced = Traced(store_path)
-    yield traced
-    traced.tracker.close()
-
-
-@pytest.fixture
-def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    faults = Faults(monkeypatch)
-    yield faults
-    faults.mend()
 
 
 def synced_and_renamed(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:

@@ -11,7 +11,8 @@ from types import FrameType
 import pytest
 
 from savings_exporter import SavingsTracker, cli
-from support import Faults, eventually
+from tests.support.faults import Faults
+from tests.support.wait import eventually
 
 
 def obey(faults: Faults) -> None:

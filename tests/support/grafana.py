@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from support import ROOT
+from tests.support.paths import ROOT
 
 DASHBOARDS = tuple(ROOT / "dashboards" / "grafana" / f"{name}.json" for name in ("savings", "durability"))
 

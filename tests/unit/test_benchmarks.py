@@ -17,7 +17,8 @@ from benchmarks.peers import make_database, sqlite, sqlite_many
 from benchmarks.workload import REQUESTS
 from benchmarks.works import WORKS
 from savings_exporter import SavingsRecord, SavingsTracker
-from support import ROOT, WAIT_SECONDS
+from tests.support.paths import ROOT
+from tests.support.wait import WAIT_SECONDS
 
 
 @pytest.mark.parametrize("work", ["one-thread-sqlite", "processes", "batches", "tracing", "scrape"])

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from dashboards import DASHBOARDS, panel_queries, panels
 from savings_exporter import SavingsTracker
 from savings_exporter.telemetry.metrics import SavingsCollector
-from support import ROOT, samples
+from tests.support.grafana import DASHBOARDS, panel_queries, panels
+from tests.support.paths import ROOT
+from tests.support.scrape import samples
 
 FRAMED = [
     pytest.param(panel, id=f"{path.stem}: {panel['title']}")
@@ -40,7 +41,8 @@ def exported(tracker: SavingsTracker) -> list[str]:
 # The newer kind of dashboard is for Grafana 12 and later only.
 @pytest.mark.filterwarnings("ignore:Prefer using dashboardv2:DeprecationWarning")
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="grafana-foundation-sdk needs Python 3.11")
-def test_the_files_are_what_build_py_builds() -> None:
+def test_the_files_are_what_build_py_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "dashboards" / "grafana")
     from build import built
 
     for path, text in built().items():

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from savings_exporter import NewerSchemaError, SavingsRecord, SavingsTracker, StoreError
 from savings_exporter.documents import Document, decode, encode
 from savings_exporter.totals import AMOUNTS, COUNTS, Ledger, Totals, total_of
-from support import DATA
+from tests.support.paths import DATA
 
 HEADROOM_FILES = sorted((DATA / "headroom").glob("*/proxy_savings.json"))
 NUMBERS = {*COUNTS, *AMOUNTS, "savings_percent", "headline_tokens_saved"}

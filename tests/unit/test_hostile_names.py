@@ -12,7 +12,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from savings_exporter import SavingsRecord, SavingsTracker
 from savings_exporter.telemetry.metrics import SavingsCollector
 from savings_exporter.totals import OTHER, OTHER_PAIR, Delta, Ledger, Limits, total_of
-from support import WAIT_SECONDS, Faults, parsed
+from tests.support.faults import Faults
+from tests.support.scrape import parsed
+from tests.support.wait import WAIT_SECONDS
 
 LIMIT = 50
 DIFFERENT = 10_000

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from support import ROOT, WAIT_SECONDS
+from tests.support.paths import ROOT
+from tests.support.wait import WAIT_SECONDS
 
 
 @pytest.fixture(scope="module")

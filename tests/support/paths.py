@@ -1,0 +1,9 @@
+"""Where things are in a checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests" / "data"
+HEADROOM_PYTHON = ROOT / ".venv-headroom" / "bin" / "python"

@@ -1,0 +1,125 @@
+"""The command line tool, run to its end or as a service that answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tests.support.paths import ROOT
+from tests.support.scrape import parsed
+from tests.support.wait import WAIT_SECONDS
+
+
+def run_cli(*arguments: str, env: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line tool to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "savings_exporter", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_SECONDS * 2,
+        env={**os.environ, **(env or {})},
+        **options,
+    )
+
+
+class Service:
+    """A running ``savings-exporter`` process that answers at ``url``."""
+
+    def __init__(self, process: subprocess.Popen[str], first_line: str, url: str) -> None:
+        self.process = process
+        self.first_line = first_line
+        self.url = url
+
+    def tell(self, command: str) -> None:
+        """Give a command to ``tests.support.faulty``, and wait until it is carried out."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(command)
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "done\n"
+
+    def get(self, path: str, headers: dict[str, str] | None = None) -> tuple[int, str]:
+        """GET a path: status and body."""
+        return self._answer(urllib.request.Request(self.url + path, headers=headers or {}))
+
+    def post(
+        self, body: Any, path: str = "/v1/savings", headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """POST an object (or bytes) as JSON: status and the answer's object."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        status, text = self._answer(
+            urllib.request.Request(
+                self.url + path, data=data, headers={"Content-Type": "application/json", **(headers or {})}
+            )
+        )
+        return status, json.loads(text)
+
+    def metrics(self) -> dict[str, float]:
+        """One scrape."""
+        status, text = self.get("/metrics")
+        assert status == 200, text
+        return parsed(text)
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+        """Send a signal and wait for the end: exit status and what was printed."""
+        self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=WAIT_SECONDS)
+        return self.process.returncode, out, err
+
+    def _answer(self, request: urllib.request.Request) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(request, timeout=WAIT_SECONDS) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+
+@contextmanager
+def running(
+    *arguments: str, env: dict[str, str] | None = None, address: str = "127.0.0.1:0", faulty: bool = False
+) -> Iterator[Service]:
+    """A ``savings-exporter`` command, by default on a free port of the loopback, killed at the end if it still runs.
+
+    With ``faulty`` its disk fails and hangs as it is told.
+    """
+    module = "tests.support.faulty" if faulty else "savings_exporter"
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments, "--web.listen-address", address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        if found is None:
+            process.kill()
+            out, err = process.communicate()
+            raise AssertionError(f"the service did not start: {line}{out}{err}")
+        yield Service(process, line, found[0])
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,20 @@
+"""Waiting for what must come."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+WAIT_SECONDS = 30.0
+"""How long a test waits for what must come; never how long it takes."""
+
+
+def eventually(condition: Callable[[], Any], what: str) -> Any:
+    """Poll until the condition holds, and give its value; fail with what was waited for."""
+    pause = threading.Event()
+    for _ in range(int(WAIT_SECONDS / 0.02)):
+        if value := condition():
+            return value
+        pause.wait(0.02)
+    raise AssertionError(f"waited {WAIT_SECONDS:.0f} s in vain for {what}")
