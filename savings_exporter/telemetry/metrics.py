@@ -1,58 +1,67 @@
-"""Prometheus metrics: the store's totals, read at each scrape, and what happened to each save."""
+"""Prometheus metrics: what a store holds and what happened to it, read at each scrape.
+
+Nothing here counts. Totals and operation counters are the store's, so all families are the same from whichever process
+they are scraped, and go on across restarts; gauges of what is pending, of health and of drills are the process's own.
+"""
 
 from __future__ import annotations
 
 import errno
 import platform
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from importlib.metadata import version
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
-from opentelemetry import trace
-from prometheus_client import Counter, Gauge, Histogram, values
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
-from prometheus_client.registry import Collector
-
-from savings_exporter.records import UNKNOWN
-from savings_exporter.storage.steps import (
-    COMMIT,
-    COMMIT_STEPS,
-    FSYNC_DIR,
-    FSYNC_TARGETS,
-    PREPARE,
-    ROTATE,
-    SAVE,
-    SAVE_STEPS,
-    Operation,
-    Step,
-    error_symbol,
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
 )
-from savings_exporter.totals import Totals
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
+
+from savings_exporter.model.names import UNKNOWN
+from savings_exporter.model.operations import OperationCounts
+from savings_exporter.storage.operation import COMMIT_STEPS, FSYNC_TARGETS, PREPARE, SAVE_STEPS
+from savings_exporter.telemetry.counters import (
+    COMMIT_FAILURES,
+    COMMIT_RECORDS,
+    COMMIT_SECONDS,
+    DIR_FSYNC_SUCCESS,
+    DIR_FSYNC_SUPPORTED,
+    FSYNC_FAILURES,
+    LATENCY_BOUNDS,
+    RECORDS_BOUNDS,
+    RECOVERIES,
+    SAVE_FAILURES,
+    SAVE_SECONDS,
+    SAVE_STEP_SECONDS,
+    SUM,
+    OperationCounters,
+    bound_text,
+    flat_name,
+)
 
 if TYPE_CHECKING:
-    from savings_exporter.tracker import Health, Snapshot
+    from savings_exporter.model.snapshot import Health, Snapshot
+    from savings_exporter.model.totals import Totals
 
-# From a fast NVMe's fsync to a disk that hangs, in seconds.
-_LATENCY_BUCKETS = (
-    *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01),
-    *(0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
-)
+DRILLS = ("dir-fsync", "file-fsync", "journal-fsync", "save-latency")
+"""What a drill can simulate."""
 
-# What disks say; other errors get a series when they first happen.
+# The errors that disks and file systems give; others get a series when they first happen.
 _LIKELY_ERRORS = tuple(
     errno.errorcode[number] for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 )
-# What another process or another program causes.
+# Also what another process or another program causes.
 _PREPARE_ERRORS = (*_LIKELY_ERRORS, *(errno.errorcode[number] for number in (errno.EAGAIN, errno.ESTALE)))
-_RECOVERIES = ("corrupt_document", "previous_document", "torn_tail")
-
-DRILLS = ("dir-fsync", "file-fsync", "journal-fsync", "save-latency")
-"""What a fire drill can pretend."""
-
-_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
-
-# Prometheus's own multiprocess mode keeps instruments in files that its collector adds up.
-_IS_MULTIPROCESS = bool(getattr(values.ValueClass, "_multiprocess", False))
+_RECOVERY_KINDS = ("corrupt_document", "previous_document", "torn_tail")
 
 _MODEL_COUNTERS = {
     "tokens_saved": ("tokens_saved", "Tokens that compression saved, over the store's lifetime."),
@@ -64,12 +73,16 @@ _MODEL_COUNTERS = {
 }
 _MODEL_GAUGES = {
     "cost_saved_usd": ("compression_savings_usd", "US dollars saved, over the store's lifetime; can be negative."),
+    "cache_cost_saved_usd": ("cache_savings_usd", "US dollars that prompt caches saved, over the store's lifetime."),
     "input_cost_usd": ("total_input_cost_usd", "US dollars paid for input, over the store's lifetime."),
 }
-_PROJECT_COUNTERS = {
-    "project_tokens_saved": ("tokens_saved", "Tokens that compression saved for a project."),
-    "project_requests": ("requests", "Requests recorded for a project."),
+_NAMED_COUNTERS = {
+    "tokens_saved": ("tokens_saved", "Tokens that compression saved for {}, over the store's lifetime."),
+    "requests": ("requests", "Requests recorded for {}, over the store's lifetime."),
 }
+
+Labels = tuple[str, ...]
+Bucket = tuple[str, float] | tuple[str, float, Exemplar]
 
 
 class Source(Protocol):
@@ -83,11 +96,11 @@ class Source(Protocol):
 
 
 class TrackedSource(Source, Protocol):
-    """A source that saves."""
+    """A source that saves. Its snapshot holds what ``counters`` had counted when it was taken."""
 
     @property
-    def store_metrics(self) -> StoreMetrics:
-        """What happened to its commits and saves."""
+    def counters(self) -> OperationCounters:
+        """The operation counters of this process."""
 
 
 class SavingsCollector(Collector):
@@ -95,22 +108,21 @@ class SavingsCollector(Collector):
 
         REGISTRY.register(SavingsCollector(tracker))
 
-    Lifetime counters come from the store at each scrape, so they go on across restarts and show what every process
-    recorded. They only count what is durable.
-
-    In prometheus-client's multiprocess mode (``PROMETHEUS_MULTIPROC_DIR``) the registry needs a
-    ``MultiProcessCollector`` beside this one, as for any other metric: that adds up the histograms and failure counters
-    of all processes.
+    Lifetime counters and operation counters come from the store at each scrape: they are the sum over all processes
+    that record in it and go on across restarts. They count only what is durable, and carry no creation time.
     """
 
     def __init__(self, tracker: TrackedSource) -> None:
         self._tracker = tracker
 
     def collect(self) -> Iterator[Metric]:
-        """All families of the store and of its saves."""
-        yield from totals_families(self._tracker)
-        if not _IS_MULTIPROCESS:
-            yield from self._tracker.store_metrics.collect()
+        """All families of the store and of its operations."""
+        counters = self._tracker.counters
+        exemplars = counters.exemplars()
+        snapshot, health = self._tracker.snapshot(), self._tracker.health()
+        yield from totals_families(snapshot, health)
+        yield from operation_families(snapshot.operations, exemplars)
+        yield from _process_families(snapshot.operations, counters)
 
 
 class WatchCollector(Collector):
@@ -121,197 +133,178 @@ class WatchCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The families of the totals."""
-        yield from totals_families(self._watched)
+        yield from totals_families(self._watched.snapshot(), self._watched.health())
 
 
-class StoreMetrics:
-    """Observes a store and counts what happens to its commits and saves."""
-
-    def __init__(self) -> None:
-        self._saves = Counter("savings_saves", "Saves of the document that were tried.", registry=None)
-        self._save_failures = Counter(
-            "savings_save_failures",
-            "Saves of the document that failed, by the step and the error (an errno's symbol).",
-            ["step", "error"],
-            registry=None,
-        )
-        self._save_duration = _latency("savings_save_duration_seconds", "How long a whole save of the document took.")
-        self._step_duration = _latency(
-            "savings_save_step_duration_seconds", "How long one step of a save took.", ["step"]
-        )
-        self._commits = Counter("savings_commits", "Commits to the journal that were tried.", registry=None)
-        self._commit_failures = Counter(
-            "savings_commit_failures",
-            "Commits to the journal that failed, by the step and the error (an errno's symbol).",
-            ["step", "error"],
-            registry=None,
-        )
-        self._commit_duration = _latency(
-            "savings_commit_duration_seconds",
-            "How long one commit to the journal took, other processes' turns included.",
-        )
-        self._commit_records = Histogram(
-            "savings_commit_records", "How many records one commit carried.", buckets=_BATCH_BUCKETS, registry=None
-        )
-        self._fsync_failures = Counter(
-            "savings_fsync_failures", "Syncs that failed, by what was synced.", ["target"], registry=None
-        )
-        self._dir_fsync_supported = Gauge(
-            "savings_dir_fsync_supported",
-            "Whether the store's filesystem has directory fsync: 0 means that a save can vanish in a power loss.",
-            registry=None,
-            multiprocess_mode="mostrecent",
-        )
-        self._last_dir_fsync = Gauge(
-            "savings_last_dir_fsync_success",
-            "Whether the last directory fsync did not fail.",
-            registry=None,
-            multiprocess_mode="mostrecent",
-        )
-        self._recoveries = Counter(
-            "savings_recoveries", "Damage that was mended when the store was opened, by kind.", ["kind"], registry=None
-        )
-        self._drill_active = Gauge(
-            "savings_drill_active",
-            "Whether a fire drill pretends now that this fails: then failures are told that did not happen.",
-            ["drill"],
-            registry=None,
-            multiprocess_mode="livemax",
-        )
-        # A series that first appears at 1 has no increase(), so all that can be known are there at 0.
-        for failures, steps in (
-            (self._save_failures, (PREPARE, *SAVE_STEPS)),
-            (self._commit_failures, (PREPARE, ROTATE, *COMMIT_STEPS)),
-        ):
-            for step in steps:
-                for error in _PREPARE_ERRORS if step == PREPARE else _LIKELY_ERRORS:
-                    failures.labels(step, error)
-        for step in SAVE_STEPS:
-            self._step_duration.labels(step)
-        for target in FSYNC_TARGETS:
-            self._fsync_failures.labels(target)
-        for kind in _RECOVERIES:
-            self._recoveries.labels(kind)
-        for drill in DRILLS:
-            self._drill_active.labels(drill)
-        self._dir_fsync_supported.set(1)
-        self._last_dir_fsync.set(1)
-        # What a drill said of it is over with the drill.
-        self._is_dir_fsync_well = True
-        self._is_drilling = False
-
-    def ended(self, operation: Operation) -> None:
-        """Count it and its steps. Observations carry their trace as an exemplar."""
-        for step in operation.steps:
-            self._count_step(step, operation)
-        if operation.name == COMMIT:
-            # One that found its records counted already, or went by the document instead, committed nothing.
-            if operation.records or operation.error is not None:
-                self._count_commit(operation)
-        elif operation.name == SAVE:
-            self._saves.inc()
-            self._save_duration.observe(operation.duration, _exemplar(operation))
-            if operation.error is not None:
-                self._save_failures.labels(operation.failed_step or PREPARE, error_symbol(operation.error)).inc()
-
-    def recovered(self, kind: str) -> None:
-        """Count it."""
-        self._recoveries.labels(kind).inc()
-
-    def drilling(self, drill: str, *, active: bool) -> None:
-        """Say that a fire drill has begun or ended."""
-        self._drill_active.labels(drill).set(active)
-        self._is_drilling = active
-        if not active:
-            self._forget_drills()
-
-    def collect(self) -> Iterator[Metric]:
-        """All families of commits and saves."""
-        instruments: tuple[Collector, ...] = (
-            *(self._commits, self._commit_failures, self._commit_duration, self._commit_records),
-            *(self._saves, self._save_failures, self._save_duration, self._step_duration),
-            *(self._fsync_failures, self._dir_fsync_supported, self._last_dir_fsync, self._recoveries),
-            self._drill_active,
-        )
-        for instrument in instruments:
-            yield from instrument.collect()
-
-    def _count_commit(self, operation: Operation) -> None:
-        self._commits.inc()
-        self._commit_duration.observe(operation.duration, _exemplar(operation))
-        if operation.error is None:
-            self._commit_records.observe(operation.records)
-        else:
-            self._commit_failures.labels(operation.failed_step or PREPARE, error_symbol(operation.error)).inc()
-
-    def _count_step(self, step: Step, operation: Operation) -> None:
-        if operation.name == SAVE:
-            self._step_duration.labels(step.name).observe(step.duration, _exemplar(step))
-        if step.outcome == "failed" and step.fsync_target is not None:
-            self._fsync_failures.labels(step.fsync_target).inc()
-        if step.name == FSYNC_DIR:
-            if not step.is_drill:
-                self._is_dir_fsync_well = step.outcome != "failed"
-            self._last_dir_fsync.set(step.outcome != "failed")
-            if step.is_drill and not self._is_drilling:
-                self._forget_drills()
-            if step.outcome != "failed":
-                self._dir_fsync_supported.set(step.outcome == "ok")
-
-    def _forget_drills(self) -> None:
-        # A real result may come meanwhile, from another thread. No lock, because a fork might leave it taken.
-        is_well = None
-        while is_well != self._is_dir_fsync_well:
-            is_well = self._is_dir_fsync_well
-            self._last_dir_fsync.set(is_well)
-
-
-def totals_families(source: Source) -> Iterator[Metric]:
-    """The families that show what a store holds. Their counters carry no creation time: they are older than us."""
-    snapshot, health = source.snapshot(), source.health()
+def totals_families(snapshot: Snapshot, health: Health) -> Iterator[Metric]:
+    """The families that show what a store holds."""
     # An empty store shows a zero, and it stays, so that a sum over models is never without data.
-    pairs = {(UNKNOWN, UNKNOWN): Totals(), **snapshot.by_provider_model}.items()
+    pairs = {(UNKNOWN, UNKNOWN): None, **snapshot.by_provider_model}
     for name, (field, help_text) in _MODEL_COUNTERS.items():
         yield _filled(CounterMetricFamily(f"savings_{name}", help_text, labels=["provider", "model"]), pairs, field)
     for name, (field, help_text) in _MODEL_GAUGES.items():
         yield _filled(GaugeMetricFamily(f"savings_{name}", help_text, labels=["provider", "model"]), pairs, field)
-    projects = [((name,), totals) for name, totals in snapshot.projects.items()]
-    for name, (field, help_text) in _PROJECT_COUNTERS.items():
-        yield _filled(CounterMetricFamily(f"savings_{name}", help_text, labels=["project"]), projects, field)
-    saved_at = snapshot.saved_at.timestamp() if snapshot.saved_at else 0
-    for name, help_text, value in (
+    for label, named in (("project", snapshot.projects), ("agent", snapshot.agents)):
+        for name, (field, help_text) in _NAMED_COUNTERS.items():
+            text = help_text.format(f"{'an' if label == 'agent' else 'a'} {label}")
+            family = CounterMetricFamily(f"savings_{label}_{name}", text, labels=[label])
+            yield _filled(family, {(value,): totals for value, totals in named.items()}, field)
+    for name, help_text, number in (
         ("tokens_pending", "Tokens saved in records that are accepted and not durable yet.", snapshot.pending_tokens),
         ("records_pending", "Records that are accepted and not durable yet.", snapshot.pending_records),
+        ("store_healthy", "Whether savings can be kept, or the watched file read: 0 if not.", health.healthy),
         (
-            "store_healthy",
-            "Whether savings can be kept, or the watched file read: 0 if not.",
-            float(health.healthy),
+            "last_save_success_timestamp_seconds",
+            "When the document was last saved, 0 if never.",
+            snapshot.saved_at.timestamp() if snapshot.saved_at else 0,
         ),
-        ("last_save_success_timestamp_seconds", "When the document was last saved, 0 if never.", saved_at),
+        (
+            "last_record_timestamp_seconds",
+            "The newest durable record's own time, over all writers, 0 without a record.",
+            _unix_time(snapshot.lifetime.last_activity_at),
+        ),
         ("document_size_bytes", "The document's size.", snapshot.document_bytes),
-        ("journal_size_bytes", "How much of the journal's segments is written.", snapshot.journal_bytes),
+        ("journal_size_bytes", "How much of the journals' segments is written.", snapshot.journal_bytes),
     ):
-        yield GaugeMetricFamily(f"savings_{name}", help_text, value=value)
+        yield GaugeMetricFamily(f"savings_{name}", help_text, value=float(number))
     build = {"version": version("savings-exporter"), "python_version": platform.python_version()}
     # Two exporters may show one store, and then their totals must not be added up.
     yield InfoMetricFamily("savings_store", "The store that the totals are of.", value={"store": snapshot.store_id})
     yield InfoMetricFamily("savings_build", "The exporter that answers.", value=build)
 
 
+def operation_families(operations: OperationCounts, exemplars: Mapping[str, Exemplar]) -> Iterator[Metric]:
+    """The families that show what happened to a store's commits and saves, over all its writers."""
+    counts = _Counts(operations.counts, exemplars)
+    commits, saves = counts.observed(COMMIT_SECONDS), counts.observed(SAVE_SECONDS)
+    yield CounterMetricFamily("savings_commits", "Commits to a journal that were tried.", value=commits)
+    yield counts.failures(
+        "savings_commit_failures",
+        "Commits to a journal that failed, by the step and the error (an errno's symbol).",
+        COMMIT_FAILURES,
+        COMMIT_STEPS,
+    )
+    yield counts.histogram("savings_commit_duration_seconds", "Duration of one commit to a journal.", COMMIT_SECONDS)
+    yield counts.histogram("savings_commit_records", "Records in one commit.", COMMIT_RECORDS, bounds=RECORDS_BOUNDS)
+    yield CounterMetricFamily("savings_saves", "Saves of the document that were tried.", value=saves)
+    yield counts.failures(
+        "savings_save_failures",
+        "Saves of the document that failed, by the step and the error (an errno's symbol).",
+        SAVE_FAILURES,
+        SAVE_STEPS,
+    )
+    yield counts.histogram("savings_save_duration_seconds", "Duration of a whole save of the document.", SAVE_SECONDS)
+    yield counts.histogram(
+        "savings_save_step_duration_seconds", "Duration of one step of a save.", SAVE_STEP_SECONDS, steps=SAVE_STEPS
+    )
+    yield counts.events(
+        "savings_fsync_failures", "Syncs that failed, by what was synced.", "target", FSYNC_FAILURES, FSYNC_TARGETS
+    )
+    yield counts.events(
+        "savings_recoveries", "Repairs made when the store was opened, by kind.", "kind", RECOVERIES, _RECOVERY_KINDS
+    )
+
+
+def _process_families(operations: OperationCounts, counters: OperationCounters) -> Iterator[Metric]:
+    latest = {name: value for name, (_when, value) in operations.latest.items()}
+    yield GaugeMetricFamily(
+        "savings_dir_fsync_supported",
+        "Whether the store's file system has directory fsync; without it (0) a power loss can undo a save.",
+        value=latest.get(DIR_FSYNC_SUPPORTED, 1.0),
+    )
+    yield GaugeMetricFamily(
+        "savings_last_dir_fsync_success",
+        "Whether the latest directory fsync did not fail.",
+        value=0.0 if counters.simulates_dir_fsync_failure else latest.get(DIR_FSYNC_SUCCESS, 1.0),
+    )
+    drills = GaugeMetricFamily(
+        "savings_drill_active",
+        "Whether a drill simulates this failure in this process now.",
+        labels=["drill"],
+    )
+    for drill in DRILLS:
+        drills.add_metric([drill], float(drill in counters.active_drills))
+    yield drills
+
+
+class _Counts:
+    """Flat counts by their family and labels."""
+
+    def __init__(self, counts: Mapping[str, float], exemplars: Mapping[str, Exemplar]) -> None:
+        self._exemplars = exemplars
+        self._groups: dict[str, dict[str, float]] = defaultdict(dict)
+        for name, value in counts.items():
+            group, _, last = name.rpartition("/")
+            self._groups[group][last] = value
+
+    def observed(self, group: str) -> float:
+        return sum(value for last, value in self._groups.get(group, {}).items() if last != SUM)
+
+    def failures(self, name: str, help_text: str, family: str, steps: Sequence[str]) -> Metric:
+        """Failures by step and error; what can be expected is there at 0."""
+        metric = CounterMetricFamily(name, help_text, labels=["step", "error"])
+        expected = [(PREPARE, error) for error in _PREPARE_ERRORS]
+        expected += [(step, error) for step in steps for error in _LIKELY_ERRORS]
+        found: dict[Labels, float] = dict.fromkeys(expected, 0.0)
+        for group, errors in self._groups.items():
+            if group.startswith(f"{family}/"):
+                found.update({(group.removeprefix(f"{family}/"), error): value for error, value in errors.items()})
+        for labels, value in found.items():
+            metric.add_metric(labels, value)
+        return metric
+
+    def events(self, name: str, help_text: str, label: str, family: str, expected: Iterable[str]) -> Metric:
+        """Events by one label; what can be expected is there at 0."""
+        metric = CounterMetricFamily(name, help_text, labels=[label])
+        for value, count in {**dict.fromkeys(expected, 0.0), **self._groups.get(family, {})}.items():
+            metric.add_metric([value], count)
+        return metric
+
+    def histogram(
+        self,
+        name: str,
+        help_text: str,
+        family: str,
+        *,
+        bounds: Sequence[float] = LATENCY_BOUNDS,
+        steps: Sequence[str] | None = None,
+    ) -> Metric:
+        """A histogram, or one for each step."""
+        metric = HistogramMetricFamily(name, help_text, labels=["step"] if steps is not None else [])
+        if steps is None:
+            metric.add_metric([], self._buckets(family, bounds), self._sum(family))
+        for step in steps or ():
+            group = flat_name(family, step)
+            metric.add_metric([step], self._buckets(group, bounds), self._sum(group))
+        return metric
+
+    def _buckets(self, group: str, bounds: Sequence[float]) -> list[Bucket]:
+        """Cumulative buckets. A bound that this version does not know counts at the next larger one."""
+        buckets = [0.0] * len(bounds)
+        for last, count in self._groups.get(group, {}).items():
+            if last != SUM:
+                buckets[bisect_left(bounds, float(last))] += count
+        return [
+            (text, total, exemplar) if (exemplar := self._exemplars.get(flat_name(group, text))) else (text, total)
+            for text, total in zip(map(bound_text, bounds), accumulate(buckets), strict=True)
+        ]
+
+    def _sum(self, group: str) -> float:
+        return self._groups.get(group, {}).get(SUM, 0.0)
+
+
 def _filled(
-    family: CounterMetricFamily | GaugeMetricFamily, labelled: Iterable[tuple[tuple[str, ...], Totals]], field: str
+    family: CounterMetricFamily | GaugeMetricFamily, labelled: Mapping[Labels, Totals | None], field: str
 ) -> Metric:
-    for labels, total in labelled:
-        family.add_metric(list(labels), getattr(total, field))
+    for labels, totals in labelled.items():
+        family.add_metric(labels, getattr(totals, field) if totals is not None else 0)
     return family
 
 
-def _latency(name: str, help_text: str, labels: Iterable[str] = ()) -> Histogram:
-    return Histogram(name, help_text, labels, buckets=_LATENCY_BUCKETS, registry=None)
-
-
-def _exemplar(step: Step) -> dict[str, str] | None:
-    context = step.trace
-    if context is None or not context.trace_flags.sampled:
-        return None
-    return {"trace_id": trace.format_trace_id(context.trace_id), "span_id": trace.format_span_id(context.span_id)}
+def _unix_time(iso: str | None) -> float:
+    """Seconds since 1970; 0 for a time that cannot be read, as a document of another program may hold one."""
+    try:
+        moment = datetime.fromisoformat((iso or "").replace("Z", "+00:00"))
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    except (ValueError, OverflowError):
+        return 0.0
