@@ -1,15 +1,65 @@
-"""What can be wrong with a store, as exceptions whose messages say what to do."""
+"""Every exception of this package. Data about the failure is in attributes, so no caller has to parse a message.
+
+::
+
+    SavingsError
+    ├── StoreError                  the store cannot be opened or used
+    │   ├── CorruptStoreError       a file is damaged; opening the store would lose acknowledged records
+    │   └── NewerSchemaError        a newer program wrote the document
+    └── KeyConflictError            an idempotency key was used again with other content (also a ValueError)
+"""
 
 from __future__ import annotations
 
 
-class StoreError(Exception):
+class SavingsError(Exception):
+    """The base of all errors that this package raises on purpose.
+
+    Attributes:
+        path: the file or directory concerned, None when the error does not concern one.
+        step: the step of a save or commit that failed (``write``, ``fsync_file``, ...), None outside of one.
+        errno: the number of the operating system's error, None when there was none.
+    """
+
+    def __init__(
+        self, message: str = "", *, path: str | None = None, step: str | None = None, errno: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.path = path
+        self.step = step
+        self.errno = errno
+
+
+class StoreError(SavingsError):
     """The store cannot be opened or used. The message names the file, the reason and the remedy."""
 
 
 class CorruptStoreError(StoreError):
-    """A file of the store is damaged, and opening it would lose savings that were acknowledged."""
+    """A file of the store is damaged, and opening the store would lose acknowledged records.
+
+    Attributes:
+        field: the field that cannot be read, such as ``lifetime.tokens_saved``; None when it is not one field.
+        lost: how many acknowledged records are missing, None when the number is not known.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        path: str | None = None,
+        step: str | None = None,
+        errno: int | None = None,
+        field: str | None = None,
+        lost: int | None = None,
+    ) -> None:
+        super().__init__(message, path=path, step=step, errno=errno)
+        self.field = field
+        self.lost = lost
 
 
 class NewerSchemaError(StoreError):
-    """The document was written by a newer program; rewriting it would lose what that program knows."""
+    """A newer program wrote the document. Rewriting it would lose what only that program knows."""
+
+
+class KeyConflictError(SavingsError, ValueError):
+    """An idempotency key was used again for records that differ from the first ones."""

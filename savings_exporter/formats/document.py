@@ -1,0 +1,321 @@
+"""Bytes of a ``proxy_savings.json`` to values and back.
+
+The layout is Headroom's schema 6, so everything that reads ``proxy_savings.json`` today goes on reading it, and one
+block of our own, ``savings_exporter``: the totals by provider and model and by agent, what has been counted of each
+writer's journal, the idempotency keys, the operation counters, and a checksum over every byte of the document.
+
+Schemas 2 to 6 are read, and of our own block formats 1 and 2. Keys that are not known are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from savings_exporter.errors import CorruptStoreError, NewerSchemaError
+from savings_exporter.formats import headroom
+from savings_exporter.formats.headroom import OLDEST_SCHEMA_VERSION, SCHEMA_VERSION, shown, unknown_keys
+from savings_exporter.model.history import History
+from savings_exporter.model.jsontext import any_json, ascii_json
+from savings_exporter.model.keys import MAX_KEYS, KeyTable
+from savings_exporter.model.names import UNKNOWN
+from savings_exporter.model.operations import OperationCounts
+from savings_exporter.model.totals import Ledger, Pair, Totals
+
+FORMAT = 2
+"""The format of our block that is written."""
+
+_BLOCK = "savings_exporter"
+_NO_CHECKSUM = b"sha256:" + b"0" * 64
+# The checksum stands before every name, so the first match is the checksum itself.
+_CHECKSUM = re.compile(rb'"checksum": ?"(sha256:[0-9a-f]{64})"')
+
+_MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+# Totals hold no name and no number that is not finite, so this is ASCII with nothing lost.
+_encoded = msgspec.json.Encoder().encode
+_ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+class WriterState(msgspec.Struct, frozen=True):
+    """What the document holds of one writer.
+
+    Attributes:
+        through: the sequence number up to which its records are in the totals.
+        ended: whether the writer is gone and its operation counters are in the document's ``operations``.
+    """
+
+    through: int
+    ended: bool = False
+
+
+class LegacyJournal(msgspec.Struct, frozen=True):
+    """From where on the journal of a store of format 1 holds records that its document does not."""
+
+    epoch: int
+    offset: int
+
+
+class Document(msgspec.Struct, frozen=True, kw_only=True):
+    """What a document says.
+
+    Attributes:
+        ledger: all totals.
+        store: names the store for good, 16 hexadecimal digits; empty in a document that another program wrote.
+        writers: what of each writer is in the totals, by its id, 16 hexadecimal digits.
+        keys: the idempotency keys that were counted.
+        operations: the operation counters of writers that ended.
+        saved_at: when it was saved.
+        kept: members and entries' keys that are not known.
+        problems: what was left out when it was read, in words.
+        legacy: where the journal of a document of format 1 goes on, None for every other document.
+    """
+
+    ledger: Ledger = Ledger()
+    store: str = ""
+    writers: Mapping[str, WriterState] = {}
+    keys: KeyTable = msgspec.field(default_factory=KeyTable)
+    operations: OperationCounts = OperationCounts()
+    saved_at: datetime | None = None
+    kept: Mapping[str, Any] = {}
+    problems: tuple[str, ...] = ()
+    legacy: LegacyJournal | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this program wrote the document. Only then was there a checksum to be checked."""
+        return bool(self.store)
+
+
+def decode(data: bytes, max_keys: int = MAX_KEYS) -> Document:
+    """Read a document of any known schema.
+
+    Args:
+        data: all bytes of the file.
+        max_keys: how many idempotency keys the document's table keeps.
+
+    Raises:
+        CorruptStoreError: it is not a savings document, or not the one that was written.
+        NewerSchemaError: a newer program wrote it.
+    """
+    members = _document_members(data)
+    schema = _value(members.get("schema_version", b"null"))
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < OLDEST_SCHEMA_VERSION:
+        raise CorruptStoreError(f"not a savings document: schema_version is {shown(schema)}", field="schema_version")
+    if schema > SCHEMA_VERSION:
+        raise NewerSchemaError(f"schema_version is {schema}, and this program knows up to {SCHEMA_VERSION}")
+    if _BLOCK in members:
+        return _decode_ours(data, members, max_keys)
+    raw = {key: _value(value) for key, value in members.items()}
+    if any(isinstance(value, dict) and {"format", "checksum", "store"} <= value.keys() for value in raw.values()):
+        raise CorruptStoreError(f"the name of its {_BLOCK} block is damaged", field=_BLOCK)
+    ledger, kept, problems = headroom.read(raw)
+    return Document(ledger=ledger, kept=kept, problems=problems)
+
+
+def encode(document: Document) -> bytes:
+    """Write a document as schema 6 with our block of format 2: ASCII, one entry a line.
+
+    ``legacy`` and ``problems`` are not written.
+    """
+    ledger, kept = document.ledger, document.kept
+    members = {
+        "schema_version": ascii_json(SCHEMA_VERSION),
+        _BLOCK: _block(document),
+        "lifetime": _entry(ledger.lifetime, {"savings_basis": UNKNOWN, **_dict(kept.get("lifetime"))}),
+        "projects": _entries(ledger.projects, _dict(kept.get("projects"))),
+        "by_model": _entries(ledger.by_model, _dict(kept.get("by_model"))),
+        "history": ledger.history.encoded(),
+    }
+    members |= {key: ascii_json(value) for key, value in kept.items() if key not in members}
+    data = b"{\n" + b",\n".join(_joined(members)) + b"\n}\n"
+    before, after = data.split(_NO_CHECKSUM, 1)
+    return b"".join((before, _digest(data), after))
+
+
+def _document_members(data: bytes) -> Mapping[str, bytes]:
+    try:
+        members = _members(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptStoreError(f"not JSON: {error}" if data.strip() else "the file is empty") from None
+    except TypeError:
+        raise CorruptStoreError("not a savings document: it is not a JSON object") from None
+    return members
+
+
+def _decode_ours(data: bytes, members: Mapping[str, bytes], max_keys: int) -> Document:
+    try:
+        block = _members(members[_BLOCK])
+    except (TypeError, ValueError):
+        block = {}
+    written_format = _value(block.get("format", b"null"))
+    if isinstance(written_format, int) and written_format > FORMAT:
+        raise NewerSchemaError(f"its format is {written_format}, and this program knows up to {FORMAT}")
+    _check(data)
+    try:
+        return _decode_checked(members, block, written_format, max_keys)
+    except (KeyError, TypeError, ValueError, msgspec.MsgspecError) as error:
+        raise CorruptStoreError(f"its checksum matches, but a field is missing or wrong: {error}") from None
+
+
+def _check(data: bytes) -> None:
+    checksum = _CHECKSUM.search(data)
+    if checksum is None:
+        raise CorruptStoreError("its checksum is missing: it was damaged, or rewritten by another program")
+    blank = b"".join((data[: checksum.start(1)], _NO_CHECKSUM, data[checksum.end(1) :]))
+    if _digest(blank) != checksum[1]:
+        raise CorruptStoreError("its checksum does not match: it was damaged, or edited by another program")
+
+
+def _decode_checked(
+    members: Mapping[str, bytes], block: Mapping[str, bytes], written_format: int, max_keys: int
+) -> Document:
+    is_old = written_format == 1
+    by_model, kept_by_model = _read_entries(members["by_model"])
+    projects, kept_projects = _read_entries(members["projects"])
+    saved_at = _value(block["saved_at"])
+    ledger = Ledger(
+        records=_typed(block["sequence" if is_old else "records"], int),
+        lifetime=_typed(members["lifetime"], Totals),
+        by_model=by_model,
+        projects=projects,
+        agents={} if is_old else _typed(block["agents"], dict[str, Totals]),
+        by_provider_model=dict(map(_read_pair, _items(block["totals"]))),
+        history=History.of_lines(_items(members["history"])),
+    )
+    kept = {
+        **{key: _value(value) for key, value in members.items() if key not in _KNOWN_MEMBERS},
+        "lifetime": unknown_keys(_value(members["lifetime"])),
+        "projects": kept_projects,
+        "by_model": kept_by_model,
+    }
+    unpacked = KeyTable.unpack_format_1 if is_old else KeyTable.unpack
+    return Document(
+        ledger=ledger,
+        store=_typed(block["store"], str),
+        writers={} if is_old else _typed(block["writers"], dict[str, WriterState]),
+        keys=unpacked(_typed(block["idempotency_keys"], str), max_keys),
+        operations=OperationCounts() if is_old else _typed(block["operations"], OperationCounts),
+        saved_at=datetime.fromisoformat(saved_at) if saved_at else None,
+        kept=kept,
+        legacy=_typed(block["journal"], LegacyJournal) if is_old else None,
+    )
+
+
+_KNOWN_MEMBERS = frozenset({"schema_version", _BLOCK, "lifetime", "projects", "by_model", "history"})
+
+
+def _block(document: Document) -> bytes:
+    """Our block. The checksum stands before everything that can hold a name."""
+    members = {
+        "format": ascii_json(FORMAT),
+        "checksum": b'"' + _NO_CHECKSUM + b'"',
+        "store": ascii_json(document.store),
+        "records": ascii_json(document.ledger.records),
+        "saved_at": ascii_json(document.saved_at.isoformat() if document.saved_at else None),
+        "writers": ascii_json(document.writers),
+        "operations": ascii_json(document.operations),
+        "agents": _entries(document.ledger.agents, {}),
+        "totals": _list(_pair(*entry) for entry in document.ledger.by_provider_model.items()),
+        "idempotency_keys": ascii_json(document.keys.pack()),
+    }
+    return b"{" + b",\n ".join(_joined(members)) + b"}"
+
+
+def _joined(members: Mapping[str, bytes]) -> Iterable[bytes]:
+    return (ascii_json(key) + b": " + value for key, value in members.items())
+
+
+def _entries(totals: Mapping[str, Totals], kept: Mapping[str, Any]) -> bytes:
+    lines = (
+        b"\n  " + ascii_json(name) + b": " + _entry(value, _dict(kept.get(name)) if kept else {})
+        for name, value in totals.items()
+    )
+    return b"{" + b",".join(lines) + b"}"
+
+
+def _entry(totals: Totals, kept: Mapping[str, Any]) -> bytes:
+    return ascii_json({**kept, **msgspec.structs.asdict(totals)}) if kept else _encoded(totals)
+
+
+def _list(items: Iterable[bytes]) -> bytes:
+    lines = b",\n  ".join(items)
+    return b"[\n  " + lines + b"]" if lines else b"[]"
+
+
+def _pair(pair: Pair, totals: Totals) -> bytes:
+    provider, model = map(ascii_json, pair)
+    return b"".join((b'{"provider":', provider, b',"model":', model, b",", _encoded(totals)[1:]))
+
+
+class _Names(msgspec.Struct):
+    provider: str
+    model: str
+
+
+def _read_pair(entry: bytes) -> tuple[Pair, Totals]:
+    names = _typed(entry, _Names)
+    return (names.provider, names.model), _typed(entry, Totals)
+
+
+def _read_entries(data: bytes) -> tuple[dict[str, Totals], dict[str, dict[str, Any]]]:
+    """The totals of each name, and of each entry the keys that are not known."""
+    named: dict[str, Totals] = {}
+    kept: dict[str, dict[str, Any]] = {}
+    for name, entry in _members(data).items():
+        named[name] = totals = _typed(entry, Totals)
+        # Most entries have nothing else, and that is told fastest by writing them again.
+        if _encoded(totals) != entry and (unknown := unknown_keys(_value(entry))):
+            kept[name] = unknown
+    return named, kept
+
+
+def _members(data: bytes) -> Mapping[str, bytes]:
+    """The members of a JSON object, each as JSON of its own.
+
+    Raises:
+        ValueError: it is no JSON.
+        TypeError: it is no object.
+    """
+    try:
+        return {key: bytes(value) for key, value in _MEMBERS.decode(data).items()}
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        value = json.loads(data)
+    if not isinstance(value, dict):
+        raise TypeError(f"not an object: {shown(value)}")
+    return {key: ascii_json(member) for key, member in value.items()}
+
+
+def _items(data: bytes) -> Iterable[bytes]:
+    """The items of a JSON list, each as JSON of its own."""
+    try:
+        return list(map(bytes, _ITEMS.decode(data)))
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return list(map(ascii_json, json.loads(data)))
+
+
+def _value(data: bytes) -> Any:
+    try:
+        return any_json(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptStoreError(f"not JSON: {error}") from None
+
+
+def _typed(data: bytes, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return msgspec.convert(json.loads(data), kind)
+
+
+def _digest(data: bytes) -> bytes:
+    return b"sha256:" + hashlib.sha256(data).hexdigest().encode("ascii")
+
+
+def _dict(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,1 @@
+"""Records, totals, history and idempotency keys as values: no file, no clock, no lock."""

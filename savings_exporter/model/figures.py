@@ -1,0 +1,138 @@
+"""Totals, and the whole numbers that they are added in."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+import msgspec
+
+Numbers = tuple[int, ...]
+"""The counts of ``COUNTS``, then the amounts of ``AMOUNTS`` in billionths of a dollar."""
+
+# Amounts are kept to a billionth of a dollar and added as whole billionths. The sum is then the exact decimal sum, in
+# any order, as far as a float's digits reach (nine million dollars), and 0.1 + 0.2 is not 0.30000000000000004.
+_USD_UNITS = 10**9
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """Sums over a set of records, under the names that the document gives them. Construct it by keywords.
+
+    Attributes:
+        requests: how many records.
+        tokens_saved: input tokens that compression removed.
+        tool_tokens_saved: input tokens saved by deferring tool schemas; not part of ``tokens_saved``.
+        output_tokens_saved: output tokens that did not have to be written.
+        cache_read_tokens, cache_write_tokens, uncached_input_tokens: how the input met the provider's prompt cache.
+        total_input_tokens: input tokens that were sent to the model, after saving.
+        total_output_tokens: output tokens that the model wrote.
+        compression_savings_usd: what compression saved, in US dollars, at the prices that were paid; can be negative.
+        compression_savings_list_usd: the same at list prices.
+        tool_schema_savings_usd, cache_savings_usd, output_savings_usd: US dollars saved in the other ways.
+        total_input_cost_usd, total_output_cost_usd: US dollars paid.
+        last_activity_at: the newest record's timestamp in UTC, ISO 8601; None when there was no record.
+    """
+
+    requests: int = 0
+    tokens_saved: int = 0
+    tool_tokens_saved: int = 0
+    output_tokens_saved: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    uncached_input_tokens: int = 0
+    total_input_tokens: int = 0
+    total_output_tokens: int = 0
+    compression_savings_usd: float = 0.0
+    compression_savings_list_usd: float = 0.0
+    tool_schema_savings_usd: float = 0.0
+    cache_savings_usd: float = 0.0
+    output_savings_usd: float = 0.0
+    total_input_cost_usd: float = 0.0
+    total_output_cost_usd: float = 0.0
+    last_activity_at: str | None = None
+
+    def __add__(self, other: Totals) -> Totals:
+        return self.plus(numbers_of(other), other.last_activity_at)
+
+    def plus(self, numbers: Numbers, last_activity_at: str | None) -> Totals:
+        """Add whole numbers and the time of the newest record that they are of."""
+        old = msgspec.structs.astuple(self)
+        values: list[Any] = list(map(operator.add, old, numbers[:_COUNTS]))
+        for usd, units in zip(old[_COUNTS:], numbers[_COUNTS:], strict=False):
+            values.append(usd_of(units_of(usd) + units) if units else usd)
+        return Totals(*values, last_activity_at=_later(self.last_activity_at, last_activity_at))
+
+    def beyond(self, part: Totals) -> Totals:
+        """What these totals hold and ``part`` does not; no count is below zero."""
+        rest = list(map(operator.sub, numbers_of(self), numbers_of(part)))
+        values: list[Any] = [max(count, 0) for count in rest[:_COUNTS]] + list(map(usd_of, rest[_COUNTS:]))
+        return Totals(*values, last_activity_at=self.last_activity_at)
+
+    @property
+    def headline_tokens_saved(self) -> int:
+        """Input tokens that were not sent: by compression and by deferred tool schemas."""
+        return self.tokens_saved + self.tool_tokens_saved
+
+    @property
+    def savings_percent(self) -> float:
+        """The share of the input that was saved, in percent, rounded to two digits."""
+        before = self.headline_tokens_saved + self.total_input_tokens
+        return round(self.headline_tokens_saved / before * 100, 2) if before > 0 else 0.0
+
+
+COUNTS = tuple(field.name for field in msgspec.structs.fields(Totals) if field.type is int)
+AMOUNTS = tuple(field.name for field in msgspec.structs.fields(Totals) if field.type is float)
+_COUNTS = len(COUNTS)
+
+ZERO: Numbers = (0,) * (len(COUNTS) + len(AMOUNTS))
+"""The numbers of no record."""
+
+
+class Part(NamedTuple):
+    """What some records add up to: their numbers, and the newest one's timestamp as ``iso_utc`` writes it."""
+
+    numbers: Numbers
+    newest: str
+
+    def plus(self, other: Part) -> Part:
+        """Both together."""
+        return Part(added(self.numbers, other.numbers), max(self.newest, other.newest))
+
+
+def added(some: Numbers, more: Numbers) -> Numbers:
+    """The sum of two rows of numbers."""
+    return tuple(map(operator.add, some, more))
+
+
+def numbers_of(totals: Totals) -> Numbers:
+    """Totals as whole numbers."""
+    values = msgspec.structs.astuple(totals)
+    return (*values[:_COUNTS], *map(units_of, values[_COUNTS:-1]))
+
+
+def units_of(usd: float) -> int:
+    """US dollars as whole billionths."""
+    return round(usd * _USD_UNITS)
+
+
+def usd_of(units: int) -> float:
+    """Billionths of a dollar as US dollars."""
+    return units / _USD_UNITS
+
+
+def total_of(parts: Iterable[Totals]) -> Totals:
+    """The sum of several totals."""
+    return sum(parts, Totals())
+
+
+def iso_utc(moment: datetime) -> str:
+    """A time as documents write it: UTC, whole seconds, ``Z``."""
+    if moment.tzinfo is not timezone.utc:
+        moment = moment.astimezone(timezone.utc)
+    return moment.isoformat(timespec="seconds")[:19] + "Z"
+
+
+def _later(one: str | None, another: str | None) -> str | None:
+    return max(one or "", another or "") or None

@@ -1,0 +1,271 @@
+"""The lifetime totals over time: one cumulative point an hour, later one a day."""
+
+from __future__ import annotations
+
+import operator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from itertools import chain
+from typing import Any
+
+from savings_exporter.model.figures import (
+    AMOUNTS,
+    COUNTS,
+    Numbers,
+    Part,
+    Totals,
+    added,
+    iso_utc,
+    numbers_of,
+    units_of,
+    usd_of,
+)
+from savings_exporter.model.jsontext import any_json, ascii_json
+
+DAYS_OF_HOURLY_POINTS = 14 + 1
+"""On how many days, of the newest that have points, each hour has its own: a part of the first, fourteen whole ones and
+a part of the last."""
+
+DAYS_OF_POINTS = 730 + 1
+"""On how many days there are points at all."""
+
+LARGEST_NUMBER = 2**63 - 1
+"""A larger number in another program's document is not a count or an amount."""
+
+POINT_KEYS = {
+    "tokens_saved": "total_tokens_saved",
+    "compression_savings_usd": "compression_savings_usd",
+    "cache_read_tokens": "cache_read_tokens",
+    "cache_savings_usd": "cache_savings_usd",
+    "total_input_tokens": "total_input_tokens",
+    "total_input_cost_usd": "total_input_cost_usd",
+    "output_tokens_saved": "output_tokens_saved",
+    "output_savings_usd": "output_savings_usd",
+    "tool_tokens_saved": "tool_tokens_saved",
+    "tool_schema_savings_usd": "tool_schema_savings_usd",
+    "total_output_cost_usd": "total_output_cost_usd",
+}
+"""Which figures of the lifetime totals a point has, and their names in a point."""
+
+# How much of a timestamp tells its day, and its hour.
+_DAY, _HOUR = len("2026-01-01"), len("2026-01-01T00")
+
+# Sums of more hours than this are merged at once, so that adding to a history stays cheap.
+_MOST_PENDING_HOURS = 64
+
+_FIGURES = (*COUNTS, *AMOUNTS)
+_SELECTED = operator.itemgetter(*(_FIGURES.index(name) for name in POINT_KEYS))
+_TOTALS_OF_POINT = operator.attrgetter(*POINT_KEYS)
+_IS_AMOUNT = tuple(name in AMOUNTS for name in POINT_KEYS)
+_NOTHING: Numbers = (0,) * len(POINT_KEYS)
+
+# Every point that this program writes begins like this, and its timestamp has a fixed length.
+_POINT_START = b'{"timestamp":"'
+_STAMP = slice(len(_POINT_START), len(_POINT_START) + len("2026-01-01T00:00:00Z"))
+
+
+class History:
+    """Cumulative points in the order of time. Never changed: an addition gives a new history.
+
+    The newest 15 days that have points keep the last point of each hour, and the newest 731 days the last of each day.
+    A point says what the totals were after all records up to its time, also when such a record arrives late: then a
+    point is made for its hour, or that hour's point is raised, and all later points grow by it.
+
+    What is added is kept as sums by hour and merged into the points when they are asked for.
+    """
+
+    __slots__ = ("_base", "_lifetime", "_merged", "_pending")
+
+    def __init__(self, points: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._base = _in_order(map(_Point, points))
+        self._pending: Mapping[str, Part] = {}
+        self._lifetime: Totals | None = None
+        self._merged: tuple[_Point, ...] | None = None
+
+    @classmethod
+    def of_lines(cls, lines: Iterable[bytes]) -> History:
+        """A history of points that ``encoded`` wrote, each of which is only decoded when it is looked at.
+
+        Raises:
+            ValueError: a line is no point.
+        """
+        history = cls()
+        history._base = _in_order(map(_Point.of_line, lines))
+        return history
+
+    @property
+    def points(self) -> tuple[Mapping[str, Any], ...]:
+        """All points, the oldest first."""
+        return tuple(point.fields for point in self._all())
+
+    def plus(self, hours: Mapping[str, Part], lifetime: Totals, now: datetime) -> History:
+        """This history with more records counted in.
+
+        Args:
+            hours: what the records of each hour add up to, by the part of a timestamp that tells the hour.
+            lifetime: the lifetime totals with those records; the last point's totals are these.
+            now: hours that lie after it count at this time. A client's wrong clock makes no points in the future.
+        """
+        later = History()
+        is_full = self._merged is not None or len(self._pending) > _MOST_PENDING_HOURS
+        later._base = self._all() if is_full else self._base
+        later._pending = _with_hours({} if is_full else self._pending, hours, iso_utc(now))
+        later._lifetime = lifetime
+        return later
+
+    def thinned(self) -> History:
+        """This history with no more points than it keeps, for points that came from another program."""
+        history = History()
+        history._base = _thinned(self._all())
+        return history
+
+    def encoded(self) -> bytes:
+        """The points as a JSON array in ASCII, one point a line. Only points that changed are encoded again."""
+        lines = b",\n  ".join([point.line for point in self._all()])
+        return b"[\n  " + lines + b"]" if lines else b"[]"
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, History) and self.points == other.points
+
+    __hash__ = None  # type: ignore[assignment]  # points are mappings
+
+    def __repr__(self) -> str:
+        return f"History({self.points!r})"
+
+    def _all(self) -> tuple[_Point, ...]:
+        if self._merged is None:
+            # Two threads may both do it, with the same result.
+            self._merged = _merged(self._base, self._pending, self._lifetime) if self._lifetime else self._base
+        return self._merged
+
+
+class _Point:
+    """One point, and its line of the document; each is made from the other when it is first asked for."""
+
+    __slots__ = ("_fields", "_line", "stamp")
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.stamp = str(fields["timestamp"])
+        self._fields: Mapping[str, Any] | None = fields
+        self._line: bytes | None = None
+
+    @classmethod
+    def of_line(cls, line: bytes) -> _Point:
+        stamp = line[_STAMP]
+        if not (line.startswith(_POINT_START) and stamp.endswith(b"Z") and line[_STAMP.stop : _STAMP.stop + 1] == b'"'):
+            return cls(_checked_point(any_json(line)))
+        point = cls.__new__(cls)
+        point.stamp, point._fields, point._line = stamp.decode("ascii"), None, line
+        return point
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        if self._fields is None:
+            self._fields = any_json(self._line or b"")
+        return self._fields
+
+    @property
+    def line(self) -> bytes:
+        if self._line is None:
+            self._line = ascii_json({"timestamp": self.stamp, **self.fields})
+        return self._line
+
+    @property
+    def numbers(self) -> Numbers:
+        """The point's figures. What is not a number, in a point of another program, counts as zero."""
+        values = zip(map(self.fields.get, POINT_KEYS.values()), _IS_AMOUNT, strict=True)
+        return tuple((units_of if is_usd else int)(_number_or_zero(value)) for value, is_usd in values)
+
+    @property
+    def hour(self) -> str:
+        return self.stamp[:_HOUR]
+
+    def grown(self, numbers: Numbers, stamp: str = "") -> _Point:
+        """This point with more records before it, or in its hour up to ``stamp``."""
+        if not any(numbers) and stamp <= self.stamp:
+            return self
+        return _point_of({**self.fields, "timestamp": max(self.stamp, stamp)}, added(self.numbers, numbers))
+
+    def with_totals(self, totals: Totals) -> _Point:
+        """This point with the figures of these totals."""
+        return _Point({**self.fields, **dict(zip(POINT_KEYS.values(), _TOTALS_OF_POINT(totals), strict=True))})
+
+
+def _point_of(fields: Mapping[str, Any], numbers: Numbers) -> _Point:
+    values = (usd_of(number) if is_usd else number for number, is_usd in zip(numbers, _IS_AMOUNT, strict=True))
+    return _Point({**fields, **dict(zip(POINT_KEYS.values(), values, strict=True))})
+
+
+def _with_hours(pending: Mapping[str, Part], hours: Mapping[str, Part], limit: str) -> Mapping[str, Part]:
+    """The sums of both, at ``limit`` where they lie after it; only figures that a point has."""
+    sums = dict(pending)
+    for hour, (numbers, newest) in hours.items():
+        part = Part(_SELECTED(numbers), min(newest, limit))
+        hour = min(hour, limit[:_HOUR])
+        sums[hour] = sums[hour].plus(part) if hour in sums else part
+    return sums
+
+
+def _merged(points: tuple[_Point, ...], hours: Mapping[str, Part], lifetime: Totals) -> tuple[_Point, ...]:
+    """The points with the records of some hours counted in, the last one's figures those of ``lifetime``."""
+    if not hours:
+        return points
+    before = _SELECTED(numbers_of(lifetime))
+    for part in hours.values():
+        before = tuple(map(operator.sub, before, part.numbers))
+    points = _ending_with(before, points)
+    position = bisect_left(points, min(hours), key=operator.attrgetter("stamp"))
+    merged, grown, is_longer = list(points[:position]), _NOTHING, False
+    for hour, part in sorted(hours.items()):
+        end = bisect_left(points, hour + "~", lo=position, key=operator.attrgetter("stamp"))
+        merged += [point.grown(grown) for point in points[position:end]]
+        position = end
+        grown = added(grown, part.numbers)
+        if merged and merged[-1].hour == hour:
+            merged[-1] = merged[-1].grown(part.numbers, part.newest)
+        else:
+            start = merged[-1].numbers if merged else (_NOTHING if points else before)
+            merged.append(_point_of({"timestamp": part.newest}, added(start, part.numbers)))
+            is_longer = True
+    merged += [point.grown(grown) for point in points[position:]]
+    merged[-1] = merged[-1].with_totals(lifetime)
+    return _thinned(merged) if is_longer else tuple(merged)
+
+
+def _ending_with(numbers: Numbers, points: tuple[_Point, ...]) -> tuple[_Point, ...]:
+    """The points, the last with these figures: another program's can be behind its own lifetime totals."""
+    if not points or points[-1].numbers == numbers:
+        return points
+    return (*points[:-1], _point_of(points[-1].fields, numbers))
+
+
+def _thinned(points: Iterable[_Point]) -> tuple[_Point, ...]:
+    """Of the newest 15 days that have points the last point of each hour, of the newest 731 days the last of each day.
+
+    No clock is asked. One that was wrong for a while leaves points at a wrong time; each day of them takes the place of
+    at most the oldest day, and no point is dropped because it is far from the others or from now.
+    """
+    days: dict[str, dict[str, _Point]] = {}
+    for point in points:
+        days.setdefault(point.stamp[:_DAY], {})[point.hour] = point
+    kept = [tuple(hours.values()) for hours in days.values()][-DAYS_OF_POINTS:]
+    edge = max(len(kept) - DAYS_OF_HOURLY_POINTS, 0)
+    return (*(hours[-1] for hours in kept[:edge]), *chain.from_iterable(kept[edge:]))
+
+
+def _in_order(points: Iterator[_Point]) -> tuple[_Point, ...]:
+    return tuple(sorted(points, key=operator.attrgetter("stamp")))
+
+
+def _checked_point(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict) or not isinstance(value.get("timestamp"), str):
+        raise ValueError(f"history: not a point: {str(value)[:60]}")
+    return value
+
+
+def _number_or_zero(value: Any) -> Any:
+    return value if isinstance(value, (int, float)) and abs(value) <= LARGEST_NUMBER else 0

@@ -1,0 +1,179 @@
+"""Idempotency keys: which were counted, for which content, and where the records stand."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import struct
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from savings_exporter.model.record import SavingsRecord
+
+MAX_KEYS = 100_000
+"""How many keys a store remembers: the newest ones."""
+
+MAX_KEY_LENGTH = 255
+"""Longest key, in characters."""
+
+DIGEST_BYTES = 16
+FINGERPRINT_BYTES = 8
+WRITER_BYTES = 8
+
+NO_FINGERPRINT = bytes(FINGERPRINT_BYTES)
+"""The fingerprint of content that is not known; it matches any."""
+
+_ENTRY = struct.Struct(f"<{DIGEST_BYTES}s{FINGERPRINT_BYTES}s{WRITER_BYTES}sQ")
+_WHOLE_ENTRY = struct.Struct(f"{_ENTRY.size}s")
+_OLD_ENTRY = struct.Struct(f"<{DIGEST_BYTES}sQ")
+
+_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(SavingsRecord) if field.name != "timestamp"}
+
+
+class KeyEntry(NamedTuple):
+    """What a key was counted as.
+
+    Attributes:
+        fingerprint: of the records' content, 8 bytes; zeros when it is not known.
+        writer: the id of the writer that recorded them, 8 bytes; zeros when it is not known.
+        sequence: the last record's sequence number of that writer.
+    """
+
+    fingerprint: bytes
+    writer: bytes
+    sequence: int
+
+    def matches(self, fingerprint: bytes) -> bool:
+        """Whether records with this fingerprint can be the ones that were counted."""
+        return NO_FINGERPRINT in (self.fingerprint, fingerprint) or self.fingerprint == fingerprint
+
+
+class KeyTable:
+    """The newest keys, at most ``max_keys``, by their digests; adding one more forgets the oldest.
+
+    Two different keys are taken for one with the probability of a collision of 128-bit hashes. Threads may look keys up
+    at the same time; adding one needs a lock against everything else.
+    """
+
+    def __init__(self, max_keys: int = MAX_KEYS) -> None:
+        self._max_keys = max_keys
+        # A dict alone finds its oldest entry slowly when many before it were deleted.
+        self._oldest_first: deque[bytes] = deque()
+        self._entries: dict[bytes, bytes] = {}
+        # What `unpack` read and has not been looked at yet: readers that meet no key never pay for the table.
+        self._packed = b""
+
+    def get(self, digest: bytes) -> KeyEntry | None:
+        """What the key with this digest was counted as, None when it is new or forgotten."""
+        self._load()
+        entry = self._entries.get(digest)
+        return None if entry is None else KeyEntry(*_ENTRY.unpack(entry)[1:])
+
+    def add(self, digest: bytes, entry: KeyEntry) -> None:
+        """Remember a key. One that is known gets the new entry and keeps its age."""
+        self._load()
+        if digest not in self._entries:
+            self._oldest_first.append(digest)
+        self._entries[digest] = _ENTRY.pack(digest, *entry)
+        while len(self._entries) > self._max_keys:
+            del self._entries[self._oldest_first.popleft()]
+
+    def copy(self) -> KeyTable:
+        """An independent table with the same keys."""
+        copied = KeyTable(self._max_keys)
+        copied._oldest_first = self._oldest_first.copy()
+        copied._entries = self._entries.copy()
+        copied._packed = self._packed
+        return copied
+
+    def pack(self) -> str:
+        """All keys as ASCII text, from the oldest to the newest: base64 of 40 bytes a key."""
+        return base64.b64encode(self._packed or b"".join(self._entries.values())).decode("ascii")
+
+    @classmethod
+    def unpack(cls, text: str, max_keys: int = MAX_KEYS) -> KeyTable:
+        """Read what ``pack`` wrote; of more than ``max_keys`` keys, the newest.
+
+        Raises:
+            ValueError: the text is something else.
+        """
+        packed = _bytes_of(text, _ENTRY.size)
+        table = cls(max_keys)
+        table._packed = packed[max(len(packed) - max_keys * _ENTRY.size, 0) :]
+        return table
+
+    @classmethod
+    def unpack_format_1(cls, text: str, max_keys: int = MAX_KEYS) -> KeyTable:
+        """Read the keys of a document of format 1, which have neither fingerprint nor writer.
+
+        Raises:
+            ValueError: the text is something else.
+        """
+        table = cls(max_keys)
+        for digest, sequence in _OLD_ENTRY.iter_unpack(_bytes_of(text, _OLD_ENTRY.size)):
+            table.add(digest, KeyEntry(NO_FINGERPRINT, bytes(WRITER_BYTES), sequence))
+        return table
+
+    def __len__(self) -> int:
+        return len(self._packed) // _ENTRY.size or len(self._entries)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeyTable) and self.pack() == other.pack()
+
+    __hash__ = None  # type: ignore[assignment]  # it changes
+
+    def _load(self) -> None:
+        if not self._packed:
+            return
+        entries = {entry[:DIGEST_BYTES]: entry for (entry,) in _WHOLE_ENTRY.iter_unpack(self._packed)}
+        # In this order, because several threads may look keys up, and so load, at the same time.
+        self._oldest_first, self._entries = deque(entries), entries
+        self._packed = b""
+
+
+def digest_of(key: str) -> bytes:
+    """The 16 bytes by which a key is known."""
+    return hashlib.blake2b(key.encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def fingerprint_of(records: Sequence[SavingsRecord]) -> bytes:
+    """8 bytes that tell the content of records, apart from timestamps: a retry without one gets a later one.
+
+    Fields at their default are left out, so a field that a later version adds changes no fingerprint.
+    """
+    content = [
+        {name: value for name, default in _DEFAULTS.items() if (value := getattr(record, name)) != default}
+        for record in records
+    ]
+    return hashlib.blake2b(msgspec.json.encode(content), digest_size=FINGERPRINT_BYTES).digest()
+
+
+def checked_key(key: Any) -> str | None:
+    """An idempotency key as a caller gave it, None when there is none.
+
+    Raises:
+        TypeError: it is not a string.
+        ValueError: it is empty, too long, or cannot be written as UTF-8.
+    """
+    if key is None:
+        return None
+    if not isinstance(key, str):
+        raise TypeError(f"idempotency_key must be a string, not {type(key).__name__}")
+    text: str = str.__str__(key)
+    if not 1 <= len(text) <= MAX_KEY_LENGTH:
+        raise ValueError(f"idempotency_key must have 1 to {MAX_KEY_LENGTH} characters, and has {len(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("idempotency_key must be text that can be written as UTF-8") from None
+    return text
+
+
+def _bytes_of(text: str, size: int) -> bytes:
+    packed = base64.b64decode(text, validate=True)
+    if len(packed) % size:
+        raise ValueError(f"keys: {len(packed)} bytes are no whole number of entries of {size} bytes")
+    return packed

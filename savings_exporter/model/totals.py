@@ -1,0 +1,339 @@
+"""Adding up records with a bounded set of names."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from typing import TypeVar
+
+import msgspec
+
+from savings_exporter.model.figures import (
+    AMOUNTS,
+    COUNTS,
+    Numbers,
+    Part,
+    Totals,
+    added,
+    iso_utc,
+    total_of,
+    units_of,
+)
+from savings_exporter.model.history import History
+from savings_exporter.model.names import OTHER, UNKNOWN
+from savings_exporter.model.record import SavingsRecord
+
+__all__ = [
+    "AMOUNTS",
+    "COUNTS",
+    "OTHER_PAIR",
+    "Ledger",
+    "Limits",
+    "Pair",
+    "Row",
+    "Sums",
+    "Totals",
+    "iso_utc",
+    "total_of",
+]
+
+Pair = tuple[str, str]
+"""A provider and a model, in this order."""
+
+OTHER_PAIR: Pair = (OTHER, OTHER)
+
+Name = TypeVar("Name", str, Pair)
+
+_Key = tuple[str, str, str | None, str | None, int]
+_FEW_COUNTS = len(COUNTS) - 1
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """How many different names a ledger takes before it counts new ones under ``other``.
+
+    ``max_models`` limits both models and pairs of provider and model.
+    """
+
+    max_models: int = 200
+    max_projects: int = 200
+    max_agents: int = 50
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=False):
+    """What records that share their names and their hour add up to; a frame can carry it.
+
+    Attributes:
+        provider, model: as in a record.
+        project: None when the records belong to no project.
+        agent: None when it is not known.
+        newest: the newest record's timestamp, in UTC; all of them are of its hour.
+        requests: how many records.
+        counts: their counts, in the order of ``COUNTS`` without ``requests``.
+        units: their amounts in billionths of a dollar, in the order of ``AMOUNTS``.
+    """
+
+    provider: str
+    model: str
+    project: str | None = None
+    agent: str | None = None
+    newest: datetime
+    requests: int
+    counts: tuple[int, ...]
+    units: tuple[int, ...]
+
+
+class Sums:
+    """Records added up by their names and hour.
+
+    Args:
+        most_rows: beyond so many rows, records with names that have none yet are added up under ``other``, by hour;
+            beyond twice as many also those of further hours are added up in one row, so that the number of rows has a
+            limit whatever timestamps clients send. None: no limit.
+
+    Attributes:
+        requests: how many records.
+        tokens_saved: what compression saved in them.
+        newest: the newest record's timestamp, None without a record.
+    """
+
+    def __init__(self, most_rows: int | None = None) -> None:
+        self.requests = 0
+        self.tokens_saved = 0
+        self.newest: datetime | None = None
+        self._most_rows = most_rows
+        self._sums: dict[_Key, _Sum] = {}
+        self._last_folded: dict[tuple[bool, bool], _Key] = {}
+
+    def add_all(self, records: Iterable[SavingsRecord]) -> None:
+        """Add records."""
+        groups: dict[tuple[str | None, str, str | None, str | None], list[SavingsRecord]] = {}
+        for record in records:
+            groups.setdefault(_NAMES(record), []).append(record)
+        for (provider, model, project, agent), group in groups.items():
+            known_agent = None if agent == UNKNOWN else agent
+            for hour, of_hour in _by_hour(group).items():
+                key = (provider or UNKNOWN, model, project, known_agent, hour)
+                self._add(key, _numbers_of_all(of_hour), max(map(_TIMESTAMP, of_hour)))
+
+    def add_rows(self, rows: Iterable[Row]) -> None:
+        """Add sums of records.
+
+        Raises:
+            ValueError: a row has another number of counts or amounts than ``COUNTS`` and ``AMOUNTS`` say.
+        """
+        for row in rows:
+            if len(row.counts) != _FEW_COUNTS or len(row.units) != len(AMOUNTS):
+                raise ValueError(f"a row with {len(row.counts)} counts and {len(row.units)} amounts")
+            newest = row.newest.astimezone(timezone.utc)
+            key = (row.provider, row.model, row.project, row.agent, _hour_of(newest))
+            self._add(key, (row.requests, *row.counts, *row.units), newest)
+
+    def rows(self) -> list[Row]:
+        """What the records of each set of names and hour add up to."""
+        return [
+            Row(
+                provider=provider,
+                model=model,
+                project=project,
+                agent=agent,
+                newest=part.newest,
+                requests=part.numbers[0],
+                counts=part.numbers[1 : len(COUNTS)],
+                units=part.numbers[len(COUNTS) :],
+            )
+            for (provider, model, project, agent, _), part in self._sums.items()
+        ]
+
+    def parts(self) -> Iterator[tuple[Pair, str | None, str | None, Part]]:
+        """The pair of provider and model, the project, the agent and the sums of each row."""
+        for (provider, model, project, agent, _), found in self._sums.items():
+            yield (provider, model), project, agent, Part(found.numbers, iso_utc(found.newest))
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def _add(self, key: _Key, numbers: Numbers, newest: datetime) -> None:
+        found = self._sums.get(key) or self._sums.get(key := self._key_within_limit(key))
+        if found is None:
+            self._sums[key] = _Sum(numbers, newest)
+        else:
+            found.numbers, found.newest = added(found.numbers, numbers), max(found.newest, newest)
+        self.requests += numbers[0]
+        self.tokens_saved += numbers[1]
+        self.newest = max(self.newest or newest, newest)
+
+    def _key_within_limit(self, key: _Key) -> _Key:
+        if self._most_rows is None or len(self._sums) < self._most_rows:
+            return key
+        _, _, project, agent, hour = key
+        folded = (OTHER, OTHER, project and OTHER, agent and OTHER, hour)
+        kind = (project is None, agent is None)
+        if len(self._sums) >= 2 * self._most_rows and folded not in self._sums:
+            return self._last_folded.setdefault(kind, folded)
+        self._last_folded[kind] = folded
+        return folded
+
+
+class _Sum:
+    __slots__ = ("newest", "numbers")
+
+    def __init__(self, numbers: Numbers, newest: datetime) -> None:
+        self.numbers = numbers
+        self.newest = newest
+
+
+class Ledger(msgspec.Struct, frozen=True, kw_only=True):
+    """All totals of a store after some records. Never changed: an addition gives a new ledger.
+
+    ``by_provider_model`` adds up to ``lifetime``, and ``by_model`` too except for what an older document did not break
+    down. ``projects`` and ``agents`` hold only records that name one.
+
+    Attributes:
+        records: how many records it has counted; of another program's document, its lifetime requests.
+    """
+
+    records: int = 0
+    lifetime: Totals = Totals()
+    by_model: Mapping[str, Totals] = {}
+    projects: Mapping[str, Totals] = {}
+    agents: Mapping[str, Totals] = {}
+    by_provider_model: Mapping[Pair, Totals] = {}
+    history: History = History()
+
+    @property
+    def newest(self) -> str | None:
+        """The newest record's timestamp in UTC, ISO 8601, None without a record."""
+        return self.lifetime.last_activity_at
+
+    def plus(self, sums: Sums, limits: Limits, now: datetime) -> Ledger:
+        """This ledger with more records counted in; names beyond the limits count under ``other``.
+
+        Args:
+            sums: the records.
+            limits: how many names are told apart.
+            now: the time that records with a timestamp in the future count at in ``history``.
+        """
+        if not sums:
+            return self
+        models: dict[str, Part] = {}
+        projects: dict[str, Part] = {}
+        agents: dict[str, Part] = {}
+        pairs: dict[Pair, Part] = {}
+        hours: dict[str, Part] = {}
+        for pair, project, agent, part in sums.parts():
+            _gather(pairs, pair, part)
+            _gather(models, pair[1], part)
+            _gather(hours, part.newest[:_HOUR], part)
+            if project is not None:
+                _gather(projects, project, part)
+            if agent is not None:
+                _gather(agents, agent, part)
+        lifetime = self.lifetime
+        for part in hours.values():
+            lifetime = lifetime.plus(*part)
+        return Ledger(
+            records=self.records + sums.requests,
+            lifetime=lifetime,
+            by_model=_merged(self.by_model, models, OTHER, limits.max_models),
+            projects=_merged(self.projects, projects, OTHER, limits.max_projects),
+            agents=_merged(self.agents, agents, OTHER, limits.max_agents),
+            by_provider_model=_merged(self.by_provider_model, pairs, OTHER_PAIR, limits.max_models),
+            history=self.history.plus(hours, lifetime, now),
+        )
+
+    def bounded(self, limits: Limits) -> Ledger:
+        """This ledger with the smallest names beyond the limits counted under ``other``."""
+        return msgspec.structs.replace(
+            self,
+            by_model=_largest(self.by_model, OTHER, limits.max_models),
+            projects=_largest(self.projects, OTHER, limits.max_projects),
+            agents=_largest(self.agents, OTHER, limits.max_agents),
+            by_provider_model=_largest(self.by_provider_model, OTHER_PAIR, limits.max_models),
+        )
+
+
+# How much of a timestamp tells its hour.
+_HOUR = len("2026-01-01T00")
+
+# Read in one call each, because every record is added up.
+_NAMES: Callable[[SavingsRecord], tuple[str | None, str, str | None, str | None]] = operator.attrgetter(
+    "provider", "model", "project", "agent"
+)
+_TIMESTAMP: Callable[[SavingsRecord], datetime] = operator.attrgetter("timestamp")
+_TOKENS: Callable[[SavingsRecord], tuple[int, ...]] = operator.attrgetter(
+    "tokens_saved",
+    "tool_search_saved",
+    "output_tokens_saved",
+    "cache_read_tokens",
+    "cache_write_tokens",
+    "uncached_input_tokens",
+    "input_tokens",
+    "output_tokens",
+)
+
+
+def _by_hour(records: list[SavingsRecord]) -> dict[int, list[SavingsRecord]]:
+    first, last = (_hour_of(edge(map(_TIMESTAMP, records))) for edge in (min, max))
+    if first == last:
+        return {first: records}
+    hours: dict[int, list[SavingsRecord]] = {}
+    for record in records:
+        hours.setdefault(_hour_of(_TIMESTAMP(record)), []).append(record)
+    return hours
+
+
+def _hour_of(moment: datetime) -> int:
+    """The hour of a time in UTC, counted from year 1."""
+    return moment.toordinal() * 24 + moment.hour
+
+
+def _numbers_of_all(records: Sequence[SavingsRecord]) -> Numbers:
+    """Records as the numbers of a sum.
+
+    There is no list price beside a caller's ``savings_usd``, so it counts as its own list price, as Headroom counts a
+    request without a cache breakdown.
+    """
+    saved = sum(units_of(record.savings_usd) for record in records if record.savings_usd)
+    cost = sum(units_of(record.input_cost_usd) for record in records if record.input_cost_usd)
+    return (len(records), *map(sum, zip(*map(_TOKENS, records), strict=True)), *_amounts(saved, cost))
+
+
+def _amounts(saved: int, cost: int) -> Numbers:
+    """What records are worth in billionths of a dollar, in the order of ``AMOUNTS``."""
+    return (
+        saved,  # compression_savings_usd
+        saved,  # compression_savings_list_usd
+        0,  # tool_schema_savings_usd
+        0,  # cache_savings_usd
+        0,  # output_savings_usd
+        cost,  # total_input_cost_usd
+        0,  # total_output_cost_usd
+    )
+
+
+def _gather(parts: dict[Name, Part], name: Name, part: Part) -> None:
+    parts[name] = parts[name].plus(part) if name in parts else part
+
+
+def _merged(old: Mapping[Name, Totals], parts: Mapping[Name, Part], other: Name, limit: int) -> Mapping[Name, Totals]:
+    if not parts:
+        return old
+    merged = dict(old)
+    for new_name, part in parts.items():
+        is_beyond = new_name not in merged and len(merged) - (other in merged) >= limit
+        name = other if is_beyond else new_name
+        merged[name] = merged.get(name, _NOTHING).plus(*part)
+    return merged
+
+
+def _largest(totals: Mapping[Name, Totals], other: Name, limit: int) -> Mapping[Name, Totals]:
+    if len(totals) - (other in totals) <= limit:
+        return totals
+    named = sorted((name for name in totals if name != other), key=lambda name: -totals[name].tokens_saved)
+    kept = {name: totals[name] for name in named[:limit]}
+    kept[other] = total_of([totals[name] for name in named[limit:]] + ([totals[other]] if other in totals else []))
+    return kept
+
+
+_NOTHING = Totals()
