@@ -20,7 +20,15 @@ import msgspec
 
 from savings_exporter.errors import CorruptStoreError, NewerSchemaError
 from savings_exporter.formats import headroom
-from savings_exporter.formats.headroom import OLDEST_SCHEMA_VERSION, SCHEMA_VERSION, shown, unknown_keys
+from savings_exporter.formats.headroom import (
+    BLOCK,
+    KNOWN_MEMBERS,
+    OLDEST_SCHEMA_VERSION,
+    SCHEMA_VERSION,
+    kept_of,
+    shown,
+    unknown_keys,
+)
 from savings_exporter.model.history import History
 from savings_exporter.model.jsontext import any_json, ascii_json
 from savings_exporter.model.keys import MAX_KEYS, KeyTable
@@ -31,7 +39,6 @@ from savings_exporter.model.totals import Ledger, Pair, Totals
 FORMAT = 2
 """The format of our block that is written."""
 
-_BLOCK = "savings_exporter"
 _NO_CHECKSUM = b"sha256:" + b"0" * 64
 # The checksum stands before every name, so the first match is the checksum itself.
 _CHECKSUM = re.compile(rb'"checksum": ?"(sha256:[0-9a-f]{64})"')
@@ -109,11 +116,11 @@ def decode(data: bytes, max_keys: int = MAX_KEYS) -> Document:
         raise CorruptStoreError(f"not a savings document: schema_version is {shown(schema)}", field="schema_version")
     if schema > SCHEMA_VERSION:
         raise NewerSchemaError(f"schema_version is {schema}, and this program knows up to {SCHEMA_VERSION}")
-    if _BLOCK in members:
+    if BLOCK in members:
         return _decode_ours(data, members, max_keys)
     raw = {key: _value(value) for key, value in members.items()}
     if any(isinstance(value, dict) and {"format", "checksum", "store"} <= value.keys() for value in raw.values()):
-        raise CorruptStoreError(f"the name of its {_BLOCK} block is damaged", field=_BLOCK)
+        raise CorruptStoreError(f"the name of its {BLOCK} block is damaged", field=BLOCK)
     ledger, kept, problems = headroom.read(raw)
     return Document(ledger=ledger, kept=kept, problems=problems)
 
@@ -124,18 +131,20 @@ def encode(document: Document) -> bytes:
     ``legacy`` and ``problems`` are not written.
     """
     ledger, kept = document.ledger, document.kept
-    members = {
-        "schema_version": ascii_json(SCHEMA_VERSION),
-        _BLOCK: _block(document),
-        "lifetime": _entry(ledger.lifetime, {"savings_basis": UNKNOWN, **_dict(kept.get("lifetime"))}),
-        "projects": _entries(ledger.projects, _dict(kept.get("projects"))),
-        "by_model": _entries(ledger.by_model, _dict(kept.get("by_model"))),
-        "history": ledger.history.encoded(),
-    }
-    members |= {key: ascii_json(value) for key, value in kept.items() if key not in members}
-    data = b"{\n" + b",\n".join(_joined(members)) + b"\n}\n"
-    before, after = data.split(_NO_CHECKSUM, 1)
-    return b"".join((before, _digest(data), after))
+    lifetime = _entry(ledger.lifetime, {"savings_basis": UNKNOWN, **_dict(kept.get("lifetime"))})
+    before, after = _block(document).split(_NO_CHECKSUM, 1)
+    head = b'{\n"schema_version": %d,\n"%s": %s' % (SCHEMA_VERSION, BLOCK.encode("ascii"), before)
+    tail = [
+        after,
+        b',\n"lifetime": ' + lifetime,
+        b',\n"projects": ' + _entries(ledger.projects, _dict(kept.get("projects"))),
+        b',\n"by_model": ' + _entries(ledger.by_model, _dict(kept.get("by_model"))),
+        b',\n"history": ',
+        *ledger.history.pieces(),
+        *(b",\n" + ascii_json(key) + b": " + ascii_json(kept[key]) for key in kept if key not in KNOWN_MEMBERS),
+        b"\n}\n",
+    ]
+    return b"".join((head, _digest(head, _NO_CHECKSUM, *tail), *tail))
 
 
 def _document_members(data: bytes) -> Mapping[str, bytes]:
@@ -150,7 +159,7 @@ def _document_members(data: bytes) -> Mapping[str, bytes]:
 
 def _decode_ours(data: bytes, members: Mapping[str, bytes], max_keys: int) -> Document:
     try:
-        block = _members(members[_BLOCK])
+        block = _members(members[BLOCK])
     except (TypeError, ValueError):
         block = {}
     written_format = _value(block.get("format", b"null"))
@@ -167,8 +176,8 @@ def _check(data: bytes) -> None:
     checksum = _CHECKSUM.search(data)
     if checksum is None:
         raise CorruptStoreError("its checksum is missing: it was damaged, or rewritten by another program")
-    blank = b"".join((data[: checksum.start(1)], _NO_CHECKSUM, data[checksum.end(1) :]))
-    if _digest(blank) != checksum[1]:
+    whole = memoryview(data)
+    if _digest(whole[: checksum.start(1)], _NO_CHECKSUM, whole[checksum.end(1) :]) != checksum[1]:
         raise CorruptStoreError("its checksum does not match: it was damaged, or edited by another program")
 
 
@@ -188,12 +197,7 @@ def _decode_checked(
         by_provider_model=dict(map(_read_pair, _items(block["totals"]))),
         history=History.of_lines(_items(members["history"])),
     )
-    kept = {
-        **{key: _value(value) for key, value in members.items() if key not in _KNOWN_MEMBERS},
-        "lifetime": unknown_keys(_value(members["lifetime"])),
-        "projects": kept_projects,
-        "by_model": kept_by_model,
-    }
+    unknown = {key: _value(value) for key, value in members.items() if key not in KNOWN_MEMBERS}
     unpacked = KeyTable.unpack_format_1 if is_old else KeyTable.unpack
     return Document(
         ledger=ledger,
@@ -202,12 +206,9 @@ def _decode_checked(
         keys=unpacked(_typed(block["idempotency_keys"], str), max_keys),
         operations=OperationCounts() if is_old else _typed(block["operations"], OperationCounts),
         saved_at=datetime.fromisoformat(saved_at) if saved_at else None,
-        kept=kept,
+        kept=kept_of(unknown, unknown_keys(_value(members["lifetime"])), kept_projects, kept_by_model),
         legacy=_typed(block["journal"], LegacyJournal) if is_old else None,
     )
-
-
-_KNOWN_MEMBERS = frozenset({"schema_version", _BLOCK, "lifetime", "projects", "by_model", "history"})
 
 
 def _block(document: Document) -> bytes:
@@ -313,8 +314,12 @@ def _typed(data: bytes, kind: Any) -> Any:
         return msgspec.convert(json.loads(data), kind)
 
 
-def _digest(data: bytes) -> bytes:
-    return b"sha256:" + hashlib.sha256(data).hexdigest().encode("ascii")
+def _digest(*pieces: bytes | memoryview) -> bytes:
+    """The checksum of all pieces, one after the other."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return b"sha256:" + digest.hexdigest().encode("ascii")
 
 
 def _dict(value: Any) -> Mapping[str, Any]:

@@ -23,6 +23,11 @@ SCHEMA_VERSION = 6
 
 OLDEST_SCHEMA_VERSION = 2
 
+BLOCK = "savings_exporter"
+"""The name of our own block."""
+
+KNOWN_MEMBERS = frozenset({"schema_version", BLOCK, "lifetime", "projects", "by_model", "history"})
+
 TOTALS_FIELDS = frozenset(Totals.__struct_fields__)
 
 # What compression saved can be negative. Headroom takes every other amount as zero or more.
@@ -70,10 +75,20 @@ def read(raw: Mapping[str, Any]) -> Foreign:
         by_provider_model=_pairs(lifetime, by_model),
         history=History(points),
     )
-    kept = {key: value for key, value in raw.items() if key not in ("schema_version", "history")}
-    kept |= {"lifetime": _basis(raw) | unknown_keys(raw.get("lifetime"))}
-    kept |= {"by_model": kept_by_model, "projects": kept_projects}
-    return Foreign(ledger, {key: value for key, value in kept.items() if value or key in raw}, tuple(problems))
+    lifetime_keys = _basis(raw) | unknown_keys(raw.get("lifetime"))
+    return Foreign(ledger, kept_of(raw, lifetime_keys, kept_projects, kept_by_model), tuple(problems))
+
+
+def kept_of(
+    members: Mapping[str, Any],
+    lifetime: Mapping[str, Any],
+    projects: Mapping[str, Any],
+    by_model: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The members that are not known, and the keys that are not known of the other three."""
+    kept = {key: value for key, value in members.items() if key not in KNOWN_MEMBERS}
+    entries = {"lifetime": lifetime, "projects": projects, "by_model": by_model}
+    return kept | {key: value for key, value in entries.items() if value}
 
 
 def unknown_keys(entry: Any) -> dict[str, Any]:

@@ -62,13 +62,15 @@ class Totals(msgspec.Struct, frozen=True):
         values: list[Any] = list(map(operator.add, old, numbers[:_COUNTS]))
         for usd, units in zip(old[_COUNTS:], numbers[_COUNTS:], strict=False):
             values.append(usd_of(units_of(usd) + units) if units else usd)
-        return Totals(*values, last_activity_at=_later(self.last_activity_at, last_activity_at))
+        values.append(_later(self.last_activity_at, last_activity_at))
+        return Totals(*values)
 
     def beyond(self, part: Totals) -> Totals:
         """What these totals hold and ``part`` does not; no count is below zero."""
         rest = list(map(operator.sub, numbers_of(self), numbers_of(part)))
-        values: list[Any] = [max(count, 0) for count in rest[:_COUNTS]] + list(map(usd_of, rest[_COUNTS:]))
-        return Totals(*values, last_activity_at=self.last_activity_at)
+        values: list[Any] = [max(count, 0) for count in rest[:_COUNTS]]
+        values += [*map(usd_of, rest[_COUNTS:]), self.last_activity_at]
+        return Totals(*values)
 
     @property
     def headline_tokens_saved(self) -> int:
