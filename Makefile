@@ -21,7 +21,8 @@ test: .venv/.dev ## run every test that this machine can run (ARGS="-k name" and
 	-@$(MAKE) --no-print-directory headroom
 	@.venv/bin/python -m pytest $(ARGS)
 
-bench: .venv/.dev ## measure the store against its peers, a quarter of an hour (ARGS="threads --repeat 3" and others)
+# Redis and PostgreSQL are used where they are installed (apt-get install redis-server postgresql).
+bench: .venv/.bench ## measure the store against its peers, half an hour (ARGS="threads --repeat 3" and others)
 	-@$(MAKE) --no-print-directory headroom
 	@.venv/bin/python -m benchmarks $(ARGS)
 
@@ -59,6 +60,11 @@ clean: ## remove environments, caches and builds
 .venv/.dev: .venv/.package
 	@echo "installing the development tools into .venv"
 	@.venv/$(PIP_INSTALL) --group dev
+	@touch $@
+
+.venv/.bench: .venv/.dev
+	@echo "installing the clients of the benchmarks' peers into .venv"
+	@.venv/$(PIP_INSTALL) --group bench
 	@touch $@
 
 .venv-headroom/.installed: Makefile

@@ -6,18 +6,20 @@ import argparse
 import json
 import os
 import platform
-import sqlite3
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import LeftOutError, Result, Setup
+from benchmarks.peers import lmdb, postgresql, redis, sqlite
 from benchmarks.works import WORKS
 
 _BUILD = Path(__file__).parent.parent / "build"
@@ -45,10 +47,16 @@ def main() -> None:
     if filesystem == "tmpfs":
         parser.error(f"{arguments.directory} is on a tmpfs, where nothing is durable; name a --directory on a disk")
 
+    # A server of a peer is stopped on the way out, also when this process is told to end.
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda number, _frame: sys.exit(128 + number))
+
     about = {**machine(filesystem), "repeat": arguments.repeat, "scale": arguments.scale}
     results: dict[str, Result] = {}
     left_out: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.directory) as directory:
+        # A server that runs as another user has to reach its own directory in this one.
+        os.chmod(directory, 0o711)
         setup = Setup(directory=Path(directory), repeat=arguments.repeat, scale=arguments.scale)
         for work in arguments.works or WORKS:
             print(f"{work} ...", end=" ", file=sys.stderr, flush=True)
@@ -110,8 +118,22 @@ def machine(filesystem: str) -> Mapping[str, Any]:
         "processors": os.cpu_count(),
         "filesystem": filesystem,
         "Python": platform.python_version(),
-        "SQLite": sqlite3.sqlite_version,
+        **_peers(),
     }
+
+
+def _peers() -> dict[str, str]:
+    """The versions of the peers that are installed."""
+    versions = {}
+    for name, version_of in {
+        "SQLite": sqlite.version,
+        "Redis": redis.version,
+        "PostgreSQL": postgresql.version,
+        "LMDB": lmdb.version,
+    }.items():
+        with suppress(LeftOutError):
+            versions[name] = version_of()
+    return versions
 
 
 def _row(result: Result) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import multiprocessing
+import os
 import statistics
 import tempfile
 import threading
@@ -14,7 +15,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from benchmarks.workload import REQUESTS, Fields
 
@@ -24,16 +25,26 @@ Recorder = Callable[[Fields], object]
 Opened = Callable[[], AbstractContextManager[Recorder]]
 """Opens what records. Every thread or process that is measured opens its own."""
 
+Store = Callable[[Path], AbstractContextManager[Opened]]
+"""A tracker's store or a peer's in an empty directory; what it starts there it stops at its end."""
+
 # Longer than the default save_interval, so that every run of ours pays for a save of the document.
 _RUN_SECONDS = 6.0
 _WARM_UP = 0.1
-_START_TOGETHER_SECONDS = 60.0
+_START_TOGETHER_SECONDS = 120.0
 
 _start: threading.Barrier
 
 
 class LeftOutError(Exception):
     """A work cannot be measured here; the message says why and what to do."""
+
+
+class Turns(TypedDict):
+    """The figures of both sides, one a run."""
+
+    ours: list[float]
+    theirs: list[float]
 
 
 @dataclass(frozen=True)
@@ -57,12 +68,17 @@ class Setup:
     def fresh(self) -> Iterator[Path]:
         """An empty directory for one run."""
         with tempfile.TemporaryDirectory(dir=self.directory) as directory:
+            # A server that runs as another user has to reach its own directory in this one.
+            os.chmod(directory, 0o711)
             yield Path(directory)
 
-    def taking_turns(self, ours: Callable[[], float], peer: Callable[[], float]) -> tuple[list[float], list[float]]:
-        """Ours, peer, ours, peer...: what slows the machine down for a while hits both."""
-        figures = [(ours(), peer()) for _ in range(self.repeat)]
-        return [figure for figure, _ in figures], [figure for _, figure in figures]
+    def taking_turns(self, ours: Callable[[], float], peer: Callable[[], float]) -> Turns:
+        """Peer, ours, peer, ours...: what slows the machine down for a while slows both.
+
+        The peer is first, so that no time is lost where it is not installed.
+        """
+        figures = [(peer(), ours()) for _ in range(self.repeat)]
+        return {"ours": [figure for _, figure in figures], "theirs": [figure for figure, _ in figures]}
 
 
 @dataclass(frozen=True)
@@ -98,38 +114,74 @@ class Result:
         return self.figure >= self.bound.value if self.bound.at_least else self.figure <= self.bound.value
 
 
+class Moment(NamedTuple):
+    """The time, and the CPU time that the process has used, user and system, in seconds."""
+
+    time: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Moment:
+        """This moment."""
+        return cls(time.perf_counter(), time.process_time())
+
+
 class Run(NamedTuple):
     """One thread's or process's run: the seconds that each record took, and when it began and ended."""
 
     took: list[float]
-    began: float
-    ended: float
+    began: Moment
+    ended: Moment
 
 
-def in_threads(opened: Opened, threads: int, seconds: float) -> list[Run]:
-    """Record for so many seconds, in threads that begin together after a warm-up."""
-    barrier = threading.Barrier(threads)
-    with ThreadPoolExecutor(threads, initializer=_start_at, initargs=(barrier,)) as pool:
-        return _runs(pool, opened, threads, seconds)
+Workers = Callable[[Opened, float], list[Run]]
+"""Records for so many seconds, in threads or processes that begin together after a warm-up."""
 
 
-def in_processes(opened: Opened, processes: int, seconds: float) -> list[Run]:
-    """The same, in processes of one thread."""
-    spawn = multiprocessing.get_context("spawn")
-    barrier = spawn.Barrier(processes)
-    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start_at, initargs=(barrier,)) as pool:
-        return _runs(pool, opened, processes, seconds)
+def threads(count: int) -> Workers:
+    """So many threads of this process."""
+
+    def run(opened: Opened, seconds: float) -> list[Run]:
+        barrier = threading.Barrier(count)
+        with ThreadPoolExecutor(count, initializer=_start_at, initargs=(barrier,)) as pool:
+            return _runs(pool, opened, count, seconds)
+
+    return run
+
+
+def processes(count: int) -> Workers:
+    """So many processes of one thread."""
+
+    def run(opened: Opened, seconds: float) -> list[Run]:
+        spawn = multiprocessing.get_context("spawn")
+        barrier = spawn.Barrier(count)
+        with ProcessPoolExecutor(count, mp_context=spawn, initializer=_start_at, initargs=(barrier,)) as pool:
+            return _runs(pool, opened, count, seconds)
+
+    return run
+
+
+one_thread = threads(1)
 
 
 def rate(runs: Sequence[Run]) -> float:
     """Records a second, of all together, from the first one's begin to the last one's end."""
-    return sum(len(run.took) for run in runs) / (max(run.ended for run in runs) - min(run.began for run in runs))
+    return _records(runs) / (max(run.ended.time for run in runs) - min(run.began.time for run in runs))
+
+
+def cpu(runs: Sequence[Run]) -> float:
+    """CPU time a record, in seconds: that of the whole process, for the runs of its threads."""
+    return (max(run.ended.cpu for run in runs) - min(run.began.cpu for run in runs)) / _records(runs)
 
 
 def p99(runs: Sequence[Run]) -> float:
     """The time that 99 of 100 records do not exceed, in seconds."""
     took = sorted(itertools.chain.from_iterable(run.took for run in runs))
     return took[math.ceil(len(took) * 0.99) - 1]
+
+
+def _records(runs: Sequence[Run]) -> int:
+    return sum(len(run.took) for run in runs)
 
 
 def _runs(pool: Executor, opened: Opened, workers: int, seconds: float) -> list[Run]:
@@ -155,11 +207,12 @@ def _measured(opened: Opened, seconds: float) -> Run:
 
 def _repeated(record: Recorder, seconds: float) -> Run:
     took: list[float] = []
-    began = now = time.perf_counter()
+    began = Moment.now()
+    now = began.time
     for fields in itertools.cycle(REQUESTS):
         record(fields)
         before, now = now, time.perf_counter()
         took.append(now - before)
-        if now - began >= seconds:
+        if now - began.time >= seconds:
             break
-    return Run(took, began, now)
+    return Run(took, began, Moment.now())

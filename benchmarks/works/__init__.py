@@ -1,0 +1,29 @@
+"""The works: what is recorded, against which peer, and what is required."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from benchmarks.measuring import Result, Setup
+from benchmarks.works.bounds import after_a_million, device_bytes, memory
+from benchmarks.works.cpu import cpu_one_thread, cpu_threads
+from benchmarks.works.documents import opening, saving, scrape
+from benchmarks.works.rates import RATES, bare_latency, headroom_rates
+from benchmarks.works.tracing import tracing_all, tracing_sampled
+
+WORKS: Mapping[str, Callable[[Setup], Result]] = {
+    **RATES,
+    "one-thread-headroom": headroom_rates,
+    "latency": bare_latency,
+    "tracing-sampled": tracing_sampled,
+    "tracing-all": tracing_all,
+    "cpu-one-thread": cpu_one_thread,
+    "cpu-threads": cpu_threads,
+    "saving": saving,
+    "opening": opening,
+    "scrape": scrape,
+    "device-bytes": device_bytes,
+    "after-a-million": after_a_million,
+    "memory": memory,
+}
+"""Each work by the name that the command takes."""
