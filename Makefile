@@ -8,18 +8,20 @@ ARGS ?=
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test crash bench lint format dashboards headroom clean
+.PHONY: help run test test-fast crash bench lint format dashboards headroom clean
 
 help: ## list what can be made
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 run: .venv/.package ## serve the default store on http://127.0.0.1:9478 (ARGS="--demo" and others are passed on)
 	@exec .venv/bin/savings-exporter serve $(ARGS)
 
-# Headroom may not install on every Python; the run then says at its end what was left out for that.
+# Makes headroom when a selected test needs it. That may not install on every Python; the run then ends by saying so.
 test: .venv/.dev ## run every test that this machine can run (ARGS="-k name" and others go to pytest)
-	-@$(MAKE) --no-print-directory headroom
-	@.venv/bin/python -m pytest $(ARGS)
+	@INSTALL_PEERS=1 .venv/bin/python -m pytest $(ARGS)
+
+test-fast: .venv/.dev ## run the unit and storage tests, in under a minute: those marked slow are left out
+	@.venv/bin/python -m pytest --fast tests/unit tests/storage $(ARGS)
 
 # Redis and PostgreSQL are used where they are installed (apt-get install redis-server postgresql).
 bench: .venv/.bench ## measure the store against its peers, half an hour (ARGS="threads --repeat 3" and others)

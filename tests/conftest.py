@@ -1,83 +1,87 @@
-"""What every tier shares: fixtures, and the list of what this machine could not run.
+"""What every tier shares: fixtures, which tests are run, and the list of what was left out.
 
 A test says what it needs with ``@pytest.mark.needs("prometheus", "strace")``. Where that is missing, the test is
-left out and the run ends with a line that says so; with ``REQUIRE_ALL=1`` leaving anything out is a failure.
+left out and the run ends with a line that says so; with ``REQUIRE_ALL=1`` leaving anything out is a failure. With
+``INSTALL_PEERS=1`` (``make test``) what the selected tests need is installed before, where make has a target for it.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
+import shlex
 import signal
-import sys
+import subprocess
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from savings_exporter import SavingsTracker
 from tests.support.faults import Faults
-from tests.support.mounts import can_make_user_namespaces, can_mount, can_mount_fuse
-from tests.support.paths import HEADROOM_PYTHON
+from tests.support.needs import NEEDS
+from tests.support.paths import ROOT
 from tests.support.spans import Traced
 
 _LEFT_OUT = pytest.StashKey[dict[str, list[str]]]()
 
-_NEEDS = {
-    "linux": lambda: sys.platform == "linux",
-    "mount": can_mount,
-    "fuse": can_mount_fuse,
-    "root": lambda: hasattr(os, "geteuid") and os.geteuid() == 0,
-    "user-namespace": can_make_user_namespaces,
-    "prometheus": lambda: shutil.which("prometheus") and shutil.which("promtool"),
-    "alertmanager": lambda: (
-        (shutil.which("prometheus-alertmanager") or shutil.which("alertmanager")) and shutil.which("amtool")
-    ),
-    "strace": lambda: shutil.which("strace"),
-    "e2fsprogs": lambda: shutil.which("mkfs.ext4"),
-    "xfsprogs": lambda: shutil.which("mkfs.xfs"),
-    "oteltap": lambda: find_spec("oteltap"),
-    "headroom": HEADROOM_PYTHON.exists,
-}
 
-_WHY = {
-    "linux": "this is not Linux",
-    "mount": "mounting needs root on Linux",
-    "fuse": "mounting a FUSE filesystem needs root on Linux, and /dev/fuse",
-    "root": "it needs root",
-    "user-namespace": "making a user namespace needs root, and a kernel that allows it",
-    "prometheus": "prometheus and promtool are not installed (Debian: apt-get install prometheus)",
-    "alertmanager": "Alertmanager and amtool are not installed (Debian: apt-get install prometheus-alertmanager)",
-    "strace": "strace is not installed (Debian: apt-get install strace)",
-    "e2fsprogs": "mkfs.ext4 is not installed (Debian: apt-get install e2fsprogs)",
-    "xfsprogs": "mkfs.xfs is not installed (Debian: apt-get install xfsprogs)",
-    "oteltap": "oteltap is not installed (PyPI: oteltap)",
-    "headroom": f"headroom-ai is not installed in {HEADROOM_PYTHON.parent.parent.name} (make headroom)",
-}
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out the tests that are marked slow")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # A shell starts what runs in its background with this signal ignored, and our children would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "needs(*names): leave the test out where one of these is missing")
+    config.addinivalue_line("markers", "slow: it takes longer than a second or two; --fast leaves it out")
     config.stash[_LEFT_OUT] = {}
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow and config.getoption("--fast"):
+        items[:] = [item for item in items if item not in slow]
+        config.hook.pytest_deselected(items=slow)
+        config.stash[_LEFT_OUT]["they are slow (make test runs them)"] = [item.nodeid for item in slow]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if os.environ.get("INSTALL_PEERS") == "1" and not session.config.option.collectonly:
+        needed = {name for item in session.items for name in _needs_of(item)}
+        for target in sorted(NEEDS[name].target for name in needed if not NEEDS[name].is_there()):
+            if target:
+                _make(target, session.config)
+
+
+def _make(target: str, config: pytest.Config) -> None:
+    """Make a target. Where that fails, the tests that need it are left out."""
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        subprocess.run(["make", "--no-print-directory", target], cwd=ROOT, check=False)
+
+
+def _needs_of(item: pytest.Item) -> list[str]:
+    return [name for marker in item.iter_markers("needs") for name in marker.args]
 
 
 @pytest.fixture(autouse=True)
 def _needs(request: pytest.FixtureRequest) -> None:
-    missing = [name for marker in request.node.iter_markers("needs") for name in marker.args if not _NEEDS[name]()]
+    missing = [name for name in _needs_of(request.node) if not NEEDS[name].is_there()]
     if missing:
-        why = "; ".join(_WHY[name] for name in missing)
+        why = "; ".join(NEEDS[name].why_left_out for name in missing)
         request.config.stash[_LEFT_OUT].setdefault(why, []).append(request.node.nodeid)
         if os.environ.get("REQUIRE_ALL") == "1":
             pytest.fail(f"left out, and REQUIRE_ALL=1 allows nothing to be: {why}")
         pytest.skip(why)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
     left_out = config.stash[_LEFT_OUT]
-    terminalreporter.section("left out on this machine")
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        terminalreporter.line(f"no test is selected by: {shlex.join(config.invocation_params.args)}")
+        if not left_out:
+            return
+    terminalreporter.section("left out")
     for why, tests in sorted(left_out.items()):
         terminalreporter.line(f"{len(tests)} tests: {why}")
     if not left_out:

@@ -90,6 +90,7 @@ os.kill(os.getpid(), 9)
         assert tracker.snapshot().sequence == 3
 
 
+@pytest.mark.slow
 def test_who_joins_shows_nothing_of_a_document_that_is_not_durable_yet(store_path: Path) -> None:
     program = f"""
 import os, stat

@@ -255,6 +255,7 @@ def test_two_new_trackers_agree_on_one_store(store_path: Path) -> None:
         assert one.snapshot().lifetime.tokens_saved == two.snapshot().lifetime.tokens_saved == 2
 
 
+@pytest.mark.slow
 def test_nobody_builds_on_a_save_of_unknown_outcome(store_path: Path, faults: Faults) -> None:
     with SavingsTracker(store_path) as one, SavingsTracker(store_path) as two:
         assert one.record_request(model="m", tokens_saved=1).durable

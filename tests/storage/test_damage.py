@@ -132,6 +132,7 @@ def test_a_killed_process_leaves_a_store_that_opens_whole(kept: Kept) -> None:
     assert all(value == 0 for name, value in seen.items() if name.startswith("savings_recoveries_total"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [cuts, flips])
 @pytest.mark.parametrize("lock", ["lock", "no lock file"])
 def test_a_damaged_document_is_rebuilt_from_the_one_before_it_and_the_journal(
@@ -163,6 +164,7 @@ def test_a_missing_document_is_rebuilt_too(kept: Kept) -> None:
     assert inspect(str(path)).problems == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [cuts, flips])
 def test_damage_to_the_save_before_is_harmless(kept: Kept, damage: object) -> None:
     assert callable(damage)

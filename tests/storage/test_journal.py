@@ -456,6 +456,7 @@ def test_a_living_process_knows_of_one_that_died_before_it_could_say_what_it_wro
         assert reopened.snapshot().lifetime.tokens_saved == expected
 
 
+@pytest.mark.slow
 def test_a_process_that_holds_the_lock_for_long_makes_records_pending_not_lost(
     committing: SavingsTracker, store_path: Path
 ) -> None:
@@ -532,6 +533,7 @@ assert sum(t.requests for t in other.snapshot().by_model.values()) == expected +
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["record", "save"])
 def test_an_interrupt_between_any_two_lines_counts_a_record_once_or_not_at_all(step: str, tmp_path: Path) -> None:
     """Every seventh line; the long form of the crash lab takes each."""

@@ -76,6 +76,7 @@ def assert_bounded_and_exact(tracker: SavingsTracker, records: list[SavingsRecor
     assert 'savings_tokens_saved_total{model="forged"}' not in seen
 
 
+@pytest.mark.slow
 def test_a_million_records_with_hostile_names_stay_bounded_and_exact(store_path: Path) -> None:
     records = hostile_records(DIFFERENT)
     with SavingsTracker(store_path, max_models=LIMIT, max_projects=LIMIT) as tracker:

@@ -1,0 +1,49 @@
+"""What a test may need that not every machine has: how to look for it, and how to get it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+from tests.support.mounts import can_make_user_namespaces, can_mount, can_mount_fuse
+from tests.support.paths import HEADROOM_PYTHON
+
+
+class Need(NamedTuple):
+    """Whether something is there, why a test is left out where it is not, and the make target that installs it."""
+
+    is_there: Callable[[], object]
+    why_left_out: str
+    target: str = ""
+
+
+NEEDS = {
+    "linux": Need(lambda: sys.platform == "linux", "this is not Linux"),
+    "mount": Need(can_mount, "mounting needs root on Linux"),
+    "fuse": Need(can_mount_fuse, "mounting a FUSE filesystem needs root on Linux, and /dev/fuse"),
+    "root": Need(lambda: hasattr(os, "geteuid") and os.geteuid() == 0, "it needs root"),
+    "user-namespace": Need(can_make_user_namespaces, "making a user namespace needs root, and a kernel that allows it"),
+    "prometheus": Need(
+        lambda: shutil.which("prometheus") and shutil.which("promtool"),
+        "prometheus and promtool are not installed (Debian: apt-get install prometheus)",
+    ),
+    "alertmanager": Need(
+        lambda: (shutil.which("prometheus-alertmanager") or shutil.which("alertmanager")) and shutil.which("amtool"),
+        "Alertmanager and amtool are not installed (Debian: apt-get install prometheus-alertmanager)",
+    ),
+    "strace": Need(lambda: shutil.which("strace"), "strace is not installed (Debian: apt-get install strace)"),
+    "e2fsprogs": Need(
+        lambda: shutil.which("mkfs.ext4"), "mkfs.ext4 is not installed (Debian: apt-get install e2fsprogs)"
+    ),
+    "xfsprogs": Need(lambda: shutil.which("mkfs.xfs"), "mkfs.xfs is not installed (Debian: apt-get install xfsprogs)"),
+    "oteltap": Need(lambda: find_spec("oteltap"), "oteltap is not installed (PyPI: oteltap)"),
+    "headroom": Need(
+        HEADROOM_PYTHON.exists,
+        f"headroom-ai is not installed in {HEADROOM_PYTHON.parent.parent.name} (make headroom)",
+        target="headroom",
+    ),
+}
