@@ -1,7 +1,7 @@
 """CPU time: what a record costs where the disk is fast.
 
-The peer is a fixed figure, because the first engine is no longer here to be run. It holds for one kind of machine; the
-CPU time of a bare write, which is noted beside it, shows how this machine differs.
+The peer is a fixed figure, because the first engine is no longer here to be run. It depends on the processor and on how
+it was measured (docs/benchmarks.md, Limits); the CPU time of a bare write in the same run is noted beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from benchmarks.ours import record_bytes, shared_tracker
 from benchmarks.peers.bare_file import bare_file
 from benchmarks.works.rates import runs_of
 
-# Microseconds a record, measured with these works on a machine of two cores with a virtio disk.
+# Microseconds a record, as given for a machine of two cores with a virtio disk; not measured with these works.
 _FIRST_ENGINE_ONE_THREAD = 323.0
 _FIRST_ENGINE_64_THREADS = 85.0
 
