@@ -8,7 +8,7 @@ ARGS ?=
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast crash bench lint format dashboards headroom clean
+.PHONY: help run test test-fast crash bench lint layers format dashboards headroom clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -36,6 +36,9 @@ lint: .venv/.dev ## check style, format and types
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+layers: .venv/.dev ## check that each module imports only layers below it (pyproject.toml)
+	.venv/bin/lint-imports --no-cache --no-logo
 
 format: .venv/.dev ## put code in the project's format
 	.venv/bin/ruff check --fix
