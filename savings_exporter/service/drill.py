@@ -1,8 +1,8 @@
-"""The fire drill: for a while, the observers of a store are told of failures that did not happen.
+"""Fire drills: for a while, a store's observers are told of failures that are simulated, to test alerting.
 
-So people can test their paging before they need it. The store itself is not touched: what is recorded meanwhile is as
-durable as ever. A service takes drills over a socket beside its document, which only processes on the same host can
-reach, and only those of its own user or root.
+The store itself is not touched: what is recorded meanwhile is as durable as ever. Simulated failures are counted like
+real ones, for good, because a counter must not go back. A service accepts drills over a socket beside its document,
+which only processes of its own user and root on the same host can reach.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ import msgspec
 
 from savings_exporter.service.settings import SettingsError
 from savings_exporter.storage import filesystem
-from savings_exporter.storage.steps import COMMIT, FSYNC_DIR, FSYNC_FILE, FSYNC_JOURNAL, SAVE, FsyncTarget, Operation
+from savings_exporter.storage.operation import (
+    COMMIT,
+    FSYNC_DIR,
+    FSYNC_FILE,
+    FSYNC_JOURNAL,
+    SAVE,
+    FsyncTarget,
+    Operation,
+)
 from savings_exporter.tracker import SavingsTracker
 
 logger = logging.getLogger(__name__)
@@ -32,7 +40,7 @@ _PAUSE_SECONDS = 1.0
 _SLOW_SAVE_SECONDS = 2.0
 _MOST_BYTES = 4096
 _PATIENCE_SECONDS = 5.0
-# A question comes in one piece. Whoever keeps us waiting keeps a stop of the service waiting.
+# A question comes in one piece. A client that sends none delays the stop of the service by so long.
 _QUESTION_SECONDS = 1.0
 _MARKED = {"drill": "true"}
 
@@ -51,14 +59,14 @@ class _Answer(msgspec.Struct):
 
 
 class Kind(NamedTuple):
-    """What a drill pretends: that a step of an operation fails or, where ``seconds`` are given, is slow."""
+    """What a drill simulates: that a step of an operation fails or, where ``seconds`` are given, takes so long."""
 
     operation: str
     step: str
     target: FsyncTarget
     seconds: float | None
     usual_seconds: float
-    """How long the drill lasts, unless it is said: as long as it takes until somebody is called."""
+    """How long the drill lasts by default: long enough for its alert to fire."""
     alert: str
 
 
@@ -102,23 +110,22 @@ class Drills:
             self._running.join()
 
     def _run(self, name: str, seconds: float) -> None:
-        path, metrics = self._tracker.storage_path, self._tracker.store_metrics
+        path, counters = self._tracker.storage_path, self._tracker.counters
         logger.warning("%s: fire drill %s begins and lasts %.0f s; nothing is lost", path, name, seconds, extra=_MARKED)
         end = time.monotonic() + seconds
-        metrics.drilling(name, active=True)
+        counters.drilling(name, active=True)
         try:
             while time.monotonic() < end and not self._stopped.is_set():
-                self._pretend(KINDS[name])
+                self._simulate(KINDS[name])
                 self._stopped.wait(_PAUSE_SECONDS)
         finally:
-            metrics.drilling(name, active=False)
+            counters.drilling(name, active=False)
             logger.warning("%s: fire drill %s has ended", path, name, extra=_MARKED)
 
-    def _pretend(self, kind: Kind) -> None:
+    def _simulate(self, kind: Kind) -> None:
         operation = Operation(kind.operation, self._tracker.observers)
         operation.drill = True
-        with suppress(OSError), operation, operation.step(kind.step) as step:
-            step.fsync_target = kind.target
+        with suppress(OSError), operation, operation.step(kind.step, kind.target):
             if kind.seconds is not None:
                 self._stopped.wait(kind.seconds)
                 logger.warning("fire drill: %s took %.1f s", kind.step, kind.seconds, extra=_MARKED)
@@ -130,10 +137,10 @@ class Drills:
 
 @contextmanager
 def taking_drills(tracker: SavingsTracker) -> Iterator[None]:
-    """Take drills for a tracker, for the length of a block.
+    """Accept drills for a tracker while the block runs.
 
     Raises:
-        SettingsError: they cannot be taken here, or another service on the store takes them.
+        SettingsError: drills cannot be accepted here, or another service on the store accepts them.
     """
     path = filesystem.resolved(tracker.storage_path)
     with _bound(path) as listener:
@@ -151,19 +158,19 @@ def taking_drills(tracker: SavingsTracker) -> Iterator[None]:
 
 
 def ask(path: str, name: str, seconds: float) -> None:
-    """Have the service that keeps a store begin a drill.
+    """Make the service that keeps a store begin a drill.
 
     Raises:
-        DrillError: there is none that takes drills, or it refused.
+        DrillError: there is no service that accepts drills, or it refused this one.
     """
     path = filesystem.resolved(path)
-    nobody = (
+    no_service = (
         f"{path}: no service that takes drills keeps this store; start it with: savings-exporter serve --enable-drill"
     )
     try:
         answer = _exchange(path, _Question(name, seconds))
     except (FileNotFoundError, ConnectionRefusedError):
-        raise DrillError(nobody) from None
+        raise DrillError(no_service) from None
     except (OSError, ValueError) as error:
         raise DrillError(f"{path}: its service cannot be asked for a drill: {error}") from None
     if answer.refused:
@@ -189,7 +196,7 @@ def _bound(path: str) -> Iterator[socket.socket]:
                 )
             if filesystem.socket_at(_socket_path(path)) is not None:
                 filesystem.discard(_socket_path(path))
-            # Nobody else may connect, from the beginning.
+            # No other user may connect, from the beginning.
             before = os.umask(0o177)
             try:
                 _at(path, listener.bind)
@@ -202,7 +209,7 @@ def _bound(path: str) -> Iterator[socket.socket]:
         try:
             yield listener
         finally:
-            # Another service may have taken the name while nobody answered here.
+            # Another service may have taken the name since this one stopped answering.
             if filesystem.socket_at(_socket_path(path)) == ours:
                 filesystem.discard(_socket_path(path))
 
@@ -212,7 +219,7 @@ def _answer_all(listener: socket.socket, drills: Drills, over: threading.Event) 
         try:
             connection, _ = listener.accept()
         except OSError:
-            # It is shut down, or no descriptor is left for now.
+            # The listener is shut down, or no descriptor is left for now.
             over.wait(_PAUSE_SECONDS)
             continue
         with connection:
