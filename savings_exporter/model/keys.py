@@ -79,7 +79,7 @@ class KeyTable:
             self._oldest_first.append(digest)
         self._entries[digest] = _ENTRY.pack(digest, *entry)
         while len(self._entries) > self._max_keys:
-            del self._entries[self._oldest_first.popleft()]
+            self._entries.pop(self._oldest_first.popleft(), None)
 
     def copy(self) -> KeyTable:
         """An independent table with the same keys."""

@@ -1,0 +1,61 @@
+"""Hostile names, many of them: bounded, and not a token lost."""
+
+from __future__ import annotations
+
+from savings_exporter.model.names import OTHER
+from savings_exporter.model.record import SavingsRecord
+from savings_exporter.model.totals import OTHER_PAIR, Ledger, Limits, total_of
+from tests.unit.model.samples import NOW, sums_of
+
+LIMIT = 50
+DIFFERENT = 10_000
+LIMITS = Limits(max_models=LIMIT, max_projects=LIMIT, max_agents=LIMIT)
+
+_SHAPES = (
+    "plain-{}",
+    "new\nline\r{}",
+    'quo"te\\{}\\',
+    '{}"}} 1\nsavings_tokens_saved_total{{model="forged"}} 9e9\n#',
+    "\u202egnp.{}",
+    "\ud800{}\udfff",
+    "\x00\x1b[31m{}\x7f",
+    "%25252525{}%250a%2522",
+    "{}" + "é" * 10_000,
+    "{{}}'{}\u2028\u0085\ufeff",
+)
+NAMES = ["", "other", "unknown", " ", "\x00", *(_SHAPES[n % len(_SHAPES)].format(n) for n in range(DIFFERENT - 5))]
+
+
+def hostile_records() -> list[SavingsRecord]:
+    """Each name of a model with another one of a project and an agent, saving 0, 1, 2, ... tokens."""
+    return [
+        SavingsRecord(
+            model=NAMES[n],
+            project=NAMES[n * 7 % DIFFERENT],
+            provider=NAMES[n * 13 % DIFFERENT],
+            agent=NAMES[n * 17 % DIFFERENT],
+            tokens_saved=n,
+            input_tokens=2 * n,
+            savings_usd=n / 1000,
+            timestamp=NOW,
+        )
+        for n in range(DIFFERENT)
+    ]
+
+
+def test_hostile_names() -> None:
+    records, ledger = hostile_records(), Ledger()
+    sums = sums_of(records, most_rows=1000)
+    assert len(sums) <= 2004
+    for _ in range(3):
+        ledger = ledger.plus(sums, LIMITS, NOW)
+    assert ledger.lifetime.requests == 3 * DIFFERENT
+    assert ledger.lifetime.tokens_saved == 3 * sum(range(DIFFERENT))
+    assert ledger.lifetime.compression_savings_usd == 3 * sum(range(DIFFERENT)) / 1000
+    for names in (ledger.by_model, ledger.projects, ledger.agents):
+        assert len(names.keys() - {OTHER}) == LIMIT
+    assert len(ledger.by_provider_model.keys() - {OTHER_PAIR}) == LIMIT
+    assert total_of(ledger.by_model.values()) == total_of(ledger.by_provider_model.values()) == ledger.lifetime
+    in_projects = [record for record in records if record.project is not None]
+    assert total_of(ledger.projects.values()).requests == 3 * len(in_projects)
+    assert total_of(ledger.projects.values()).tokens_saved == 3 * sum(record.tokens_saved for record in in_projects)
