@@ -54,10 +54,13 @@ class WriterState(msgspec.Struct, frozen=True):
 
     Attributes:
         through: the sequence number up to which its records are in the totals.
+        segment, offset: where in its journal the first record after that one is; only a hint of where to read on.
         ended: whether the writer is gone and its operation counters are in the document's ``operations``.
     """
 
     through: int
+    segment: int = 0
+    offset: int = 0
     ended: bool = False
 
 
@@ -293,11 +296,19 @@ def _members(data: bytes) -> Mapping[str, bytes]:
 
 
 def _items(data: bytes) -> Iterable[bytes]:
-    """The items of a JSON list, each as JSON of its own."""
+    """The items of a JSON list, each as JSON of its own.
+
+    Raises:
+        ValueError: it is no JSON.
+        TypeError: it is no list.
+    """
     try:
         return list(map(bytes, _ITEMS.decode(data)))
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        return list(map(ascii_json, json.loads(data)))
+        value = json.loads(data)
+    if not isinstance(value, list):
+        raise TypeError(f"not a list: {shown(value)}")
+    return list(map(ascii_json, value))
 
 
 def _value(data: bytes) -> Any:

@@ -155,7 +155,7 @@ CHANGES: dict[str, Any] = {
 
 def test_fingerprint_tells_every_field() -> None:
     assert CHANGES.keys() | {"timestamp"} == set(SavingsRecord.__struct_fields__)
-    base = {"model": "m", "tokens_saved": 1, "provider": "p", "timestamp": NOW}
+    base: dict[str, Any] = {"model": "m", "tokens_saved": 1, "provider": "p", "timestamp": NOW}
     changed = [[SavingsRecord(**{**base, name: value})] for name, value in CHANGES.items()]
     first = [SavingsRecord(**base)]
     fingerprints = {fingerprint_of(group) for group in [first, *changed, first * 2, []]}
