@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tests.support.needs import NEEDS
 from tests.support.paths import ROOT
 from tests.support.spans import Traced
 
-_LEFT_OUT = pytest.StashKey[dict[str, list[str]]]()
+_SLOW = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,8 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell starts what runs in its background with this signal ignored, and our children would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "needs(*names): leave the test out where one of these is missing")
-    config.addinivalue_line("markers", "slow: it takes longer than a second or two; --fast leaves it out")
-    config.stash[_LEFT_OUT] = {}
+    config.addinivalue_line("markers", "slow: it takes longer than two seconds; --fast leaves it out")
+    config.stash[_SLOW] = 0
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
@@ -43,15 +44,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if slow and config.getoption("--fast"):
         items[:] = [item for item in items if item not in slow]
         config.hook.pytest_deselected(items=slow)
-        config.stash[_LEFT_OUT]["they are slow (make test runs them)"] = [item.nodeid for item in slow]
+        config.stash[_SLOW] = len(slow)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     if os.environ.get("INSTALL_PEERS") == "1" and not session.config.option.collectonly:
         needed = {name for item in session.items for name in _needs_of(item)}
-        for target in sorted(NEEDS[name].target for name in needed if not NEEDS[name].is_there()):
-            if target:
-                _make(target, session.config)
+        for target in {NEEDS[name].target for name in needed if not NEEDS[name].is_there()} - {""}:
+            _make(target, session.config)
 
 
 def _make(target: str, config: pytest.Config) -> None:
@@ -69,23 +69,29 @@ def _needs(request: pytest.FixtureRequest) -> None:
     missing = [name for name in _needs_of(request.node) if not NEEDS[name].is_there()]
     if missing:
         why = "; ".join(NEEDS[name].why_left_out for name in missing)
-        request.config.stash[_LEFT_OUT].setdefault(why, []).append(request.node.nodeid)
         if os.environ.get("REQUIRE_ALL") == "1":
             pytest.fail(f"left out, and REQUIRE_ALL=1 allows nothing to be: {why}")
         pytest.skip(why)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
-    left_out = config.stash[_LEFT_OUT]
+    left_out = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", []))
+    left_out["they are slow (make test runs them)"] = config.stash[_SLOW]
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         terminalreporter.line(f"no test is selected by: {shlex.join(config.invocation_params.args)}")
-        if not left_out:
+        if not left_out.total():
             return
     terminalreporter.section("left out")
     for why, tests in sorted(left_out.items()):
-        terminalreporter.line(f"{len(tests)} tests: {why}")
-    if not left_out:
+        if tests:
+            terminalreporter.line(f"{tests} tests: {why}")
+    if not left_out.total():
         terminalreporter.line("nothing")
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Why a test or a module was skipped."""
+    return report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else report.longreprtext
 
 
 @pytest.fixture

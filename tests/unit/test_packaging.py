@@ -82,7 +82,7 @@ def test_the_sdist_holds_what_building_and_testing_need(built: Path) -> None:
         "CHANGELOG.md",
         "Makefile",
         "tests/conftest.py",
-        "benchmarks/works.py",
+        "benchmarks/__main__.py",
     }
     assert needed | {"savings_exporter/py.typed", "tests/unit/test_packaging.py"} <= names
     assert not [name for name in names if name.startswith(".venv") or "__pycache__" in name]
