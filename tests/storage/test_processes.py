@@ -245,16 +245,16 @@ def test_any_of_four_uvicorn_workers_answers_a_scrape_for_all(store_path: Path, 
             except OSError:
                 return None
 
+        answers: list[dict[str, Any]] = []
+
+        def all_recorded() -> bool:
+            if answer := get("/save"):
+                answers.append(json.loads(answer[1]))
+            return len({answer["worker"] for answer in answers}) == 4
+
         try:
-            eventually(lambda: get("/metrics"), "the workers to answer")
-            recorders: set[int] = set()
-            answers: list[dict[str, Any]] = []
-            while len(recorders) < 4 and len(answers) < 2000:
-                answer = get("/save")
-                if answer is not None:
-                    answers.append(json.loads(answer[1]))
-                    recorders.add(answers[-1]["worker"])
-            assert len(recorders) == 4
+            # No scrape before: prometheus_client cannot read the file of a worker that makes it at this moment.
+            eventually(all_recorded, "each of the workers to record")
             assert all(answer["durable"] for answer in answers)
             assert sorted(answer["sequence"] for answer in answers) == list(range(1, len(answers) + 1))
             scrapes: dict[str, dict[str, float]] = {}
