@@ -139,7 +139,7 @@ class WatchCollector(Collector):
 def totals_families(snapshot: Snapshot, health: Health) -> Iterator[Metric]:
     """The families that show what a store holds."""
     # An empty store shows a zero, and it stays, so that a sum over models is never without data.
-    pairs = {(UNKNOWN, UNKNOWN): None, **snapshot.by_provider_model}
+    pairs: dict[Labels, Totals | None] = {(UNKNOWN, UNKNOWN): None, **snapshot.by_provider_model}
     for name, (field, help_text) in _MODEL_COUNTERS.items():
         yield _filled(CounterMetricFamily(f"savings_{name}", help_text, labels=["provider", "model"]), pairs, field)
     for name, (field, help_text) in _MODEL_GAUGES.items():
@@ -308,3 +308,7 @@ def _unix_time(iso: str | None) -> float:
         return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     except (ValueError, OverflowError):
         return 0.0
+
+
+# The tracker of the first engine imports it; it goes with that tracker.
+StoreMetrics = OperationCounters
