@@ -139,7 +139,7 @@ class WatchCollector(Collector):
 def totals_families(snapshot: Snapshot, health: Health) -> Iterator[Metric]:
     """The families that show what a store holds."""
     # An empty store shows a zero, and it stays, so that a sum over models is never without data.
-    pairs: dict[Labels, Totals | None] = {(UNKNOWN, UNKNOWN): None, **snapshot.by_provider_model}
+    pairs = {(UNKNOWN, UNKNOWN): None, **snapshot.by_provider_model}.items()
     for name, (field, help_text) in _MODEL_COUNTERS.items():
         yield _filled(CounterMetricFamily(f"savings_{name}", help_text, labels=["provider", "model"]), pairs, field)
     for name, (field, help_text) in _MODEL_GAUGES.items():
@@ -148,7 +148,7 @@ def totals_families(snapshot: Snapshot, health: Health) -> Iterator[Metric]:
         for name, (field, help_text) in _NAMED_COUNTERS.items():
             text = help_text.format(f"{'an' if label == 'agent' else 'a'} {label}")
             family = CounterMetricFamily(f"savings_{label}_{name}", text, labels=[label])
-            yield _filled(family, {(value,): totals for value, totals in named.items()}, field)
+            yield _filled(family, [((value,), totals) for value, totals in named.items()], field)
     for name, help_text, number in (
         ("tokens_pending", "Tokens saved in records that are accepted and not durable yet.", snapshot.pending_tokens),
         ("records_pending", "Records that are accepted and not durable yet.", snapshot.pending_records),
@@ -294,9 +294,9 @@ class _Counts:
 
 
 def _filled(
-    family: CounterMetricFamily | GaugeMetricFamily, labelled: Mapping[Labels, Totals | None], field: str
+    family: CounterMetricFamily | GaugeMetricFamily, labelled: Iterable[tuple[Labels, Totals | None]], field: str
 ) -> Metric:
-    for labels, totals in labelled.items():
+    for labels, totals in labelled:
         family.add_metric(labels, getattr(totals, field) if totals is not None else 0)
     return family
 

@@ -90,9 +90,10 @@ def test_a_failed_commit_has_children(recorded: Recorded) -> None:
 
 
 def test_a_failure_after_the_steps(recorded: Recorded) -> None:
-    with pytest.raises(KeyboardInterrupt), Operation(COMMIT, recorded.tracing) as operation:
-        with operation.step("append"):
-            pass
+    operation = Operation(COMMIT, recorded.tracing)
+    with operation.step("append"):
+        pass
+    with pytest.raises(KeyboardInterrupt), operation:
         raise KeyboardInterrupt
     assert set(recorded.spans()) == {"savings.commit", "savings.commit.append"}
 
