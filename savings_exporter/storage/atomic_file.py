@@ -1,126 +1,118 @@
-"""The recipe that replaces a file so that a power loss leaves the old one or the new one, whole.
+"""The recipe that replaces a file so that a power loss leaves the old version or the new one, whole.
 
 ::
 
     temp = create(directory, O_EXCL | O_NOFOLLOW, mode of the old file)
-    write(temp); fsync(temp)              # the new bytes are on the disk, under a name nobody reads
+    write(temp); fsync(temp)              # the new bytes are on stable storage, under a name that is not read
     link(path, previous)                  # the old bytes keep a name
     rename(temp, path)                    # readers see the new file from here on
     fsync(directory)                      # and after a power loss, too
-    open(path)                            # the filesystem has not quietly shut down
+    open(path)                            # the file system has not shut down unnoticed
 
-What is done when a step fails is in ``docs/durability.md``. Nothing here retries: a failed file is never
-synced again, because the page cache may have dropped its data and call it clean, so the caller runs the whole
-recipe again with new bytes.
+``docs/durability.md`` says what is done when a step fails. Nothing is retried here: a file whose sync failed is never
+synced again, because the page cache may have dropped its data and call it clean. The caller runs the whole recipe again
+with a new file.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from mmap import mmap
 
-from savings_exporter.storage import filesystem
-from savings_exporter.storage.steps import FSYNC_DIR, FSYNC_FILE, REPLACE, WRITE, Operation, Step
+from savings_exporter.storage.filesystem import DirectoryFsyncUnsupportedError, FileSystem, Identity
+from savings_exporter.storage.operation import FSYNC_DIR, FSYNC_FILE, REPLACE, WRITE, Operation, Step
 
 logger = logging.getLogger(__name__)
 
 
-class AtomicFile:
-    """A file that is only ever replaced as a whole. ``path`` is absolute and no symlink; ``previous`` is the name that
-    the bytes of before keep, where they are worth keeping.
-    """
+class Directory:
+    """The directory of a store, whose entries are synced. ``like`` is the document, whose mode and owner new files get."""
 
-    def __init__(self, path: str, previous: str | None = None) -> None:
-        self.path = path
-        self.previous = previous
-        self.directory = os.path.dirname(path)
-        self._like = path
-        self._devices_without_dir_fsync: set[int] = set()
-        # Set from the moment the new file may be visible until it is known to be durable.
-        self.outcome_unknown = False
+    def __init__(self, fs: FileSystem, document: str) -> None:
+        self.path = os.path.dirname(document)
+        self.like = document
+        self._fs = fs
+        self._devices_without_fsync: set[int] = set()
 
-    @property
-    def keeps_previous(self) -> bool:
-        """Whether the next save keeps the bytes of before.
+    def sync(self, step: Step, path: str) -> None:
+        """Make the directory's entries durable; ``path`` is the entry that was made.
 
-        After a save of unknown outcome the file may not be on the disk yet, while the one kept before it is.
-        """
-        return self.previous is not None and not self.outcome_unknown
-
-    def beside(self, path: str) -> AtomicFile:
-        """Another file in the same directory, for the same eyes."""
-        other = AtomicFile(path)
-        other._like = self.path
-        other._devices_without_dir_fsync = self._devices_without_dir_fsync
-        return other
-
-    def save(
-        self,
-        data: bytes | mmap,
-        operation: Operation,
-        written: Callable[[filesystem.Identity], object] | None = None,
-    ) -> None:
-        """Replace the file. ``written`` is told the new file's identity before anybody can see it under its name.
+        Where the file system has no directory fsync, the file of that name is synced instead, and the step's outcome is
+        ``unsupported``.
 
         Raises:
-            OSError: some step failed. While ``outcome_unknown`` is set, a power loss may bring back either
-                version; otherwise the old one stands.
+            OSError: it failed, or the file cannot be opened: then the file system has shut down.
         """
-        temporary = filesystem.temporary_name(self.path)
-        try:
-            identity = self._write_durably(temporary, data, operation)
-            if written is not None:
-                written(identity)
-            with operation.step(REPLACE):
-                self._keep_previous()
-                # From here on even an error may hide a success, and nothing is ever unlinked again.
-                self.outcome_unknown = True
-                filesystem.replace(temporary, self.path)
-        except BaseException:
-            # Harmless where the replace did happen: the temporary name is gone then, and the target is not touched.
-            filesystem.discard(temporary)
-            raise
-        with operation.step(FSYNC_DIR) as step:
-            self._make_rename_durable(step)
-        self.outcome_unknown = False
+        device = self._fs.device_of(self.path)
+        if device not in self._devices_without_fsync:
+            try:
+                self._fs.fsync_directory(self.path)
+            except DirectoryFsyncUnsupportedError as reason:
+                self._devices_without_fsync.add(device)
+                logger.warning(
+                    "%s: this file system has no directory fsync (%s); each renamed file is synced instead, and a "
+                    "power loss may undo the last save",
+                    self.path,
+                    reason,
+                )
+        if device in self._devices_without_fsync:
+            step.fsync_target = "file"
+            self._fs.fsync_path(path)
+            step.outcome = "unsupported"
+        self._fs.probe(path)
 
-    def _write_durably(self, temporary: str, data: bytes | mmap, operation: Operation) -> filesystem.Identity:
+
+class AtomicFile:
+    """A file that is only ever replaced as a whole. ``path`` is absolute and no symlink."""
+
+    def __init__(self, fs: FileSystem, path: str, directory: Directory) -> None:
+        self.path = path
+        self.previous = path + ".previous"
+        self.directory = directory
+        self._fs = fs
+
+    def save(self, data: bytes, operation: Operation, *, both: bool) -> Identity:
+        """Replace the file, and keep the version before it under the name ``previous``.
+
+        With ``both``, the new version gets both names: as two files, so that damage to one leaves the other.
+
+        Returns:
+            The new file's identity.
+
+        Raises:
+            OSError: some step failed. If the replace was tried, a power loss may bring back either version.
+        """
+        written: list[str] = []
+        try:
+            if both:
+                self._write(data, written, operation)
+            identity = self._write(data, written, operation)
+            with operation.step(REPLACE):
+                if both:
+                    self._fs.replace(written[0], self.previous)
+                elif self._fs.identity(self.path) is not None:
+                    self._fs.keep_copy(self.path, self.previous)
+                self._fs.replace(written[-1], self.path)
+        finally:
+            # After a replace these names are gone.
+            for temporary in written:
+                self._fs.discard(temporary)
+        with operation.step(FSYNC_DIR, "directory") as step:
+            self.directory.sync(step, self.path)
+        return identity
+
+    def _write(self, data: bytes, written: list[str], operation: Operation) -> Identity:
+        temporary = self._fs.temporary_name(self.path)
+        written.append(temporary)
         descriptor = -1
         try:
             with operation.step(WRITE) as step:
                 step.size = len(data)
-                descriptor = filesystem.create_temporary(temporary, like=self._like)
-                filesystem.write_all(descriptor, data)
-            with operation.step(FSYNC_FILE) as step:
-                step.fsync_target = "file"
-                filesystem.fsync_file(descriptor)
-            return filesystem.identity_of(descriptor)
+                descriptor = self._fs.create(temporary, like=self.directory.like)
+                self._fs.write_all(descriptor, data)
+            with operation.step(FSYNC_FILE, "file"):
+                self._fs.fsync_file(descriptor)
+            return self._fs.identity_of(descriptor)
         finally:
             if descriptor >= 0:
-                filesystem.close(descriptor)
-
-    def _keep_previous(self) -> None:
-        if self.previous is not None and self.keeps_previous and filesystem.identity(self.path) is not None:
-            filesystem.keep_copy(self.path, self.previous)
-
-    def _make_rename_durable(self, step: Step) -> None:
-        step.fsync_target = "directory"
-        device = filesystem.device_of(self.directory)
-        if device not in self._devices_without_dir_fsync:
-            try:
-                filesystem.fsync_directory(self.directory)
-            except filesystem.DirectoryFsyncUnsupportedError as reason:
-                self._devices_without_dir_fsync.add(device)
-                logger.warning(
-                    "%s: this filesystem has no directory fsync (%s); the renamed file is synced instead, and a "
-                    "save may be lost in a power loss",
-                    self.directory,
-                    reason,
-                )
-        if device in self._devices_without_dir_fsync:
-            step.fsync_target = "file"
-            filesystem.fsync_path(self.path)
-            step.outcome = "unsupported"
-        filesystem.probe(self.path)
+                self._fs.close(descriptor)

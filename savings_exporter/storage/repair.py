@@ -1,179 +1,211 @@
-"""Saying what is wrong with a store, and mending what can be mended."""
+"""``verify`` and ``verify --repair``: what is wrong with a store, and saving what is whole."""
 
 from __future__ import annotations
 
 import os
-import secrets
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import datetime, timezone
+from typing import NamedTuple
 
 import msgspec
 
-from savings_exporter.documents import decode, encode
 from savings_exporter.errors import CorruptStoreError, StoreError
-from savings_exporter.storage import filesystem, journal
-from savings_exporter.storage.atomic_file import AtomicFile
-from savings_exporter.storage.lock import NOBODY, StoreLock, nobody_writing, read_mark
+from savings_exporter.formats.document import decode, encode
+from savings_exporter.model.totals import Ledger, Limits
+from savings_exporter.storage.atomic_file import AtomicFile, Directory
+from savings_exporter.storage.checkpoint import dead_writers
+from savings_exporter.storage.filesystem import LOCAL, FileSystem, unused_name
+from savings_exporter.storage.journal import segment_path
+from savings_exporter.storage.lock import StoreLock, read_lock
+from savings_exporter.storage.observers import Observer
+from savings_exporter.storage.operation import SAVE, Operation
+from savings_exporter.storage.reader import Reader, described_losses
 from savings_exporter.storage.recovery import (
-    Found,
+    Findings,
     described,
-    described_losses,
-    find,
+    described_conflict,
+    examine,
     previous_path,
     salvage,
 )
-from savings_exporter.storage.steps import SAVE, Observer, Operation
-from savings_exporter.totals import Ledger, Limits
+from savings_exporter.storage.view import composed
+from savings_exporter.storage.writers import writer_path
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
-    """What a store holds, as far as it can be told, and what is wrong with it, in words."""
+    """What a store holds, as far as that can be determined.
+
+    ``problems`` need something to be done; ``notes`` are harmless: nothing is lost, and nothing has to be done.
+    """
 
     ledger: Ledger | None
     saved_at: datetime | None
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
-def is_begun(path: str) -> bool:
+class Repaired(NamedTuple):
+    """What a repair did, in words, and whether it left out records that another file holds."""
+
+    text: str
+    leaves_out: bool
+
+
+def is_begun(path: str, fs: FileSystem = LOCAL) -> bool:
     """Whether there is any file of a store yet."""
-    directory = os.path.dirname(filesystem.resolved(path))
-    return filesystem.is_directory(directory) and bool(filesystem.with_suffix(filesystem.resolved(path), ""))
+    path = fs.resolved(path)
+    return fs.is_directory(os.path.dirname(path)) and bool(fs.names_beside(path))
 
 
-def inspect(path: str) -> Inspection:
-    """Look at a store without changing anything.
+def inspect(path: str, fs: FileSystem = LOCAL) -> Inspection:
+    """Examine a store without changing anything.
 
     Raises:
         OSError: it cannot be read.
     """
-    path = filesystem.resolved(path)
-    with nobody_writing(path) as quiet:
-        mark = read_mark(path)
-        try:
-            found = find(path, Limits(), mark, only_marked=not quiet)
-        except StoreError as error:
-            return Inspection(ledger=None, saved_at=None, problems=(str(error),))
-        if not found.exists:
-            return Inspection(ledger=None, saved_at=None, problems=(f"{path}: there is no store yet",))
-        problems = [f"{path}: {problem}" for problem in found.document.problems]
-        whole = "" if found.lost or found.unsure else "; nothing is lost by it"
-        problems += [f"{problem}{whole}" for problem in found.harmless]
-        if found.damage is not None:
-            whole = "" if found.lost else "; nothing is lost: it is written anew when the store is next opened"
-            problems.append(f"{path}: {found.damage}{whole}")
-        if found.unsure:
-            problems.append(
-                f"{path}: {found.unsure}, and whether acknowledged records are lost with it cannot be told. To go on "
-                f"with what is left: savings-exporter verify --repair --store {path}"
-            )
-        if found.lost:
-            problems.append(
-                f"{path}: {described_losses(found.lost)}. To go on with what is left: savings-exporter verify --repair "
-                f"--store {path}"
-            )
-        if found.tail is not None:
-            problems.append(
-                f"{found.tail.segment}: ends with {len(found.tail.data)} bytes of a commit that was never "
-                "acknowledged; they are put aside when the store is next opened"
-            )
-        problems += _problem_of_previous(path)
-        return Inspection(ledger=found.totals(Limits()), saved_at=found.document.saved_at, problems=tuple(problems))
+    path = fs.resolved(path)
+    reader = Reader(fs, path, Limits())
+    try:
+        found = examine(reader, read_lock(fs, path))
+    except StoreError as error:
+        return Inspection(ledger=None, saved_at=None, problems=(str(error),))
+    if not found.exists:
+        return Inspection(ledger=None, saved_at=None, problems=(f"{path}: there is no store yet",))
+    return Inspection(
+        ledger=found.view.ledger,
+        saved_at=found.view.document.saved_at,
+        problems=tuple(_problems(reader, found)),
+        notes=tuple(_notes(reader, found)),
+    )
 
 
-def repair(path: str, observer: Observer) -> str:
-    """Mend a store: what is whole is saved as a new document, and what is damaged is kept aside.
-
-    Returns:
-        What was done and what is lost, in words.
+def repair(path: str, observer: Observer, fs: FileSystem = LOCAL) -> Repaired:
+    """Repair a store: what is whole is saved as a new document, and what is damaged is kept aside.
 
     Raises:
-        StoreError: there is nothing to mend it with, or another process has the store.
-        OSError: the disk would not.
+        StoreError: nothing is left to repair it with, or another process has the store.
+        OSError: the disk failed.
     """
-    path = filesystem.resolved(path)
-    if not is_begun(path):
-        raise StoreError(f"{path}: there is nothing to repair: there is no store yet")
-    lock = StoreLock(path)
+    path = fs.resolved(path)
+    if not is_begun(path, fs):
+        raise StoreError(f"{path}: there is nothing to repair: there is no store yet", path=path)
+    reader = Reader(fs, path, Limits())
+    lock = StoreLock(fs, path)
     try:
         if not lock.take_if_free():
-            raise StoreError(f"{path}: another process is writing to it; stop it first")
-        mark = read_mark(path)
+            raise StoreError(f"{path}: another process is saving it; stop that process first", path=path)
         try:
-            found = find(path, Limits(), mark)
+            found = examine(reader, lock.content())
         except CorruptStoreError:
-            found = salvage(path, Limits(), mark)
-        is_damaged = found.damage or found.lost or found.tail or found.harmless or found.unsure
-        if not is_damaged and not _problem_of_previous(path):
-            return f"{path}: there is nothing to repair: it holds {described(found)}"
-        aside = _put_aside(path, found)
-        if mark is not None:
-            # Who is idle beside us has to read anew what it finds here.
-            lock.write(mark._replace(writer=NOBODY).packed())
-        _save(path, found, observer)
+            found = salvage(reader, lock.content())
+        if any(reader.is_alive(writer) for writer in reader.listing().writers):
+            raise StoreError(f"{path}: another process is writing to it; stop that process first", path=path)
+        if not found.damage and not found.is_lossy() and not _problem_of_previous(reader):
+            return Repaired(f"{path}: there is nothing to repair: it holds {described(found.view)}", leaves_out=False)
+        aside = _put_aside(reader, found)
+        _save(reader, found, observer)
+        lock.write(found.view.store, is_saved=True)
     finally:
         lock.close()
-    parts = [f"{path}: holds {described(found)}"]
-    if found.lost:
-        parts.append(described_losses(found.lost))
-    elif found.unsure:
-        parts.append(f"{found.unsure}, so whether anything is lost cannot be told")
-    else:
-        parts.append("nothing is lost")
-    if aside:
-        parts.append(f"kept aside: {', '.join(aside)}")
-    return "; ".join(parts)
+    return _report(path, found, aside)
 
 
-def _put_aside(path: str, found: Found) -> list[str]:
-    """Give what is damaged, or was of no use, second names, because the first ones get new contents or go."""
-    kept = []
-    if found.damage is not None and found.identity is not None:
-        kept.append(path)
-    kept += [previous_path(path)] if _problem_of_previous(path) else []
-    is_journal_damaged = found.lost or found.tail or found.harmless or found.unsure
-    kept += journal.segments(path).values() if is_journal_damaged else []
-    return [_copied_aside(name) for name in kept]
+def _problems(reader: Reader, found: Findings) -> list[str]:
+    path = reader.path
+    remedy = f"To continue with what is left: savings-exporter verify --repair --store {path}"
+    problems = [f"{path}: {problem}" for problem in found.view.document.problems]
+    if found.conflict is not None:
+        problems.append(f"{path}: {described_conflict(path, found.conflict)}")
+    elif found.damage:
+        whole = "" if found.is_lossy() else "; nothing is lost: it is written anew when the store is next opened"
+        problems.append(f"{path}: {found.damage}{whole}")
+    problems += [f"{path}: {described_losses(reading)}. {remedy}" for reading in found.incomplete]
+    return problems + _problem_of_previous(reader)
 
 
-def _copied_aside(name: str) -> str:
-    aside = filesystem.unused_name(name, "corrupt")
-    filesystem.keep_copy(name, aside)
+def _notes(reader: Reader, found: Findings) -> list[str]:
+    notes = [f"{note}; nothing is lost by it" for note in found.harmless]
+    for reading in found.torn:
+        # A living writer's last write may be under way.
+        if reading.tail is not None and not reader.is_alive(reading.writer):
+            segment, data = reading.tail
+            notes.append(
+                f"{segment}: ends with {len(data)} bytes of a write that was never acknowledged; they are kept aside "
+                "when the store is next opened"
+            )
+    return notes
+
+
+def _put_aside(reader: Reader, found: Findings) -> list[str]:
+    """Give what cannot be used names of its own, because what follows replaces or removes it."""
+    aside = []
+    if (found.damage or found.conflict is not None) and found.view.identity is not None:
+        aside.append(_copied(reader, reader.path, "other-program" if found.conflict is not None else "corrupt"))
+    if _problem_of_previous(reader):
+        aside.append(_copied(reader, previous_path(reader.path), "corrupt"))
+    if found.incomplete:
+        segments = reader.listing().segments
+        for reading in found.incomplete:
+            for number in segments.get(reading.writer, ()):
+                aside.append(_copied(reader, segment_path(reader.path, reading.writer, number), "corrupt"))
     return aside
 
 
-def _save(path: str, found: Found, observer: Observer) -> None:
-    """Save what was found twice, so that the document and the one before it both hold it, and remove the segments."""
-    # Numbers that were given out, also of what is lost, are not given out again.
-    sequence = max([found.sequence, *(last for _, last in found.lost)])
+def _copied(reader: Reader, name: str, suffix: str) -> str:
+    aside = unused_name(name, suffix)
+    reader.fs.keep_copy(name, aside)
+    return aside
+
+
+def _save(reader: Reader, found: Findings, observer: Observer) -> None:
+    """Save what was found under both names, and remove the journals, of which all that is whole is in it."""
+    view, listing = found.view, reader.listing()
+    dead = dead_writers(reader, view, listing)
     document = msgspec.structs.replace(
-        found.document,
-        ledger=msgspec.structs.replace(found.totals(Limits()), sequence=sequence),
-        store=found.document.store or found.store.hex() or secrets.token_hex(8),
-        epoch=found.newest_epoch + 1,
-        offset=0,
-        keys=found.keys.pack(),
+        view.document,
+        ledger=view.ledger,
+        store=view.store.hex(),
+        writers=composed(view, (), dead),
         saved_at=datetime.now(timezone.utc),
+        problems=(),
+        legacy=None,
     )
     data = encode(document)
-    for file in (AtomicFile(path), AtomicFile(path, previous_path(path))):
-        with Operation(SAVE, observer) as operation:
-            operation.size = len(data)
-            file.save(data, operation)
-    _discard(journal.segments(path).values())
+    file = AtomicFile(reader.fs, reader.path, Directory(reader.fs, reader.path))
+    with Operation(SAVE, observer) as operation:
+        operation.size = len(data)
+        file.save(data, operation, both=True)
+    for writer in dead:
+        for number in listing.segments.get(writer, ()):
+            reader.fs.discard(segment_path(reader.path, writer, number))
+        reader.fs.discard(writer_path(reader.path, writer))
 
 
-def _discard(segments: Iterable[str]) -> None:
-    for segment in segments:
-        filesystem.discard(segment)
+def _report(path: str, found: Findings, aside: Sequence[str]) -> Repaired:
+    parts = [f"{path}: holds {described(found.view)}"]
+    parts += map(described_losses, found.incomplete)
+    if found.conflict is not None:
+        theirs, base, _ = found.conflict
+        requests = theirs.requests - base.requests
+        parts.append(
+            f"the other program's document, with {theirs.tokens_saved} tokens saved in {theirs.requests} records, is left "
+            f"out: {theirs.tokens_saved - base.tokens_saved} tokens saved in {requests} records of it are not in the total"
+        )
+    if not found.is_lossy():
+        parts.append("nothing is lost")
+    if aside:
+        parts.append(f"kept aside: {', '.join(aside)}")
+    return Repaired("; ".join(parts), leaves_out=found.conflict is not None)
 
 
-def _problem_of_previous(path: str) -> list[str]:
-    previous = previous_path(path)
+def _problem_of_previous(reader: Reader) -> list[str]:
+    previous = previous_path(reader.path)
     try:
-        if filesystem.identity(previous) is None or decode(filesystem.read(previous)[0]) is not None:
+        if reader.fs.identity(previous) is None:
             return []
+        decode(reader.fs.read(previous)[0])
     except OSError as error:
         return [f"{previous}: cannot be read: {error.strerror}"]
     except StoreError:
-        pass
-    return [f"{previous}: is damaged; the next save replaces it"]
+        return [f"{previous}: is damaged; the next save replaces it"]
+    return []

@@ -1,0 +1,178 @@
+"""Frames: what one commit writes into a segment of a writer's journal. Pure.
+
+::
+
+    frame   = magic "SXJ2", CRC-32 of the rest of the frame, store, writer, first sequence number, count, length, payload
+    payload = a JSON array of groups; a group holds records, or sums of records, or the records of one idempotency key
+
+The records of a frame have the sequence numbers ``first`` to ``first + count - 1`` of its writer. A frame that fits into
+a block of 4 KiB lies in one, so that its commit writes one block; what is left of the block before it stays zero.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from savings_exporter.errors import CorruptStoreError
+from savings_exporter.model.record import SavingsRecord
+from savings_exporter.model.totals import Row
+
+BLOCK_BYTES = 4096
+
+FRAME_END = b"]"
+"""The last byte of every frame."""
+
+_MAGIC = b"SXJ2"
+_REST = struct.Struct("<8s8sQII")
+_CHECK = struct.Struct("<4sI")
+HEADER_BYTES = _CHECK.size + _REST.size
+_HEADER = struct.Struct("<4sI8s8sQII")
+
+
+class Line(SavingsRecord, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """A record as a frame holds it. Fields that a later version adds are ignored."""
+
+    def __post_init__(self) -> None:
+        """Nothing is validated or cleaned again: the checksum says that this is what was written."""
+
+
+class Group(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Records that are counted together.
+
+    With a ``key`` (a digest, 32 hexadecimal digits) they are counted once, however often the key appears; ``print`` is
+    the fingerprint of what the key carried, ``at`` the place of the group's last record in its frame, from 1. ``sums``
+    stand for records of which only the sums were kept.
+    """
+
+    records: Sequence[SavingsRecord] = ()
+    key: str = ""
+    print: str = ""
+    at: int = 0
+    sums: Sequence[Row] = ()
+
+
+class ReadGroup(msgspec.Struct, frozen=True):
+    """A group as it is read; its fields are those of ``Group``."""
+
+    records: tuple[Line, ...] = ()
+    key: str = ""
+    print: str = ""
+    at: int = 0
+    sums: tuple[Row, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many records it stands for."""
+        return len(self.records) + sum(row.requests for row in self.sums)
+
+
+class Frame(NamedTuple):
+    """A good frame in a segment's bytes, from ``start`` to ``end``."""
+
+    start: int
+    end: int
+    first: int
+    count: int
+    payload: memoryview
+
+    @property
+    def last(self) -> int:
+        """The sequence number of its last record."""
+        return self.first + self.count - 1
+
+
+class Damage(NamedTuple):
+    """Bytes of a segment that are no frame, and not zero either."""
+
+    start: int
+    end: int
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(list[ReadGroup])
+
+
+def encode_frame(store: bytes, writer: bytes, first: int, count: int, groups: Sequence[Group]) -> bytes:
+    """A frame as it is written."""
+    payload = _encoder.encode(groups)
+    return frame_of(store, writer, first, count, payload)
+
+
+def frame_of(store: bytes, writer: bytes, first: int, count: int, payload: bytes) -> bytes:
+    """A frame with a payload that is encoded already."""
+    rest = _REST.pack(store, writer, first, count, len(payload))
+    return b"".join((_CHECK.pack(_MAGIC, zlib.crc32(payload, zlib.crc32(rest))), rest, payload))
+
+
+def decode_groups(frame: Frame) -> list[ReadGroup]:
+    """What a frame holds.
+
+    Raises:
+        CorruptStoreError: it holds something else, though its checksum is right.
+    """
+    try:
+        groups = _decoder.decode(frame.payload)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CorruptStoreError(f"a frame's checksum matches, but its content cannot be read: {error}") from None
+    if sum(group.count for group in groups) != frame.count:
+        raise CorruptStoreError("a frame's checksum matches, but it holds another number of records than it says")
+    return groups
+
+
+def place_for(size: int, offset: int) -> int:
+    """Where a frame begins that is written when the segment is full up to ``offset``."""
+    boundary = next_block(offset)
+    return boundary if size <= BLOCK_BYTES and offset + size > boundary else offset
+
+
+def next_block(offset: int) -> int:
+    """The first block boundary at or after an offset."""
+    return -(-offset // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def store_of(data: bytes) -> bytes:
+    """The store that the first frame of a segment's bytes names; empty when there is no frame."""
+    return bytes(data[8:16]) if data.startswith(_MAGIC) else b""
+
+
+def scan(data: bytes, store: bytes, writer: bytes, start: int = 0) -> Iterator[Frame | Damage]:
+    """Everything in a segment's bytes from an offset on, in order; frames of other stores and writers are damage."""
+    view, end = memoryview(data), len(data.rstrip(b"\0"))
+    position = start
+    while position < end:
+        frame = _frame_at(view, position, store, writer)
+        if frame is None and not any(view[position : next_block(position)]):
+            frame = _frame_at(view, next_block(position), store, writer)
+        if frame is None:
+            frame = _next_frame(data, view, position + 1, store, writer)
+            yield Damage(position, frame.start if frame else end)
+            if frame is None:
+                return
+        yield frame
+        position = frame.end
+
+
+def _frame_at(view: memoryview, start: int, store: bytes, writer: bytes) -> Frame | None:
+    body = start + _HEADER.size
+    if body > len(view):
+        return None
+    magic, check, of_store, of_writer, first, count, length = _HEADER.unpack_from(view, start)
+    end = body + length
+    if magic != _MAGIC or of_writer != writer or of_store != store or end > len(view) or not count:
+        return None
+    if zlib.crc32(view[start + _CHECK.size : end]) != check:
+        return None
+    return Frame(start, end, first, count, view[body:end])
+
+
+def _next_frame(data: bytes, view: memoryview, position: int, store: bytes, writer: bytes) -> Frame | None:
+    while (position := data.find(_MAGIC, position)) >= 0:
+        if frame := _frame_at(view, position, store, writer):
+            return frame
+        position += 1
+    return None

@@ -1,0 +1,353 @@
+"""Reading a store without a lock: the document, then the watermarks, then the new frames, then the document again.
+
+A save may replace the document and remove segments in between; then reading begins again. One save alone cannot hide
+anything: a segment goes only when the previous document does not need it either.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from typing import NamedTuple
+
+import msgspec
+
+from savings_exporter.errors import CorruptStoreError, StoreError
+from savings_exporter.formats.document import Document, decode
+from savings_exporter.formats.frame import (
+    BLOCK_BYTES,
+    FRAME_END,
+    HEADER_BYTES,
+    Damage,
+    Frame,
+    decode_groups,
+    scan,
+    store_of,
+)
+from savings_exporter.model.operations import OperationCounts
+from savings_exporter.model.totals import Limits
+from savings_exporter.storage.filesystem import FileSystem, Identity
+from savings_exporter.storage.journal import segment_path
+from savings_exporter.storage.view import Counted, Position, Reading, View, counted, view_of
+from savings_exporter.storage.writers import is_alive, read_counts, read_facts, writer_of, writer_path
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 5
+_FIRST_CHUNK_BYTES = 64 * 1024
+_SEGMENT_NAME = re.compile(r"\.journal\.([0-9a-f]{16})\.(\d{8})")
+
+
+class Listing(NamedTuple):
+    """The files of a store at one moment: each writer's segments in order, and the writers that have a file."""
+
+    segments: Mapping[bytes, Sequence[int]]
+    writers: frozenset[bytes]
+
+    def next_segment(self, writer: bytes) -> int:
+        """The number of a writer's next segment."""
+        return max(self.segments.get(writer, ()), default=0) + 1
+
+
+class Reader:
+    """Reads one store. ``own`` is this process's writer, once it has one."""
+
+    def __init__(self, fs: FileSystem, path: str, limits: Limits) -> None:
+        self.fs = fs
+        self.path = path
+        self.limits = limits
+        self.own: bytes | None = None
+        self._refused: Identity | None = None
+
+    def refresh(self, view: View) -> View:
+        """The view with all that is durable by now, what other processes wrote included.
+
+        While the document at the path cannot be used, or is another program's, the one before it is gone on with.
+
+        Raises:
+            OSError: it cannot be read.
+            StoreError: it is damaged.
+        """
+        for _ in range(_ATTEMPTS):
+            try:
+                current = self._with_document(view)
+                followed = self.follow(current)
+                if current.document.is_ours and followed.ledger.records < view.ledger.records:
+                    raise CorruptStoreError(f"{self.path}: was replaced by an older document")
+                if self._identity() in (current.identity, self._refused):
+                    return followed
+            except FileNotFoundError:
+                # A segment was removed between the listing and its reading.
+                continue
+        raise StoreError(f"{self.path}: is being saved too often to be read; try again")
+
+    def follow(self, view: View) -> View:
+        """The view with the new frames of each journal up to its watermark, under the document that it has.
+
+        Raises:
+            FileNotFoundError: a segment was removed meanwhile.
+            OSError: something cannot be read.
+            CorruptStoreError: acknowledged records are missing.
+        """
+        listing = self.listing()
+        readings = list(self._new_readings(view, listing))
+        for reading in readings:
+            if reading.lost or reading.doubt:
+                raise CorruptStoreError(f"{self.path}: {described_losses(reading)}")
+        if not readings:
+            return view
+        return counted(view, readings, self.limits, datetime.now(timezone.utc))
+
+    def listing(self) -> Listing:
+        """The store's files now.
+
+        Raises:
+            OSError: the directory cannot be read.
+        """
+        name = os.path.basename(self.path)
+        segments: dict[bytes, list[int]] = defaultdict(list)
+        writers: set[bytes] = set()
+        for entry in self.fs.names_beside(self.path):
+            if found := _SEGMENT_NAME.fullmatch(entry, len(name)):
+                segments[bytes.fromhex(found[1])].append(int(found[2]))
+            elif writer := writer_of(name, entry):
+                writers.add(writer)
+        return Listing({writer: sorted(numbers) for writer, numbers in segments.items()}, frozenset(writers))
+
+    def read_journal(self, view: View, writer: bytes, numbers: Sequence[int], limit: int | None) -> Reading:
+        """What a writer's journal holds after what is counted, up to a sequence number (None: to its last good frame).
+
+        Raises:
+            OSError: a segment cannot be read.
+            CorruptStoreError: a frame's content cannot be read.
+        """
+        replay = _Replay(writer, view.position_of(writer), limit)
+        for number in numbers:
+            if number >= replay.position.segment and not replay.is_complete:
+                path = segment_path(self.path, writer, number)
+                with self.fs.opened(path) as descriptor:
+                    self._replay(replay, descriptor, path, number, view.store)
+        if limit is not None and not replay.is_complete:
+            replay.lost.append((replay.position.sequence + 1, limit))
+        return replay.reading()
+
+    def is_alive(self, writer: bytes) -> bool:
+        """Whether a writer's process lives.
+
+        Raises:
+            OSError: the writer's file cannot be opened.
+        """
+        return writer == self.own or is_alive(self.fs, writer_path(self.path, writer))
+
+    def is_of_another_store(self, view: View, writer: bytes, listing: Listing) -> bool:
+        """Whether a writer's journal belongs to another store, whose files were left beside this one's.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        for number in listing.segments.get(writer, ()):
+            with self.fs.opened(segment_path(self.path, writer, number)) as descriptor:
+                if store := store_of(self.fs.read_at(descriptor, HEADER_BYTES, 0)):
+                    return store != view.store
+        return False
+
+    def living(self) -> int:
+        """How many writers are alive; 0 when that cannot be read."""
+        try:
+            return sum(map(self.is_alive, self.listing().writers))
+        except OSError:
+            return 0
+
+    def journal_bytes(self, view: View) -> int:
+        """How many bytes of the journals' segments hold frames; 0 when that cannot be read."""
+        try:
+            segments = self.listing().segments
+            return sum(
+                self._bytes_before(writer, segments[writer], view.position_of(writer)) for writer in segments
+            )
+        except OSError:
+            return 0
+
+    def _bytes_before(self, writer: bytes, numbers: Sequence[int], position: Position) -> int:
+        full = (segment_path(self.path, writer, number) for number in numbers if number < position.segment)
+        sizes = sum(identity.size for path in full if (identity := self.fs.identity(path)) is not None)
+        return sizes + (position.offset if position.segment in numbers else 0)
+
+    def has_refused_document(self) -> bool:
+        """Whether the document at the path is one that another program wrote."""
+        return self._refused is not None
+
+    def refusal(self) -> str:
+        """Why the document at the path is not used."""
+        return (
+            "another program replaced the document. What is recorded stays durable in the journal. To choose between the "
+            f"two: stop this process, then savings-exporter verify --store {self.path}"
+        )
+
+    def limit_of(self, writer: bytes, boot: bytes) -> int | None:
+        """Up to which sequence number a journal counts; None when all that can be read is on stable storage.
+
+        A watermark is valid in its own boot of the machine only. After another boot, what can be read was written.
+
+        Raises:
+            OSError: the writer's file cannot be read.
+        """
+        path = writer_path(self.path, writer)
+        facts = read_facts(self.fs, path)
+        if facts is None:
+            return None
+        if any(boot):
+            return facts.watermark if facts.boot == boot else None
+        return facts.watermark if self.is_alive(writer) else None
+
+    def operations(self, view: View) -> OperationCounts:
+        """The operation counters of all writers, living and dead, but for this process's own.
+
+        Raises:
+            OSError: a writer's file cannot be read.
+        """
+        total = view.document.operations
+        for writer in self.listing().writers - {self.own}:
+            state = view.document.writers.get(writer.hex())
+            if state is None or not state.ended:
+                total = total.plus(read_counts(self.fs, writer_path(self.path, writer)))
+        return total
+
+    def _with_document(self, view: View) -> View:
+        """The view itself, or that of the document at the path when another process saved it."""
+        identity = self._identity()
+        if identity == view.identity:
+            self._refused = None
+            return view
+        if identity is None:
+            # It was removed; the next save writes it anew.
+            return msgspec.structs.replace(view, identity=None)
+        if identity == self._refused:
+            return view
+        document, identity = self.read_document()
+        if document.is_ours and bytes.fromhex(document.store) == view.store:
+            self._refused = None
+            return view_of(document, identity, view.store)
+        if view.document.is_ours or view.positions:
+            self._refused = identity
+            return view
+        return view_of(bounded(document, self.limits), identity, view.store)
+
+    def read_document(self) -> tuple[Document, Identity]:
+        """The document at the path.
+
+        Raises:
+            OSError: it cannot be read.
+            StoreError: it is damaged, or newer than this program.
+        """
+        data, identity = self.fs.read(self.path)
+        return decode(data), identity
+
+    def _identity(self) -> Identity | None:
+        return self.fs.identity(self.path)
+
+    def _new_readings(self, view: View, listing: Listing) -> Iterator[Reading]:
+        boot = self.fs.boot_id()
+        for writer, numbers in listing.segments.items():
+            limit = self.limit_of(writer, boot)
+            if limit is None or limit > view.position_of(writer).sequence:
+                reading = self.read_journal(view, writer, numbers, limit)
+                if reading.frames or reading.lost or reading.doubt:
+                    yield reading
+
+    def _replay(self, replay: _Replay, descriptor: int, path: str, number: int, store: bytes) -> None:
+        """Take in one segment's frames, a chunk at a time."""
+        offset = replay.position.offset if number == replay.position.segment else 0
+        if not offset and store_of(self.fs.read_at(descriptor, HEADER_BYTES, 0)) not in (b"", store):
+            replay.foreign.append(path)
+            return
+        if offset and self.fs.read_at(descriptor, 1, offset - 1) != FRAME_END:
+            replay.doubt = f"{path}: ends before what the document holds of it"
+        size = _FIRST_CHUNK_BYTES
+        while True:
+            block = offset // BLOCK_BYTES * BLOCK_BYTES
+            data = self.fs.read_at(descriptor, size, block)
+            is_last = len(data) < size
+            end = replay.take(data, block, offset, number, path, store, is_last=is_last)
+            if is_last or replay.is_complete or (replay.limit is not None and end == offset and not replay.is_cut):
+                return
+            if end == offset:
+                # A frame was cut off at the end of the chunk, or there is nothing but zeros.
+                size *= 4
+            offset = end
+
+
+def bounded(document: Document, limits: Limits) -> Document:
+    """Another program's document with no more names than the limits allow."""
+    return msgspec.structs.replace(document, ledger=document.ledger.bounded(limits))
+
+
+def described_losses(reading: Reading) -> str:
+    """What a journal lacks, in words."""
+    ranges = [f"{first} to {last}" if last > first else str(first) for first, last in reading.lost]
+    if not ranges:
+        return f"{reading.doubt}, and whether acknowledged records are lost with it cannot be determined"
+    return f"acknowledged records are lost: number {', '.join(ranges)} of writer {reading.writer.hex()}"
+
+
+class _Replay:
+    """Reads one journal by the counting rule."""
+
+    def __init__(self, writer: bytes, start: Position, limit: int | None) -> None:
+        self.position = start
+        self.limit = limit
+        self.lost: list[tuple[int, int]] = []
+        self.doubt = ""
+        self.foreign: list[str] = []
+        self.is_cut = False
+        self._writer = writer
+        self._frames: list[Counted] = []
+        self._raw: list[bytes] = []
+        self._tail: tuple[str, bytes] | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything up to the limit was read."""
+        return self.limit is not None and self.position.sequence >= self.limit
+
+    def take(
+        self, data: bytes, block: int, offset: int, number: int, path: str, store: bytes, *, is_last: bool
+    ) -> int:
+        """Take in the frames of a chunk that begins at ``block``, from ``offset`` on; the offset where they end."""
+        self.is_cut = False
+        for item in scan(data, store, self._writer, offset - block):
+            if isinstance(item, Damage):
+                if not is_last and item.end == len(data.rstrip(b"\0")):
+                    self.is_cut = True
+                    return offset
+                self._tail = (path, data[item.start : item.end])
+            elif self.limit is not None and item.last > self.limit:
+                return offset
+            else:
+                offset = block + item.end
+                self._take_frame(item, data, number, offset, path)
+        return offset
+
+    def reading(self) -> Reading:
+        """What was read."""
+        return Reading(self._writer, self._frames, self._raw, self.position, self.lost, self.doubt, self._tail, self.foreign)
+
+    def _take_frame(self, frame: Frame, data: bytes, number: int, end: int, path: str) -> None:
+        self._tail = None
+        expected = self.position.sequence + 1
+        if frame.last < expected:
+            return
+        if frame.first < expected:
+            raise CorruptStoreError(f"{path}: two frames hold other records under the same numbers")
+        if frame.first > expected:
+            self.lost.append((expected, frame.first - 1))
+        try:
+            self._frames.append(Counted(frame.first, decode_groups(frame)))
+        except CorruptStoreError as error:
+            raise CorruptStoreError(f"{path}: {error}; restore it from a backup") from None
+        self._raw.append(data[frame.start : frame.end])
+        self.position = Position(frame.last, number, end)

@@ -1,0 +1,177 @@
+"""One segment of a journal: a file of zeros, synced once, that frames are written to from its beginning to its end.
+
+A commit into it changes no metadata. There are two ways to write a frame:
+
+* ``DirectSegment``: one direct, synchronous write (``O_DIRECT | O_DSYNC``) of the blocks that the frame lies in. The
+  page cache holds no dirty copy, so a failed write cannot be reported once and then forgotten.
+* ``BufferedSegment``: ``pwrite`` and ``fdatasync``, where direct I/O is not available or slower.
+
+After any error a segment is never written or synced again.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+from typing import Literal
+
+from savings_exporter.formats.frame import BLOCK_BYTES, next_block, place_for
+from savings_exporter.storage.atomic_file import Directory
+from savings_exporter.storage.filesystem import FileSystem
+from savings_exporter.storage.operation import APPEND, FSYNC_DIR, FSYNC_FILE, FSYNC_JOURNAL, WRITE, Operation
+
+SyncMethod = Literal["auto", "direct", "fdatasync"]
+"""How the journal is written: ``auto`` is ``direct`` where that works, else ``fdatasync``."""
+
+# What the error of an open or of a first write says where direct I/O is not available.
+_NO_DIRECT_IO = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
+
+_BUFFER_BYTES = 64 * 1024
+
+
+class BufferedSegment:
+    """A segment that is written through the page cache; it owns the descriptor."""
+
+    def __init__(self, fs: FileSystem, path: str, descriptor: int, size: int, offset: int) -> None:
+        self.path = path
+        self.size = size
+        self.offset = offset
+        self._fs = fs
+        self._descriptor = descriptor
+
+    def has_room_for(self, size: int) -> bool:
+        """Whether a frame of this size still fits."""
+        return place_for(size, self.offset) + size <= self.size
+
+    def write(self, frame: bytes, operation: Operation) -> None:
+        """Write a frame after the last one; it is durable when this returns.
+
+        Raises:
+            OSError: whether it is durable is not known.
+        """
+        place = place_for(len(frame), self.offset)
+        with operation.step(APPEND) as step:
+            step.size = len(frame)
+            self._fs.write_at(self._descriptor, frame, place)
+        with operation.step(FSYNC_JOURNAL, "journal"):
+            self._fs.sync_data(self._descriptor)
+        self.offset = place + len(frame)
+
+    def is_in_place(self) -> bool:
+        """Whether the file still has its name."""
+        return self._fs.is_at(self.path, self._descriptor)
+
+    def content(self) -> bytes:
+        """What was written to it, also after its name is gone."""
+        return self._fs.read_at(self._descriptor, self.offset, 0)
+
+    def close(self) -> None:
+        """Close the file."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            self._fs.close(descriptor)
+
+
+class DirectSegment(BufferedSegment):
+    """A segment that is written by direct, synchronous writes of whole blocks.
+
+    Raises:
+        OSError: EINVAL and its like, the file cannot be opened for direct I/O.
+    """
+
+    def __init__(self, fs: FileSystem, path: str, descriptor: int, size: int, offset: int, last_block: bytes) -> None:
+        super().__init__(fs, path, descriptor, size, offset)
+        self._direct = fs.open_direct(path)
+        # A mapping begins at a page boundary, as direct I/O asks of its buffer.
+        self._buffer = memoryview(mmap.mmap(-1, _BUFFER_BYTES))
+        # What the block that the next frame begins in holds already.
+        self._block = last_block
+        self._try_direct_write()
+
+    def write(self, frame: bytes, operation: Operation) -> None:
+        """Write the blocks that the frame lies in; what they held before is written again as it was."""
+        with operation.step(FSYNC_JOURNAL, "journal") as step:
+            step.size = len(frame)
+            place = place_for(len(frame), self.offset)
+            inside = place % BLOCK_BYTES
+            end = inside + len(frame)
+            length = next_block(end)
+            # A frame that skips the rest of a block begins the next one.
+            before = self._block[:inside]
+            blocks = self._filled(before, frame, length)
+            self._fs.write_direct(self._direct, blocks, place - inside)
+        if end >= BLOCK_BYTES:
+            self._block = bytes(blocks[end - end % BLOCK_BYTES : end])
+        else:
+            self._block = before + frame
+        self.offset = place + len(frame)
+
+    def close(self) -> None:
+        """Close the file."""
+        super().close()
+        direct, self._direct = self._direct, -1
+        if direct >= 0:
+            self._fs.close(direct)
+
+    def _filled(self, before: bytes, frame: bytes, length: int) -> memoryview:
+        """An aligned buffer of so many bytes: what the first block holds, the frame, and zeros."""
+        buffer = self._buffer if length <= _BUFFER_BYTES else memoryview(mmap.mmap(-1, length))
+        end = len(before) + len(frame)
+        buffer[:length] = b"".join((before, frame, bytes(length - end)))
+        return buffer[:length]
+
+    def _try_direct_write(self) -> None:
+        """Write what is there once more: some file systems refuse only the write."""
+        try:
+            blocks = self._filled(self._block, b"", BLOCK_BYTES)
+            self._fs.write_direct(self._direct, blocks, self.offset - len(self._block))
+        except BaseException:
+            self._fs.close(self._direct)
+            raise
+
+
+def make_segment(
+    fs: FileSystem,
+    path: str,
+    size: int,
+    operation: Operation,
+    directory: Directory,
+    method: SyncMethod,
+    frame: bytes = b"",
+) -> BufferedSegment:
+    """Make a segment of so many bytes, a first frame included, durable with its name.
+
+    Raises:
+        OSError: it failed. A file that is left there is never written again.
+    """
+    is_commit = bool(frame)
+    descriptor = -1
+    try:
+        with operation.step(APPEND if is_commit else WRITE) as step:
+            step.size = size
+            descriptor = fs.create(path, like=directory.like)
+            if is_commit:
+                fs.write_all(descriptor, frame)
+            fs.write_zeros(descriptor, size - len(frame))
+        with operation.step(FSYNC_JOURNAL if is_commit else FSYNC_FILE, "journal"):
+            fs.fsync_file(descriptor)
+        with operation.step(FSYNC_DIR, "directory") as step:
+            directory.sync(step, path)
+        return _opened(fs, path, descriptor, size, len(frame), method, frame)
+    except BaseException:
+        if descriptor >= 0:
+            fs.close(descriptor)
+        raise
+
+
+def _opened(
+    fs: FileSystem, path: str, descriptor: int, size: int, offset: int, method: SyncMethod, frame: bytes
+) -> BufferedSegment:
+    if method != "fdatasync":
+        last_block = frame[offset // BLOCK_BYTES * BLOCK_BYTES :]
+        try:
+            return DirectSegment(fs, path, descriptor, size, offset, last_block)
+        except OSError as error:
+            if method == "direct" or error.errno not in _NO_DIRECT_IO:
+                raise
+    return BufferedSegment(fs, path, descriptor, size, offset)

@@ -1,0 +1,145 @@
+"""What is durable in a store, as one immutable value, and its pure transitions.
+
+::
+
+    totals = document's totals + every frame of every journal that the counting rule counts
+
+The counting rule: take a writer's frames in the order of segments and offsets; a frame counts if and only if its first
+sequence number is the next one. A frame below that was counted already and is skipped; one above it means that
+acknowledged records are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import NamedTuple
+
+import msgspec
+
+from savings_exporter.formats.document import Document, WriterState
+from savings_exporter.formats.frame import ReadGroup
+from savings_exporter.model.keys import KeyEntry, KeyTable
+from savings_exporter.model.totals import Ledger, Limits, Sums
+from savings_exporter.storage.filesystem import Identity
+
+
+class Position(NamedTuple):
+    """How far a journal is counted: up to a sequence number, and the place where reading goes on."""
+
+    sequence: int = 0
+    segment: int = 0
+    offset: int = 0
+
+
+class Counted(NamedTuple):
+    """A frame that the counting rule counts, decoded."""
+
+    first: int
+    groups: list[ReadGroup]
+
+
+class Reading(NamedTuple):
+    """What reading one journal gave: the frames to count, and where reading goes on.
+
+    ``raw`` are the frames' bytes. ``lost`` are the sequence numbers, first and last, of acknowledged records that are
+    missing; ``doubt`` says why that cannot be determined. ``tail`` is what follows the last good frame: a segment's path and the bytes of a torn write. ``foreign`` are
+    segments of another store.
+    """
+
+    writer: bytes
+    frames: list[Counted]
+    raw: list[bytes]
+    position: Position
+    lost: list[tuple[int, int]]
+    doubt: str
+    tail: tuple[str, bytes] | None
+    foreign: list[str]
+
+
+class View(msgspec.Struct, frozen=True, kw_only=True):
+    """The document, and what the journals hold beyond it.
+
+    ``identity`` is that of the document's file, None when there is none. ``store`` names the store (8 bytes).
+    ``is_whole`` says whether that file is this document; if not, the document is the previous one, and the file is damaged.
+    ``ledger`` are the totals of both. The keys are those of the document, to which each transition adds: adding one
+    twice changes nothing, so an interrupt between that and the publishing of the view does no harm.
+    """
+
+    document: Document
+    identity: Identity | None
+    store: bytes
+    ledger: Ledger
+    positions: Mapping[bytes, Position]
+    is_whole: bool = True
+
+    @property
+    def keys(self) -> KeyTable:
+        """The idempotency keys that were counted."""
+        return self.document.keys
+
+    def position_of(self, writer: bytes) -> Position:
+        """How far a writer's journal is counted."""
+        return self.positions.get(writer) or Position()
+
+    def is_saved(self) -> bool:
+        """Whether the document holds all that is counted."""
+        writers = self.document.writers
+        return all(
+            position.sequence == (state.through if (state := writers.get(writer.hex())) else 0)
+            for writer, position in self.positions.items()
+        )
+
+
+def view_of(document: Document, identity: Identity | None, store: bytes) -> View:
+    """What a document alone says."""
+    positions = {
+        bytes.fromhex(writer): Position(state.through, state.segment, state.offset)
+        for writer, state in document.writers.items()
+    }
+    return View(document=document, identity=identity, store=store, ledger=document.ledger, positions=positions)
+
+
+def counted(view: View, readings: Iterable[Reading], limits: Limits, now: datetime) -> View:
+    """The view with more of the journals counted."""
+    sums, positions = Sums(), dict(view.positions)
+    for reading in readings:
+        for frame in reading.frames:
+            _count(frame, reading.writer, sums, view.keys)
+        if reading.frames:
+            positions[reading.writer] = reading.position
+    ledger = view.ledger.plus(sums, limits, now) if sums else view.ledger
+    return msgspec.structs.replace(view, ledger=ledger, positions=positions)
+
+
+def composed(view: View, gone: Iterable[bytes], ended: Iterable[bytes]) -> dict[str, WriterState]:
+    """The writers' entries of the next document: without those that are gone; the counters of ``ended`` are in it."""
+    states = {}
+    finished = {writer.hex() for writer in ended}
+    known = {*view.document.writers, *finished, *(writer.hex() for writer in view.positions)}
+    for writer in known - {writer.hex() for writer in gone}:
+        before = view.document.writers.get(writer)
+        position = view.position_of(bytes.fromhex(writer))
+        is_ended = writer in finished or (before is not None and before.ended)
+        states[writer] = WriterState(
+            through=position.sequence, segment=position.segment, offset=position.offset, ended=is_ended
+        )
+    return states
+
+
+def _count(frame: Counted, writer: bytes, sums: Sums, keys: KeyTable) -> None:
+    for group in frame.groups:
+        if group.key and not _is_first(frame, group, writer, keys):
+            continue
+        sums.add_all(group.records)
+        sums.add_rows(group.sums)
+
+
+def _is_first(frame: Counted, group: ReadGroup, writer: bytes, keys: KeyTable) -> bool:
+    """Whether a key is counted here for the first time, or is this very group."""
+    digest, sequence = bytes.fromhex(group.key), frame.first + group.at - 1
+    known = keys.get(digest)
+    if known is not None:
+        return (known.writer, known.sequence) == (writer, sequence)
+    keys.add(digest, KeyEntry(bytes.fromhex(group.print), writer, sequence))
+    return True

@@ -1,0 +1,236 @@
+"""The file that each writer has beside the document: whether it is alive, how far its journal is durable, its counters.
+
+A writer is one open tracker in one process, named by 8 random bytes. Its file is made and locked before its first
+segment has a name, and removed after its last segment is gone. Only the writer itself writes it, without syncs:
+
+* the *lock* (flock) is held as long as the process lives. It fails towards "alive": a copy of the descriptor in a
+  forked child keeps it, and only delays what is done for dead writers. (POSIX record locks fail the other way: they are
+  lost when the process closes any descriptor of the file.)
+* the *watermark* is the sequence number up to which its journal is durable: written after the sync has returned, never
+  before. It is valid within one boot of the machine, because after a power loss an older one may be there.
+* the *operation counters* are kept twice, so that a reader always finds a whole version.
+
+One file a writer, rather than one table for all: nothing is allocated, freed or locked in common. And written with
+``pwrite`` rather than through a mapping: storing to a mapping of a file system that has aborted kills the process
+(SIGBUS).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import struct
+import zlib
+from contextlib import suppress
+from typing import NamedTuple
+
+import msgspec
+
+from savings_exporter.model.operations import OperationCounts
+from savings_exporter.storage.filesystem import FileSystem
+
+logger = logging.getLogger(__name__)
+
+WRITER_BYTES = 8
+
+_MAGIC = b"SXW1"
+_HEADER = struct.Struct("<4s8s8s16s")
+_CHECK = struct.Struct("<I")
+_WATERMARK = struct.Struct("<QQ")
+_WATERMARK_OFFSET = 64
+_FIRST_BLOCK_BYTES = 4096
+_COUNTS = struct.Struct("<QII")
+_COUNTS_BYTES = 16 * 1024
+_ALL_ONES = 2**64 - 1
+
+_SUFFIX = ".writer."
+_ATTEMPTS = 3
+
+
+class WriterFacts(NamedTuple):
+    """What a writer's file says. ``boot`` is the boot of the machine in which its watermark is valid."""
+
+    store: bytes
+    writer: bytes
+    boot: bytes
+    watermark: int
+
+
+class Writer:
+    """A living writer's own file, locked as long as this object is open.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+
+    def __init__(self, fs: FileSystem, document: str, store: bytes, writer: bytes | None = None) -> None:
+        self.id = writer or secrets.token_bytes(WRITER_BYTES)
+        self.path = writer_path(document, self.id)
+        self.watermark = 0
+        self._fs = fs
+        self._document = document
+        self._store = store
+        self._version = 0
+        self._descriptor = -1
+        self._make()
+
+    def raise_watermark(self, sequence: int) -> None:
+        """Say that the journal is durable up to a record.
+
+        Raises:
+            OSError: it was not written; the one before it is still valid.
+        """
+        self._fs.write_at(self._descriptor, _WATERMARK.pack(sequence, sequence ^ _ALL_ONES), _WATERMARK_OFFSET)
+        self.watermark = sequence
+
+    def publish(self, counts: OperationCounts) -> None:
+        """Write the operation counters, for the other processes and for those who come after this one.
+
+        Raises:
+            OSError: they were not written; the version before them is still there.
+        """
+        data = msgspec.json.encode(counts)
+        if len(data) > _COUNTS_BYTES - _COUNTS.size:
+            return
+        version = self._version + 1
+        block = _COUNTS.pack(version, len(data), zlib.crc32(data)) + data
+        self._fs.write_at(self._descriptor, block, _FIRST_BLOCK_BYTES + version % 2 * _COUNTS_BYTES)
+        self._version = version
+
+    def is_in_place(self) -> bool:
+        """Whether the file still has its name."""
+        return self._fs.is_at(self.path, self._descriptor)
+
+    def make_again(self) -> None:
+        """Make the file again after its name was removed, with the same watermark."""
+        adopted = read_facts(self._fs, self.path)
+        if adopted is not None:
+            self.watermark = max(self.watermark, adopted.watermark)
+        old = self._descriptor
+        self._make()
+        self._fs.close(old)
+
+    def close(self) -> None:
+        """Let go of the lock. The file stays until a save has taken in its counters."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            self._fs.close(descriptor)
+
+    def _make(self) -> None:
+        header = _HEADER.pack(_MAGIC, self._store, self.id, self._fs.boot_id())
+        block = (header + _CHECK.pack(zlib.crc32(header))).ljust(_WATERMARK_OFFSET, b"\0")
+        block += _WATERMARK.pack(self.watermark, self.watermark ^ _ALL_ONES)
+        for attempt in range(1, _ATTEMPTS + 1):
+            temporary = self._fs.temporary_name(self.path)
+            descriptor = self._fs.create(temporary, like=self._document)
+            try:
+                # Locked before it has its name: the file of a writer that seems dead is removed.
+                self._fs.try_lock(descriptor)
+                self._fs.write_at(descriptor, block.ljust(_FIRST_BLOCK_BYTES, b"\0"), 0)
+                self._fs.replace(temporary, self.path)
+            except BaseException as error:
+                self._fs.close(descriptor)
+                self._fs.discard(temporary)
+                # A process that opened the store in between took it for one that a dead process left.
+                if not isinstance(error, FileNotFoundError) or attempt == _ATTEMPTS:
+                    raise
+            else:
+                self._descriptor = descriptor
+                return
+
+
+def writer_path(document: str, writer: bytes) -> str:
+    """The file of a writer."""
+    return f"{document}{_SUFFIX}{writer.hex()}"
+
+
+def writer_of(document_name: str, name: str) -> bytes | None:
+    """The writer that a file's name names; None when it is no writer's file."""
+    found = re.fullmatch(re.escape(document_name + _SUFFIX) + "([0-9a-f]{16})", name)
+    return bytes.fromhex(found[1]) if found else None
+
+
+def read_facts(fs: FileSystem, path: str) -> WriterFacts | None:
+    """What a writer's file says; None when there is none, or when it says nothing that can be relied on.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        with fs.opened(path) as descriptor:
+            return facts_of(fs.read_at(descriptor, _WATERMARK_OFFSET + _WATERMARK.size, 0))
+    except FileNotFoundError:
+        return None
+
+
+def facts_of(data: bytes) -> WriterFacts | None:
+    """What the first bytes of a writer's file say."""
+    if len(data) < _WATERMARK_OFFSET + _WATERMARK.size:
+        return None
+    header = data[: _HEADER.size]
+    magic, store, writer, boot = _HEADER.unpack(header)
+    (check,) = _CHECK.unpack_from(data, _HEADER.size)
+    watermark, inverted = _WATERMARK.unpack_from(data, _WATERMARK_OFFSET)
+    if magic != _MAGIC or check != zlib.crc32(header) or watermark ^ _ALL_ONES != inverted:
+        return None
+    return WriterFacts(store, writer, boot, watermark)
+
+
+def read_counts(fs: FileSystem, path: str) -> OperationCounts:
+    """The newest whole version of a writer's operation counters; empty ones when there is none.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    versions: list[tuple[int, OperationCounts]] = [(0, OperationCounts())]
+    try:
+        with fs.opened(path) as descriptor:
+            for place in range(2):
+                block = fs.read_at(descriptor, _COUNTS_BYTES, _FIRST_BLOCK_BYTES + place * _COUNTS_BYTES)
+                versions += _version_in(block)
+    except FileNotFoundError:
+        pass
+    return max(versions, key=lambda version: version[0])[1]
+
+
+def is_alive(fs: FileSystem, path: str) -> bool:
+    """Whether a writer's file is locked, by a process that lives. False when there is no such file.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    if not fs.is_shared:
+        return False
+    try:
+        with fs.opened(path) as descriptor:
+            return not fs.try_lock(descriptor, shared=True)
+    except FileNotFoundError:
+        return False
+
+
+def set_watermark(fs: FileSystem, path: str, sequence: int) -> None:
+    """Raise the watermark of a dead writer whose journal was adopted. The caller holds the store's lock.
+
+    Raises:
+        OSError: it was not written.
+    """
+    with suppress(FileNotFoundError):
+        descriptor = fs.open_to_write(path)
+        try:
+            fs.write_at(descriptor, _WATERMARK.pack(sequence, sequence ^ _ALL_ONES), _WATERMARK_OFFSET)
+        finally:
+            fs.close(descriptor)
+
+
+def _version_in(block: bytes) -> list[tuple[int, OperationCounts]]:
+    if len(block) < _COUNTS.size:
+        return []
+    version, length, check = _COUNTS.unpack_from(block)
+    data = block[_COUNTS.size : _COUNTS.size + length]
+    if not version or len(data) != length or zlib.crc32(data) != check:
+        return []
+    try:
+        return [(version, msgspec.json.decode(data, type=OperationCounts))]
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return []

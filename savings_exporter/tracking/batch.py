@@ -1,0 +1,204 @@
+"""Records on their way: accepted together, sealed as one frame, durable together."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from opentelemetry.trace import Span, SpanContext
+
+from savings_exporter.formats.frame import Group
+from savings_exporter.model.record import SavingsRecord
+from savings_exporter.model.totals import Row, Sums
+from savings_exporter.storage.journal import Frame
+
+MOST_LINKS = 128
+"""A commit is linked to at most so many spans of its records, as many as OpenTelemetry keeps."""
+
+_HANDOVER_SECONDS = 1.0
+
+# So few at a time take some milliseconds: the caller may be an event loop.
+_FOLDED_AT_ONCE = 500
+
+
+class Entry(NamedTuple):
+    """Records that were accepted by one call. ``last`` is the place of the last one in the batch, from 1.
+
+    ``key`` and ``fingerprint`` are empty without an idempotency key. ``sums`` stand for entries that were folded.
+    """
+
+    last: int
+    records: Sequence[SavingsRecord]
+    key: bytes = b""
+    fingerprint: bytes = b""
+    sums: tuple[Row, ...] = ()
+
+    def group(self) -> Group:
+        """The entry as a frame holds it."""
+        if self.key:
+            return Group(records=self.records, key=self.key.hex(), print=self.fingerprint.hex(), at=self.last)
+        return Group(records=self.records, sums=self.sums)
+
+
+class Batch:
+    """Records that become durable together, in the order in which they were accepted.
+
+    Each change is one assignment or one call of a list's method, so an interrupt leaves the state before or after it.
+    """
+
+    __slots__ = (
+        *("entries", "writer", "first", "frame", "is_over", "links", "is_led", "futures"),
+        *("_followers", "_waiting", "_mutex", "_unfolded"),
+    )
+
+    def __init__(self, mutex: threading.RLock) -> None:
+        self.entries: list[Entry] = []
+        self.writer = ""
+        self.first: int | None = None
+        self.frame: tuple[Frame, list[Group]] | None = None
+        self.is_over = False
+        self.links: list[SpanContext] = []
+        self.is_led = False
+        self.futures: list[asyncio.Future[None]] = []
+        self._followers: deque[threading.Lock] = deque()
+        self._waiting: threading.Event | None = None
+        self._mutex = mutex
+        self._unfolded = 0
+
+    @property
+    def count(self) -> int:
+        """How many records it holds."""
+        return self.entries[-1].last if self.entries else 0
+
+    @property
+    def tokens(self) -> int:
+        """What compression saved in them, in tokens."""
+        return sum(
+            sum(record.tokens_saved for record in entry.records) + sum(row.counts[0] for row in entry.sums)
+            for entry in self.entries
+        )
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether some of its records have an idempotency key."""
+        return any(entry.key for entry in self.entries)
+
+    def holds(self, key: bytes) -> bool:
+        """Whether records with this key are in it: an interrupt may have come before they were added."""
+        return any(entry.key == key for entry in self.entries)
+
+    @property
+    def durable(self) -> bool:
+        """Whether the records survive a power loss from now on."""
+        return self.first is not None
+
+    def add(self, records: Sequence[SavingsRecord], key: bytes = b"", fingerprint: bytes = b"") -> int:
+        """Accept records; the place of the last one."""
+        last = self.count + len(records)
+        self.entries.append(Entry(last, records, key, fingerprint))
+        if not key:
+            self._unfolded += len(records)
+        return last
+
+    def link(self, span: Span) -> None:
+        """Have the commit linked to a record's span."""
+        if len(self.links) < MOST_LINKS:
+            self.links.append(span.get_span_context())
+
+    def groups(self) -> list[Group]:
+        """The entries as a frame holds them; those without a key together."""
+        entries = self.entries
+        if not any(entry.key or entry.sums for entry in entries):
+            return [Group(records=[record for entry in entries for record in entry.records])]
+        return [entry.group() for entry in entries]
+
+    def fold(self, most_unfolded: int, most_rows: int) -> None:
+        """Keep only the sums of the oldest records without a key, so that memory has a bound while a disk fails."""
+        if self._unfolded <= most_unfolded:
+            return
+        unfolded = sum(len(entry.records) for entry in self.entries if not entry.key)
+        sums, kept = Sums(most_rows), []
+        for entry in self.entries:
+            if entry.key or unfolded <= most_unfolded - _FOLDED_AT_ONCE:
+                kept.append(entry)
+            else:
+                sums.add_rows(entry.sums)
+                sums.add_all(entry.records)
+                unfolded -= len(entry.records)
+        # The last entry says how many records there are.
+        self.entries = [Entry(self.count if not kept else 0, (), sums=tuple(sums.rows())), *kept]
+        self._unfolded = unfolded
+
+    # Waiting for the commit.
+
+    def follow(self) -> threading.Lock:
+        """A lock that is released when the batch's commit has ended. Called with the mutex held."""
+        turn = threading.Lock()
+        turn.acquire()
+        self._followers.append(turn)
+        return turn
+
+    def await_commit(self, turn: threading.Lock) -> None:
+        """Wait until the batch's commit has ended, and then release the next one that waits."""
+        try:
+            # Looked at again from time to time: an interrupt may have come before the release.
+            while not turn.acquire(timeout=_HANDOVER_SECONDS) and not (self.is_over or self.durable):
+                pass
+        except BaseException:
+            with self._mutex:
+                was_waiting = turn in self._followers
+                if was_waiting:
+                    self._followers.remove(turn)
+            if not was_waiting:
+                self.release_next()
+            raise
+        self.release_next()
+
+    def release_next(self) -> None:
+        """Release one thread that waits; it releases the next."""
+        with suppress(IndexError):
+            self._followers.popleft().release()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until it is durable or given up."""
+        with self._mutex:
+            if self.durable or self.is_over:
+                return self.durable
+            if self._waiting is None:
+                self._waiting = threading.Event()
+        self._waiting.wait(timeout)
+        return self.durable
+
+    def attempted(self) -> None:
+        """A commit has ended, well or badly: release those who wait for it."""
+        futures, self.futures = self.futures, []
+        _finish_all(futures)
+        self.release_next()
+
+    def end(self) -> None:
+        """It is durable, or given up: only its receipts are needed any more."""
+        self.is_over = True
+        if self._waiting is not None:
+            self._waiting.set()
+        if self.durable:
+            self.entries, self.links, self.frame = [Entry(self.count, ())], [], None
+
+
+def _finish_all(futures: Iterable[asyncio.Future[None]]) -> None:
+    loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for future in futures:
+        loops.setdefault(future.get_loop(), []).append(future)
+    for loop, waiting in loops.items():
+        with suppress(RuntimeError):  # the loop may be closed by now
+            loop.call_soon_threadsafe(finish, waiting)
+
+
+def finish(futures: Iterable[asyncio.Future[None]]) -> None:
+    """Set futures that still wait. Called in their event loop."""
+    for future in futures:
+        if not future.done():
+            future.set_result(None)

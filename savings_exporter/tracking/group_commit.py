@@ -1,0 +1,309 @@
+"""Group commit: records that wait at the same moment share one frame.
+
+The first record of a batch *leads* it: its thread takes the commit lock, seals the batch, commits it and releases the
+others, which wait on a lock each. The thread that waits to lead the next batch goes first, then one follower, and each
+follower releases the next. A batch whose first record belongs to a task, or is not waited for, is led by the background
+thread, as are retries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from opentelemetry.trace import Span, get_current_span
+
+from savings_exporter.errors import KeyConflictError
+from savings_exporter.model.keys import MAX_KEYS, checked_key, digest_of, fingerprint_of
+from savings_exporter.model.record import SavingsRecord
+from savings_exporter.storage.operation import PREPARE, error_symbol
+from savings_exporter.storage.store import Committed, Failed, Store
+from savings_exporter.tracking.batch import Batch, finish
+from savings_exporter.tracking.receipt import Counted, Receipt
+from savings_exporter.tracking.retry import Retry
+
+logger = logging.getLogger(__name__)
+
+# Of more records than this that wait for a failing disk, only the sums are kept; of these at most so many rows.
+_MOST_UNFOLDED = 10_000
+_MOST_ROWS = 10_000
+
+
+class Batches(NamedTuple):
+    """The batch that takes records on, and the one that is being committed or failed to be."""
+
+    open: Batch
+    sealed: Batch | None = None
+
+
+class _Keyed(NamedTuple):
+    """An idempotency key and the fingerprint of what it carries."""
+
+    key: str
+    digest: bytes
+    fingerprint: bytes
+
+
+class _Expected(NamedTuple):
+    """Records with a key that are pending: their batch, their place in it, and what they carry."""
+
+    batch: Batch
+    place: int
+    fingerprint: bytes
+
+
+class GroupCommit:
+    """Commits the records of one tracker's threads and tasks.
+
+    ``failure`` is why the last commit failed, None when it did not, and ``retry`` when the next attempt is due. ``wake``
+    wakes the background thread.
+    """
+
+    def __init__(self, store: Store, wake: Callable[[], None]) -> None:
+        self.failure: Failed | None = None
+        self.retry = Retry()
+        self._store = store
+        self._wake = wake
+        # Held while batches change, never while the disk is at work.
+        self._mutex = threading.RLock()
+        # Held by the thread that commits. Both know their owner: a signal handler may interrupt it.
+        self._committing = threading.RLock()
+        self._batches = Batches(Batch(self._mutex))
+        self._pending_keys: dict[bytes, _Expected] = {}
+        self._was_interrupted = False
+        self._is_closed = False
+
+    # Recording.
+
+    def record(self, records: Sequence[SavingsRecord], key: Any, *, wait: bool) -> Receipt:
+        """Accept records and, with ``wait``, return when a commit that carried them has ended.
+
+        Raises:
+            KeyConflictError: the key was recorded with other content.
+            RuntimeError: the tracker is closed.
+        """
+        keyed = None if key is None else self._looked_up(records, key)
+        span = get_current_span()
+        is_nested = self.is_in_progress_here()
+        turn = None
+        try:
+            with self._mutex:
+                receipt, batch = self._accept(records, keyed, span)
+                # In a signal handler that interrupts this thread's own commit, waiting would never end.
+                if batch is None or not wait or self.failure is not None or is_nested:
+                    self._leave_to_background(batch)
+                    return receipt
+                if batch.count > len(records):
+                    turn = batch.follow()
+                else:
+                    batch.is_led = True
+            if turn is not None:
+                batch.await_commit(turn)
+            else:
+                self._lead(batch, span)
+        except BaseException:
+            self._note_interrupt()
+            raise
+        return receipt
+
+    def accept(self, records: Sequence[SavingsRecord], key: Any, ended: asyncio.Future[None] | None) -> Receipt:
+        """Accept records for the background thread; ``ended`` is set when a commit that carried them has ended."""
+        keyed = None if key is None else self._looked_up(records, key)
+        with self._mutex:
+            receipt, batch = self._accept(records, keyed, get_current_span())
+            if ended is not None:
+                if batch is None or self.failure is not None:
+                    ended.get_loop().call_soon_threadsafe(finish, [ended])
+                else:
+                    batch.futures.append(ended)
+            self._leave_to_background(batch)
+        return receipt
+
+    def refuse(self) -> None:
+        """Accept no more records."""
+        self._is_closed = True
+
+    # Committing.
+
+    def commit(self, span: Span | None = None) -> None:
+        """Commit what waits, a batch that failed before included, whatever the retry schedule says."""
+        with self._committing:
+            self._was_interrupted = False
+            for _ in range(2):
+                batch = self._sealed()
+                if batch is None or not self._commit(batch, span):
+                    break
+
+    def is_in_progress_here(self) -> bool:
+        """Whether this very thread is in the middle of a commit or of accepting records."""
+        return self._committing._is_owned() or self._mutex._is_owned()  # type: ignore[attr-defined]
+
+    def is_waiting(self) -> bool:
+        """Whether there are records that only the background thread commits."""
+        waiting, sealed = self._batches
+        return self.failure is None and (
+            (waiting.count > 0 and not waiting.is_led) or (sealed is not None and self._was_interrupted)
+        )
+
+    def last(self) -> Batch | None:
+        """The batch with the newest records that are not durable; None when all are."""
+        with self._mutex:
+            waiting, sealed = self._batches
+            return waiting if waiting.count else sealed
+
+    def pending(self) -> tuple[int, int]:
+        """How many records are accepted and not durable, and how many tokens they saved."""
+        with self._mutex:
+            batches = [batch for batch in self._batches if batch is not None and not batch.durable]
+            return sum(batch.count for batch in batches), sum(batch.tokens for batch in batches)
+
+    def abandon(self) -> None:
+        """Give up what is not durable: it is not tried again."""
+        with self._mutex:
+            for batch in self._batches:
+                if batch is not None and not batch.durable:
+                    batch.end()
+
+    def reason(self) -> str:
+        """Why commits fail, in words."""
+        records, tokens = self.pending()
+        what = described(self._store.path, "records could not be committed", self.failure)
+        return f"{what}; {records} records ({tokens} tokens saved) are not durable"
+
+    def _looked_up(self, records: Sequence[SavingsRecord], key: Any) -> _Keyed:
+        """A key, and what it was counted as by any process. Reads what other processes recorded meanwhile."""
+        checked = checked_key(key)
+        assert checked is not None
+        digest = digest_of(checked)
+        self._store.key_entry(digest)
+        return _Keyed(checked, digest, fingerprint_of(records))
+
+    def _accept(self, records: Sequence[SavingsRecord], keyed: _Keyed | None, span: Span) -> tuple[Receipt, Batch | None]:
+        """Add records to the open batch; the batch is None when there is nothing to wait for."""
+        if self._is_closed:
+            raise RuntimeError(f"the tracker of {self._store.path} is closed")
+        if keyed is not None:
+            repeat = self._repeat_of(keyed)
+            if repeat is not None:
+                return repeat
+        batch = self._batches.open
+        if keyed is not None and len(self._pending_keys) < MAX_KEYS:
+            place = batch.add(records, keyed.digest, keyed.fingerprint)
+            self._pending_keys[keyed.digest] = _Expected(batch, place, keyed.fingerprint)
+        else:
+            # Of more pending keys than a store remembers, none is kept; this happens only after a very long failure.
+            place = batch.add(records)
+        if span.is_recording():
+            batch.link(span)
+        if self.failure is not None or self._batches.sealed is not None:
+            batch.fold(_MOST_UNFOLDED, _MOST_ROWS)
+        return Receipt(batch, place), batch
+
+    def _repeat_of(self, keyed: _Keyed) -> tuple[Receipt, Batch | None] | None:
+        """The receipt of the records that had this key before, None when there are none."""
+        entry = self._store.view.keys.get(keyed.digest)
+        if entry is not None:
+            _refuse_other_content(entry.matches(keyed.fingerprint), keyed.key)
+            return Receipt(Counted(entry), 1, duplicate=True), None
+        expected = self._pending_keys.get(keyed.digest)
+        if expected is None or not expected.batch.holds(keyed.digest):
+            return None
+        _refuse_other_content(expected.fingerprint == keyed.fingerprint, keyed.key)
+        return Receipt(expected.batch, expected.place, duplicate=True), expected.batch
+
+    def _lead(self, batch: Batch, span: Span) -> None:
+        """Commit a batch that this thread leads, and release those who wait for it."""
+        with self._committing:
+            # A batch that an interrupt left may come first. While commits fail, a call does not pay for a retry.
+            while self.failure is None and not batch.is_over:
+                sealed = self._sealed()
+                if sealed is None or not self._commit(sealed, span):
+                    break
+        batch.attempted()
+
+    def _sealed(self) -> Batch | None:
+        """The batch to commit: the one that failed before, or the open one, which takes on no more records then."""
+        with self._mutex:
+            batches = self._batches
+            if batches.sealed is None and batches.open.count:
+                batches = self._batches = Batches(Batch(self._mutex), batches.open)
+            return batches.sealed
+
+    def _commit(self, batch: Batch, span: Span | None) -> bool:
+        """Commit a sealed batch; whether that worked. Interrupted at any point, it can be done again."""
+        if not batch.durable:
+            try:
+                result = self._attempt(batch, span)
+            except Exception as error:
+                result = Failed(PREPARE, error)
+            if isinstance(result, Failed):
+                self._note_failure(batch, result)
+                return False
+            self._note_success(batch)
+        batch.end()
+        batch.attempted()
+        self._batches = self._batches._replace(sealed=None)
+        return True
+
+    def _attempt(self, batch: Batch, span: Span | None) -> Committed | Failed:
+        if batch.frame is None:
+            groups = batch.groups()
+            journal = self._store.own_journal()
+            batch.writer = journal.writer.id.hex()
+            batch.frame = journal.seal(batch.count, groups), groups
+        return self._store.commit(batch.frame[0], span, batch.links)
+
+    def _note_success(self, batch: Batch) -> None:
+        assert batch.frame is not None
+        frame, groups = batch.frame
+        was_failing, self.failure, self.retry = self.failure is not None, None, Retry()
+        if batch.has_keys:
+            self._store.remember(frame, groups)
+            with self._mutex:
+                for entry in batch.entries:
+                    self._pending_keys.pop(entry.key, None)
+        batch.first = frame.first
+        if was_failing:
+            logger.info("%s: commits work again; %d records are durable now", self._store.path, batch.count)
+        if self._store.wants_segment():
+            self._wake()
+
+    def _note_failure(self, batch: Batch, failure: Failed) -> None:
+        with self._mutex:
+            self.failure, self.retry = failure, self.retry.failed(time.monotonic())
+        batch.attempted()
+        self._batches.open.attempted()
+        logger.error("%s; trying again in %.1f s", self.reason(), self.retry.delay)
+        self._wake()
+
+    def _note_interrupt(self) -> None:
+        """After an interrupt or an error anywhere: the background thread commits what waits."""
+        self._was_interrupted = True
+        self._batches.open.is_led = False
+        self._wake()
+
+    def _leave_to_background(self, batch: Batch | None) -> None:
+        """Have the background thread commit a batch, unless a thread leads it."""
+        if batch is not None and not batch.is_led:
+            self._wake()
+
+
+def described(path: str, what: str, failure: Failed | None) -> str:
+    """A failure, in words."""
+    if failure is None:
+        return f"{path}: {what}"
+    error = failure.error
+    words = getattr(error, "strerror", None) or str(error)
+    symbol = error_symbol(error)
+    return f"{path}: {what}: {failure.step} failed: {words} ({symbol})"
+
+
+def _refuse_other_content(is_same: bool, key: str) -> None:
+    if not is_same:
+        raise KeyConflictError(
+            f"idempotency_key {key[:64]!r} was used before with other content; use a new key for other records"
+        )

@@ -1,0 +1,105 @@
+"""Watching a document, with or without journals, that another program owns: Headroom, or a tracker. Never writes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from datetime import datetime, timezone
+
+from savings_exporter.errors import StoreError
+from savings_exporter.model.snapshot import Health, Snapshot
+from savings_exporter.model.totals import Limits
+from savings_exporter.storage.filesystem import LOCAL, FileSystem, place
+from savings_exporter.storage.lock import read_lock
+from savings_exporter.storage.operation import error_symbol
+from savings_exporter.storage.reader import Reader
+from savings_exporter.storage.recovery import examine, refuse_losses
+from savings_exporter.storage.view import View
+
+logger = logging.getLogger(__name__)
+
+
+class WatchedFile:
+    """The totals of a store that another program changes, read again when it is not the one that was read last.
+
+    When it cannot be read, or is gone, the last totals stay and ``health`` says why: a counter must not vanish
+    because its source is away for a moment.
+
+    Raises:
+        StoreError: there is no document at the path, or it cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fs: FileSystem = LOCAL) -> None:
+        self.storage_path = os.path.expanduser(path)
+        self._fs = fs
+        self._reading = threading.Lock()
+        self._health = Health(healthy=True)
+        self._reader = self._reader_now()
+        try:
+            self._view = self._examined()
+        except OSError as error:
+            raise StoreError(
+                f"{self._reader.path}: cannot be read: {error.strerror} ({error_symbol(error)})", path=self._reader.path
+            ) from error
+
+    def snapshot(self) -> Snapshot:
+        """The totals now, or the last ones that could be read, also while another thread waits for the disk."""
+        if self._reading.acquire(blocking=False):
+            try:
+                self._view = self._refreshed()
+                self._health = Health(healthy=True)
+            except (OSError, StoreError) as error:
+                self._note_unreadable(error)
+            finally:
+                self._reading.release()
+        return self._snapshot(self._view)
+
+    def health(self) -> Health:
+        """Whether the document could be read when it was last looked at, and if not, why."""
+        return self._health
+
+    def _reader_now(self) -> Reader:
+        # A symlink may lead to another file meanwhile.
+        return Reader(self._fs, self._fs.resolved(self.storage_path), Limits())
+
+    def _refreshed(self) -> View:
+        reader = self._reader_now()
+        if reader.path != self._reader.path:
+            self._reader = reader
+            return self._examined()
+        if self._fs.identity(reader.path) is None:
+            raise StoreError(f"{reader.path}: there is no such file", path=reader.path)
+        try:
+            view = self._reader.refresh(self._view)
+        except StoreError:
+            return self._examined()
+        return self._examined() if self._reader.has_refused_document() else view
+
+    def _examined(self) -> View:
+        path = self._reader.path
+        found = examine(self._reader, read_lock(self._fs, path))
+        if not found.exists:
+            raise StoreError(f"{path}: there is no such file", path=path)
+        refuse_losses(path, found)
+        for problem in found.view.document.problems:
+            logger.warning("%s: %s", path, problem)
+        return found.view
+
+    def _snapshot(self, view: View) -> Snapshot:
+        identity = view.identity
+        modified = datetime.fromtimestamp(identity.modified_ns / 1e9, timezone.utc) if identity else None
+        return Snapshot(
+            ledger=view.ledger,
+            store_id=view.document.store or place(self._reader.path),
+            saved_at=view.document.saved_at or modified,
+            document_bytes=identity.size if identity else 0,
+            journal_bytes=self._reader.journal_bytes(view),
+            operations=view.document.operations,
+        )
+
+    def _note_unreadable(self, error: Exception) -> None:
+        reason = str(error)
+        if reason != self._health.reason:
+            logger.error("%s; the last totals stay", reason)
+        self._health = Health(healthy=False, reason=reason)
