@@ -11,7 +11,7 @@ import uuid
 
 import msgspec
 
-from savings_exporter.records import SavingsRecord
+from savings_exporter import SavingsRecord
 from savings_exporter.service.demo import made_up_savings
 
 _RETRY_SECONDS = 1.0

@@ -1,4 +1,4 @@
-"""The dashboard of the pager: is anything being lost, why, and what the disk does."""
+"""The dashboard for the on-call engineer: is anything lost, why, and what the disk does."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _NEVER_SECONDS = 1e9
 
 _STEPS = (
     ("write", "writing the new document to a temporary file", "Slow: a full or busy disk."),
-    ("fsync_file", "the new document's way to stable storage", "Slow: the disk itself, or what shares it."),
-    ("replace", "renaming it over the old document", "Slow: a busy filesystem journal."),
-    ("fsync_dir", "making that rename durable", "Until it is done, a power loss brings back the old document."),
+    ("fsync_file", "writing that file to stable storage", "Slow: the disk itself, or other load on it."),
+    ("replace", "renaming it over the old document", "Slow: a busy journal of the file system."),
+    ("fsync_dir", "making that rename durable", "Until it returns, a power loss can bring back the old document."),
 )
 
 
 def build(other: tuple[str, str]) -> Any:
     """The dashboard, with a link to the other."""
-    description = "Whether savings are kept, why not, and what each step of keeping them costs. Start at the top."
+    description = "Whether records become durable, why not, and how long each step takes. Start at the top."
     rows = (_is_anything_lost(), _why(), _how_slow(), _how_much(), _what_runs())
     return dashboard_of(TITLE, UID, description, rows, other=other)
 
@@ -51,8 +51,8 @@ def _is_anything_lost() -> Row:
     waiting = ((None, GREEN), (1, ORANGE))
     healthy = stat_panel(
         "Store healthy",
-        "Whether savings can be kept, or a watched file read. Degraded: new savings may be in memory only, and are "
-        "lost if the process ends, so do not restart it.",
+        "Whether commits and saves succeed, or a watched file can be read. Degraded: new records may be in memory only "
+        "and are lost if the process ends, so do not restart it.",
         "none",
         Query(of_instances("savings_store_healthy")),
         width=4,
@@ -60,8 +60,8 @@ def _is_anything_lost() -> Row:
     )
     last_fsync = stat_panel(
         "Last directory fsync",
-        "Failed: the last save is visible, and a power loss may bring back the document before it. The journal still "
-        "holds what was acknowledged.",
+        "Failed: a power loss can bring back the document before the latest save. The journals still hold all "
+        "acknowledged records.",
         "none",
         Query(of_instances("savings_last_dir_fsync_success")),
         width=4,
@@ -69,15 +69,15 @@ def _is_anything_lost() -> Row:
     )
     last_save = stat_panel(
         "Since the last save",
-        "How old the document is. While nothing new is recorded it grows, and that is right; with records pending it "
-        "means that saves fail. What was committed since is in the journal.",
+        "The age of the document. It grows while nothing is recorded. Records that were committed since are durable in "
+        "the journals.",
         "s",
         Query(f"time() - {of_instances('savings_last_save_success_timestamp_seconds')}"),
         width=4,
     )
     drill = stat_panel(
         "Fire drill",
-        "Active: failures are pretended, on purpose. What is red may be the drill and not the disk.",
+        "Active: failures are simulated on purpose. What is red may come from the drill, not from the disk.",
         "none",
         Query(f"max by (job, instance) ({of_instances('savings_drill_active')})"),
         width=4,
@@ -85,7 +85,7 @@ def _is_anything_lost() -> Row:
     )
     alerts = listing(
         "Firing alerts",
-        "Alerts that fire, of all exporters whatever is chosen above. The runbook says of each what is at risk.",
+        "Firing alerts of all exporters, also of those that are not selected above. The runbook says what is at risk.",
         (("Firing", "none", Query('ALERTS{alertstate="firing", alertname=~"Savings.*"}')),),
         width=24,
         height=5,
@@ -115,7 +115,7 @@ def _is_anything_lost() -> Row:
             ),
             last_save.mappings([from_value_on(_NEVER_SECONDS, "never", ORANGE)]),
             drill.mappings([state(zero=("none", GREEN), one=("ACTIVE", ORANGE))]),
-            alerts.no_value("none fires"),
+            alerts.no_value("none"),
         ),
     )
 
@@ -124,8 +124,8 @@ def _why() -> Row:
     steps_and_errors = "{{instance}} {{step}} {{error}}"
     directory = timeline(
         "Directory fsync",
-        "Red: it failed, and the last save may vanish in a power loss. Orange: the filesystem has none, so the renamed "
-        "file is synced instead, and the rename may be lost.",
+        "Red: it failed, and a power loss can undo the latest save. Orange: the file system has none, so the renamed "
+        "file is synced instead, and a power loss can undo the rename.",
         Query(of_instances("savings_last_dir_fsync_success"), "{{instance}} last one"),
         Query(of_instances("savings_dir_fsync_supported"), "{{instance}} supported"),
         width=12,
@@ -138,44 +138,44 @@ def _why() -> Row:
             with_states(directory, "B", unsupported),
             timeline(
                 "Fire drills",
-                "When failures were pretended, and which. Failures in these times say nothing of the disk.",
+                "When failures were simulated, and which. Failures in these times say nothing about the disk.",
                 Query(of_instances("savings_drill_active"), "{{instance}} {{drill}}"),
                 width=12,
                 states=[state(zero=("none", BLUE), one=("active", ORANGE))],
             ),
             bars(
                 "Failed syncs by target",
-                "directory: a save may vanish in a power loss. file: the new document was thrown away, the old one "
-                "stays. journal: records were not acknowledged and wait in memory.",
+                "directory: a power loss can undo a save. file: a new document or segment was discarded, the old "
+                "document stays. journal: the records of a commit are pending.",
                 Query(happened("savings_fsync_failures_total", "target"), "{{instance}} {{target}}"),
                 width=8,
             ),
             bars(
                 "Failed commits by step and error",
-                "Records that did not reach the journal: they wait in memory and are tried again. EIO: the disk. "
-                "ENOSPC, EDQUOT: no room. EROFS: the filesystem has given up.",
+                "Commits whose records are pending, in memory, until a retry succeeds. EIO: the disk. ENOSPC, EDQUOT: "
+                "no space. EROFS: the file system has aborted.",
                 Query(happened("savings_commit_failures_total", "step", "error"), steps_and_errors),
                 width=8,
             ),
             bars(
                 "Failed saves by step and error",
-                "The document that could not be replaced, or not durably. What was acknowledged stays in the journal, "
-                "which grows until a save succeeds.",
+                "The document was not replaced, or not durably. Acknowledged records stay in the journals, which grow "
+                "until a save succeeds.",
                 Query(happened("savings_save_failures_total", "step", "error"), steps_and_errors),
                 width=8,
             ),
             graph(
                 "Records pending over time",
-                "Spikes are commits under way. A plateau or a slope is a disk that takes nothing: all of it is lost if "
-                "the process ends.",
+                "Spikes are commits in progress. A plateau or a slope is a disk that accepts nothing: these records "
+                "are lost if the process ends.",
                 "short",
                 Query(of_instances("savings_records_pending")),
                 width=12,
             ),
             graph(
-                "Damage mended at opening, by kind",
-                "What each running process found damaged when it opened the store. torn_tail: never acknowledged. "
-                "corrupt_document, previous_document: rebuilt from the document before and the journal.",
+                "Repairs at opening, by kind",
+                "What was repaired when the store was opened, over its lifetime. torn_tail: a commit that was never "
+                "acknowledged. corrupt_document, previous_document: rebuilt from the previous save and the journals.",
                 "short",
                 Query(of_instances("savings_recoveries_total"), "{{instance}} {{kind}}"),
                 width=12,
@@ -194,25 +194,25 @@ def _how_slow() -> Row:
             ),
             _latencies(
                 "Save duration",
-                "A whole save of the document. What is recorded meanwhile waits for its end.",
+                "A whole save of the document. Commits do not wait for it.",
                 "save",
                 width=12,
             ),
             _latencies(
                 "Commit duration",
-                "One commit to the journal, other processes' turns included. Requests wait for it to be durable.",
+                "One commit to a journal. Callers wait for it until their records are durable.",
                 "commit",
                 width=12,
             ),
             heat(
                 "Saves by duration",
-                "How many saves took how long. Points are exemplars: each leads to the trace of that save.",
+                "How many saves took how long, of all stores. Points are exemplars: each links to its trace.",
                 Query(buckets("savings_save_duration_seconds"), "{{le}}"),
                 width=12,
             ),
             heat(
                 "Commits by duration",
-                "How many commits took how long. Points are exemplars: each leads to the trace of that commit.",
+                "How many commits took how long, of all stores. Points are exemplars: each links to its trace.",
                 Query(buckets("savings_commit_duration_seconds"), "{{le}}"),
                 width=12,
             ),
@@ -226,7 +226,7 @@ def _how_much() -> Row:
         (
             graph(
                 "Commits and saves per second",
-                "Tries, failed ones included. Commits at zero with requests coming in: nothing becomes durable.",
+                "Attempts, failed ones included. No commits while requests arrive: nothing becomes durable.",
                 "ops",
                 Query(per_second("savings_commits_total"), "{{instance}} commits"),
                 Query(per_second("savings_saves_total"), "{{instance}} saves"),
@@ -234,7 +234,7 @@ def _how_much() -> Row:
             ),
             graph(
                 "Records per commit",
-                "How many records one commit carried. Large: many callers wait at once, or the disk is slow.",
+                "Records in one commit. Many: many callers wait at once, or the disk is slow.",
                 "short",
                 Query(quantile(0.5, "savings_commit_records"), "{{instance}} p50"),
                 Query(quantile(0.99, "savings_commit_records"), "{{instance}} p99"),
@@ -242,7 +242,7 @@ def _how_much() -> Row:
             ),
             graph(
                 "Document and journal size",
-                "A journal that only grows means that saves fail. Nothing is lost by that until the disk is full.",
+                "Journals that only grow mean that saves fail. Nothing is lost by that until the disk is full.",
                 "bytes",
                 Query(of_instances("savings_document_size_bytes"), "{{instance}} document"),
                 Query(of_instances("savings_journal_size_bytes"), "{{instance}} journal"),
@@ -261,8 +261,8 @@ def _what_runs() -> Row:
         (
             listing(
                 "Exporters",
-                "Which exporter shows which store. Two with the same store show the same savings, which count once; an "
-                "exporter that is missing here is not scraped, and nobody watches its store.",
+                "Which exporter shows which store. Exporters of one store show the same totals and counters. An "
+                "exporter that is missing here is not scraped, and no alert covers its store.",
                 (("Up", "none", Query(named)),),
                 width=12,
                 height=8,
@@ -274,14 +274,14 @@ def _what_runs() -> Row:
             ),
             graph(
                 "Resident memory",
-                "Grows with records that are pending. A process that the kernel kills for it loses them.",
+                "Grows with the pending records. If the kernel kills the process for it, they are lost.",
                 "bytes",
                 Query(of_instances("process_resident_memory_bytes")),
                 width=6,
             ),
             graph(
                 "Uptime",
-                "How long each process runs. A drop to zero is a restart: if it was killed, what was pending is lost.",
+                "How long each process has run. A drop to zero is a restart; a kill loses pending records.",
                 "s",
                 Query(f"time() - {of_instances('process_start_time_seconds')}"),
                 width=6,

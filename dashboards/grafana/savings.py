@@ -1,11 +1,11 @@
-"""The dashboard of what is saved: how much, whether it goes on, and by which models and projects."""
+"""The dashboard of what is saved: how much, whether it goes on, and by which models, projects and agents."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from panels import Query, Row, dashboard_of, graph, largest, listing, stat_panel
-from queries import share, total
+from queries import of_instances, share, total
 
 UID, TITLE = "savings-exporter-savings", "Savings"
 
@@ -17,8 +17,7 @@ _OUTPUT = "savings_output_tokens_saved_total"
 _CACHE = "savings_cache_read_tokens_total"
 _COST_SAVED = "savings_cost_saved_usd"
 _INPUT_COST = "savings_input_cost_usd"
-_PROJECT_TOKENS = "savings_project_tokens_saved_total"
-_PROJECT_REQUESTS = "savings_project_requests_total"
+_CACHE_COST = "savings_cache_cost_saved_usd"
 
 _PAIR = ("provider", "model")
 _ABOUT = (
@@ -28,14 +27,13 @@ _ABOUT = (
 
 def build(other: tuple[str, str]) -> Any:
     """The dashboard, with a link to the other."""
-    description = "What was saved, by which models and projects. Only what is durable counts, across restarts."
-    return dashboard_of(
-        TITLE, UID, description, (_how_much(), _is_it_going_on(), _models(), _projects(), _what_else()), other=other
-    )
+    description = "What was saved, by which models, projects and agents. Durable records only, across restarts."
+    rows = (_how_much(), _is_it_going_on(), _models(), _named("project"), _named("agent"), _what_else())
+    return dashboard_of(TITLE, UID, description, rows, other=other)
 
 
 def _how_much() -> Row:
-    lifetime = "since each store was made, across restarts and crashes; each store counts once, however many show it."
+    lifetime = "since each store was made, across restarts and crashes; each store counts once."
     today = stat_panel(
         "Tokens saved today",
         f"Input tokens that compression saved since midnight. {_ABOUT}",
@@ -88,25 +86,32 @@ def _is_it_going_on() -> Row:
         (
             graph(
                 "Tokens saved per second",
-                "Input tokens that compression saves now. At zero with requests coming in, it has stopped saving.",
+                "Input tokens that compression saves now. Zero while requests arrive: compression saves nothing.",
                 "short",
                 Query(total(_TOKENS, function="rate"), "tokens saved"),
-                width=8,
+                width=6,
             ),
             graph(
                 "Requests per second",
-                "Requests that proxies record now. At zero nothing reaches the exporter, or there is no traffic.",
+                "Requests that proxies record now. Zero: there is no traffic, or none reaches the exporter.",
                 "reqps",
                 Query(total(_REQUESTS, function="rate"), "requests"),
-                width=8,
+                width=6,
             ),
             graph(
                 "Saved share of input, now",
                 "Of all input tokens there would be now: what compression and deferred tool schemas save.",
                 "percent",
                 Query(share(function="rate"), "saved share"),
-                width=8,
+                width=6,
             ).max(100),
+            graph(
+                "Since the newest record",
+                "The age of the newest durable record, by its own timestamp. It grows while nothing is recorded.",
+                "s",
+                Query(f"time() - ({of_instances('savings_last_record_timestamp_seconds')} > 0)"),
+                width=6,
+            ),
         ),
     )
 
@@ -132,7 +137,7 @@ def _models() -> Row:
             ),
             graph(
                 "Tokens saved per second by model",
-                "Which models save now. What lies beyond the exporter's 200 models counts as other.",
+                "Which models save now. Models beyond the limit of 200 count as other.",
                 "short",
                 Query(total(_TOKENS, *_PAIR, function="rate"), "{{provider}} {{model}}"),
                 width=16,
@@ -150,38 +155,40 @@ def _models() -> Row:
     )
 
 
-def _projects() -> Row:
-    unnamed = "Savings recorded without a project are not in it."
+def _named(label: str) -> Row:
+    """The row of projects or of agents."""
+    tokens, requests = f"savings_{label}_tokens_saved_total", f"savings_{label}_requests_total"
+    unnamed = f"Records without {'an' if label == 'agent' else 'a'} {label} are not included."
     columns = (
-        ("Tokens saved", "short", Query(total(_PROJECT_TOKENS, "project"))),
-        ("Requests", "short", Query(total(_PROJECT_REQUESTS, "project"))),
+        ("Tokens saved", "short", Query(total(tokens, label))),
+        ("Requests", "short", Query(total(requests, label))),
     )
     panels = (
         largest(
-            "Tokens saved by project",
-            f"Input tokens that compression saved, lifetime: the twenty projects with most. {unnamed}",
+            f"Tokens saved by {label}",
+            f"Input tokens that compression saved, lifetime: the twenty {label}s with most. {unnamed}",
             "short",
-            Query(f"topk(20, {total(_PROJECT_TOKENS, 'project')})", "{{project}}"),
+            Query(f"topk(20, {total(tokens, label)})", f"{{{{{label}}}}}"),
             width=8,
         ),
         graph(
-            "Tokens saved per second by project",
-            f"Which projects save now. {unnamed}",
+            f"Tokens saved per second by {label}",
+            f"Which {label}s save now. {unnamed}",
             "short",
-            Query(total(_PROJECT_TOKENS, "project", function="rate"), "{{project}}"),
+            Query(total(tokens, label, function="rate"), f"{{{{{label}}}}}"),
             width=8,
             height=9,
         ),
         listing(
-            "Projects",
-            f"What each project saved and how often it asked, lifetime. {unnamed}",
+            f"{label.capitalize()}s",
+            f"What each {label} saved and how many requests it made, lifetime. {unnamed}",
             columns,
             width=8,
             height=9,
-            names={"project": "Project"},
+            names={label: label.capitalize()},
         ),
     )
-    return Row("Which projects?", [panel.no_value("no project recorded") for panel in panels])
+    return Row(f"Which {label}s?", [panel.no_value(f"no {label} recorded") for panel in panels])
 
 
 def _what_else() -> Row:
@@ -191,9 +198,8 @@ def _what_else() -> Row:
         ("Cache reads", "Input tokens that providers read from prompt caches, lifetime.", "short", _CACHE),
         ("Input tokens sent", "Input tokens that were sent, after saving, lifetime.", "short", _INPUT),
         ("Input cost", "US dollars paid for input, lifetime, as proxies recorded them.", "currencyUSD", _INPUT_COST),
+        ("Cache cost saved", "US dollars that prompt caches saved, lifetime.", "currencyUSD", _CACHE_COST),
     )
-    # Five panels on 24 columns.
-    widths = (5, 5, 5, 5, 4)
     kinds = (
         *((_TOKENS, "compression"), (_TOOLS, "deferred tools"), (_OUTPUT, "output not generated")),
         *((_CACHE, "cache reads"), (_INPUT, "input sent")),
@@ -201,10 +207,7 @@ def _what_else() -> Row:
     return Row(
         "What else is saved, and what does the input cost?",
         (
-            *(
-                stat_panel(title, text, unit, Query(total(metric), ""), width=width)
-                for (title, text, unit, metric), width in zip(stats, widths, strict=True)
-            ),
+            *(stat_panel(title, text, unit, Query(total(metric), ""), width=4) for title, text, unit, metric in stats),
             graph(
                 "Tokens per second by kind",
                 "What is saved now, by how, next to the input that is still sent.",
@@ -214,9 +217,10 @@ def _what_else() -> Row:
             ),
             graph(
                 "Cost saved and input cost",
-                "US dollars, lifetime: how what was saved grows next to what was paid for input.",
+                "US dollars, lifetime: what compression and prompt caches saved, next to what was paid for input.",
                 "currencyUSD",
                 Query(total(_COST_SAVED), "saved"),
+                Query(total(_CACHE_COST), "saved by caches"),
                 Query(total(_INPUT_COST), "paid for input"),
                 width=12,
             ),

@@ -308,7 +308,3 @@ def _unix_time(iso: str | None) -> float:
         return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     except (ValueError, OverflowError):
         return 0.0
-
-
-# The tracker of the first engine imports it; it goes with that tracker.
-StoreMetrics = OperationCounters

@@ -29,6 +29,7 @@ SAVING: dict[str, Any] = {
     "model": "claude-sonnet-4-5",
     "provider": "anthropic",
     "project": "web",
+    "agent": "claude-code",
     "tokens_saved": 4096,
     "input_tokens": 12000,
 }
@@ -36,7 +37,6 @@ SHORTER = (
     (r"\[5m\]", "[10s]"),
     (r"\[2m\]", "[2s]"),
     (r"offset 5m", "offset 10s"),
-    (r"< 300", "< 10"),
     (r"for: \dm", "for: 1s"),
 )
 

@@ -34,7 +34,7 @@ each_query = pytest.mark.parametrize("query", QUERIES)
 @pytest.fixture
 def exported(tracker: SavingsTracker) -> list[str]:
     """All samples of an exporter that has had traffic."""
-    tracker.record_request(model="m", provider="p", project="j", tokens_saved=1, input_tokens=1)
+    tracker.record_request(model="m", provider="p", project="j", agent="a", tokens_saved=1, input_tokens=1)
     return list(samples(SavingsCollector(tracker)))
 
 
@@ -103,13 +103,22 @@ def test_every_series_is_one_that_was_chosen(query: str) -> None:
 def test_views_of_one_store_are_not_added_up(exported: list[str]) -> None:
     for sample in exported:
         name, _, labels = sample.partition("{")
-        if "model=" in labels or "project=" in labels:
-            together = "provider, model" if "model=" in labels else "project"
+        together = next(
+            (names for names in ("provider, model", "project", "agent") if f"{names[-5:]}=" in labels), None
+        )
+        if together is not None:
             named = r"[^}]*}(\[[^]]*\]\))? \* on \(job, instance\) group_left \(store\) savings_store_info{"
             once = rf"max by \(store, {together}\) \((rate\(|gain\()?{name}{{{named}"
             for found in ASKED:
                 query = GAIN.sub(r"gain(\1)", found.query)
                 assert len(re.findall(rf"\b{name}{{", query)) == len(re.findall(once, query)), found
+
+
+def test_sums_over_exporters_take_each_store_once() -> None:
+    # Each exporter of a store shows the store's operation counters: what is not by instance has to be by store.
+    for found in ASKED:
+        for labels in re.findall(r"\bsum(?: by \(([^)]*)\))? \((?!max by \(store, )", found.query):
+            assert {"job", "instance"} <= set(labels.split(", ")), found
 
 
 def test_every_family_is_on_a_panel_and_every_panel_asks_for_families_that_there_are(exported: list[str]) -> None:
