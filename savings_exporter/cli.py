@@ -22,17 +22,18 @@ from rich.text import Text
 
 from savings_exporter import doctor as disk_doctor
 from savings_exporter.errors import StoreError
-from savings_exporter.headroom import WatchedFile
-from savings_exporter.records import SavingsRecord
+from savings_exporter.model.record import SavingsRecord
+from savings_exporter.model.snapshot import Snapshot
 from savings_exporter.service import server, settings, views
 from savings_exporter.service.app import HEALTHY_PATH, READY_PATH, SAVINGS_PATH, Service
 from savings_exporter.service.demo import DemoTraffic
 from savings_exporter.service.drill import KINDS, LONGEST_SECONDS, DrillError, taking_drills
 from savings_exporter.service.drill import ask as ask_for_drill
+from savings_exporter.storage.observers import Observers
 from savings_exporter.storage.repair import inspect, is_begun, repair
-from savings_exporter.storage.steps import Observers
 from savings_exporter.telemetry.metrics import SavingsCollector, WatchCollector
-from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker, Snapshot, default_path
+from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker, default_path
+from savings_exporter.watched import WatchedFile
 
 _BAR_WIDTH = 16
 
@@ -125,6 +126,14 @@ WebConfigFile = Annotated[
         help="YAML with tls_server_config (cert_file, key_file) and authorization (credentials_file).",
     ),
 ]
+SyncMethodOption = Annotated[
+    Literal["auto", "direct", "fdatasync"],
+    typer.Option(
+        "--store.sync-method",
+        envvar="SAVINGS_EXPORTER_SYNC_METHOD",
+        help="How the journal is written; doctor measures both.",
+    ),
+]
 LogLevel = Annotated[
     Literal["debug", "info", "warning", "error"],
     typer.Option("--log.level", envvar="SAVINGS_EXPORTER_LOG_LEVEL", help="What to log to standard error."),
@@ -147,6 +156,7 @@ def _options(
 @app.command()
 def serve(
     store: Store = None,
+    sync_method: SyncMethodOption = "auto",
     listen_address: ListenAddress = "127.0.0.1:9478",
     telemetry_path: TelemetryPath = "/metrics",
     web_config_file: WebConfigFile = None,
@@ -166,11 +176,6 @@ def serve(
 ) -> None:
     """Keep the savings that proxies POST, and show them to Prometheus."""
     settings.configure_logging(log_level, log_format)
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        # It would hide the failures of syncs: what prometheus-client keeps in that directory, nobody here adds up.
-        raise WrongUsageError(
-            "PROMETHEUS_MULTIPROC_DIR is for Python services of several workers; unset it for savings-exporter serve."
-        )
     config = settings.web_config(web_config_file)
     token = config.token()
     with ExitStack() as stack:
@@ -184,7 +189,7 @@ def serve(
         elif demo and store is not None and os.path.isfile(store):
             # Asked before the tracker opens it, because opening saves it.
             raise WrongUsageError(f"{store} exists already: --demo makes numbers up, which would spoil its totals.")
-        tracker = SavingsTracker(store, tracer_provider=provider)
+        tracker = SavingsTracker(store, tracer_provider=provider, sync_method=sync_method)
         stack.callback(tracker.close)
         if enable_drill:
             stack.enter_context(taking_drills(tracker))
@@ -241,9 +246,11 @@ def record(
     savings_usd: Annotated[float | None, typer.Option(help="US dollars saved; may be negative.")] = None,
     input_cost_usd: Annotated[float | None, typer.Option(help="US dollars paid for input.")] = None,
     store: Store = None,
+    sync_method: SyncMethodOption = "auto",
 ) -> None:
     """Record one saving in a store, also while a service keeps it."""
-    arguments: dict[str, Any] = {name: value for name, value in locals().items() if name != "store"}
+    arguments: dict[str, Any] = {**locals()}
+    del arguments["store"], arguments["sync_method"]
     settings.be_quiet()
     try:
         saving = SavingsRecord(**arguments)
@@ -251,7 +258,7 @@ def record(
         raise WrongUsageError(str(error)) from None
     provider_of_spans = settings.tracer_provider()
     try:
-        with SavingsTracker(store, tracer_provider=provider_of_spans) as tracker:
+        with SavingsTracker(store, tracer_provider=provider_of_spans, sync_method=sync_method) as tracker:
             receipt = tracker.record_many([saving])
             reason = tracker.health().reason
         # Closing tries once more, and whoever is told of a failure records the saving again.
@@ -301,20 +308,26 @@ def verify(
         bool,
         typer.Option(
             "--repair",
-            help="Save what is whole, keep damaged files aside, name what is lost; exit 0 when it can be opened again.",
+            help="Save what is whole, keep damaged files aside, and report what is lost. Exits with 0 when the store can "
+            "be opened again, with 1 when it left out records that another program's document holds.",
         ),
     ] = False,
 ) -> None:
-    """Say what a store holds and what is wrong with it; exit 1 when something is."""
+    """Report what a store holds and what is wrong with it; exit 1 when something has to be done."""
     settings.be_quiet()
     path = store if store is not None else default_path()
     if mend:
-        print(repair(path, Observers([])))
+        repaired = repair(path, Observers())
+        if repaired.leaves_out:
+            raise CommandError(repaired.text)
+        print(repaired.text)
         return
     found = inspect(path)
     if found.ledger is not None:
         lifetime = found.ledger.lifetime
         print(f"{path}: {lifetime.tokens_saved} tokens saved in {lifetime.requests} records{_saved(found.saved_at)}")
+    for note in found.notes:
+        print(note)
     if found.problems:
         raise CommandError("; ".join(found.problems))
 

@@ -19,24 +19,30 @@ from statistics import median
 import msgspec
 
 from savings_exporter.errors import StoreError
-from savings_exporter.storage import filesystem
-from savings_exporter.storage.atomic_file import AtomicFile
-from savings_exporter.storage.steps import (
+from savings_exporter.storage.atomic_file import AtomicFile, Directory
+from savings_exporter.storage.filesystem import LOCAL
+from savings_exporter.storage.mounts import FilesystemType, filesystem_type, mount_of
+from savings_exporter.storage.observers import Observers
+from savings_exporter.storage.operation import (
     APPEND,
     COMMIT,
-    COMMIT_STEPS,
     FSYNC_DIR,
     FSYNC_JOURNAL,
+    ROTATE,
     SAVE,
     SAVE_STEPS,
     Operation,
     error_symbol,
 )
+from savings_exporter.storage.segment import NO_DIRECT_IO, SyncMethod, make_segment
 from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker, default_path
 
 THREADS = (1, 8, 64)
 
 _GROWING_FILE = "append_and_fsync_growing_file"
+
+DIRECT_WRITE = "direct_write"
+"""A direct, synchronous write of a block: what a commit is where the journal is written directly."""
 
 # Some seconds in all: people wait for it.
 _SAVE_SECONDS, _JOURNAL_SECONDS, _GROWING_FILE_SECONDS, _COMMITS_SECONDS = 1.5, 0.75, 0.5, 1.0
@@ -52,6 +58,9 @@ _SEGMENT_BYTES = 4 * 1024 * 1024
 
 _FASTEST_REAL_SYNC_SECONDS = 20e-6
 """In less, nothing goes to a device and comes back."""
+
+
+_MUCH_SLOWER = 1.25
 
 
 class Filesystem(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,8 +83,9 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What was found in a directory.
 
-    ``steps`` are those of a save, those of a commit to a journal, and for comparison an append to a growing file with
-    its sync; ``fsync_dir`` is None where it is not supported. ``commits_per_second`` are savings made durable a second,
+    ``steps`` are those of a save; those of a commit by ``pwrite`` and ``fdatasync`` and by a direct write; and for
+    comparison an append to a growing file with its sync. ``fsync_dir`` and ``direct_write`` are None where they are not
+    supported. ``commits_per_second`` are savings made durable a second,
     each recorded by one call, by the number of threads that call.
     """
 
@@ -98,14 +108,14 @@ def directory_of(path: str | None) -> str:
     """
     if path is None:
         directory = os.path.dirname(default_path())
-        while not filesystem.is_directory(directory):
+        while not LOCAL.is_directory(directory):
             directory = os.path.dirname(directory)
         return directory
-    path = filesystem.resolved(path)
-    directory = path if filesystem.is_directory(path) else os.path.dirname(path)
-    if os.path.exists(directory) and not filesystem.is_directory(directory):
+    path = LOCAL.resolved(path)
+    directory = path if LOCAL.is_directory(path) else os.path.dirname(path)
+    if os.path.exists(directory) and not LOCAL.is_directory(directory):
         raise StoreError(f"{directory}: is not a directory")
-    if not filesystem.is_directory(directory):
+    if not LOCAL.is_directory(directory):
         raise StoreError(f"{directory}: the directory does not exist; make it first: mkdir -p {directory}")
     return directory
 
@@ -117,8 +127,8 @@ def examine(directory: str) -> Report:
         StoreError: a store cannot be kept in it; the message says why.
     """
     try:
-        found = filesystem.filesystem_type(directory)
-        mount = filesystem.mount_of(directory)
+        found = filesystem_type(directory)
+        mount = mount_of(directory)
         with tempfile.TemporaryDirectory(prefix=".savings-exporter-doctor-", dir=directory) as scratch:
             steps = {**_save_steps(scratch), **_journal_steps(scratch)}
             commits = _commits_per_second(os.path.join(scratch, DOCUMENT_NAME))
@@ -168,33 +178,55 @@ class _Timings:
 def _save_steps(scratch: str) -> dict[str, Timing | None]:
     timings = _Timings()
     path = os.path.join(scratch, "document")
-    file = AtomicFile(path, path + ".previous")
-    data = secrets.token_bytes(_DOCUMENT_BYTES)  # which no filesystem can compress
+    file = AtomicFile(LOCAL, path, Directory(LOCAL, path))
+    data = secrets.token_bytes(_DOCUMENT_BYTES)  # which no file system can compress
     for _ in _runs(_SAVE_SECONDS):
         with Operation(SAVE, timings) as save:
-            file.save(data, save)
+            file.save(data, save, both=False)
     return {step: timings.of(step) for step in SAVE_STEPS}
 
 
 def _journal_steps(scratch: str) -> dict[str, Timing | None]:
-    timings = _Timings()
-    frame = secrets.token_bytes(_FRAME_BYTES)
-    with _closed(filesystem.create_zero_filled(os.path.join(scratch, "segment"), _SEGMENT_BYTES)) as segment:
-        for run in _runs(_JOURNAL_SECONDS):
-            offset = run * _FRAME_BYTES % _SEGMENT_BYTES
+    buffered = _segment_timings(scratch, "fdatasync")
+    try:
+        direct = _segment_timings(scratch, "direct")
+    except OSError as error:
+        if error.errno not in NO_DIRECT_IO:
+            raise
+        direct = _Timings()
+    return {
+        APPEND: buffered.of(APPEND),
+        FSYNC_JOURNAL: buffered.of(FSYNC_JOURNAL),
+        DIRECT_WRITE: direct.of(FSYNC_JOURNAL),
+        _GROWING_FILE: _growing_file_timings(scratch).of(_GROWING_FILE),
+    }
+
+
+def _segment_timings(scratch: str, method: SyncMethod) -> _Timings:
+    timings, frame = _Timings(), secrets.token_bytes(_FRAME_BYTES)
+    path = os.path.join(scratch, f"segment-{method}")
+    with Operation(ROTATE, Observers()) as making:
+        segment = make_segment(LOCAL, path, _SEGMENT_BYTES, making, Directory(LOCAL, path), method)
+    try:
+        for _ in islice(_runs(_JOURNAL_SECONDS), _SEGMENT_BYTES // _FRAME_BYTES):
             with Operation(COMMIT, timings) as commit:
-                with commit.step(APPEND):
-                    filesystem.append_at(segment, frame, offset)
-                with commit.step(FSYNC_JOURNAL):
-                    filesystem.sync_data(segment)
-        if filesystem.read_at(segment, _FRAME_BYTES, 0) != frame:
+                segment.write(frame, commit)
+        if segment.content()[:_FRAME_BYTES] != frame:
             raise OSError(errno.EIO, "What is read is not what was written")
-    with _closed(filesystem.create_zero_filled(os.path.join(scratch, "growing"), 0)) as growing:
+    finally:
+        segment.close()
+    return timings
+
+
+def _growing_file_timings(scratch: str) -> _Timings:
+    timings, frame = _Timings(), secrets.token_bytes(_FRAME_BYTES)
+    path = os.path.join(scratch, "growing")
+    with _closed(LOCAL.create(path, like=path)) as growing:
         for run in islice(_runs(_GROWING_FILE_SECONDS), _SEGMENT_BYTES // _FRAME_BYTES):
             with Operation(COMMIT, timings) as commit, commit.step(_GROWING_FILE):
-                filesystem.append_at(growing, frame, run * _FRAME_BYTES)
-                filesystem.sync_data(growing)
-    return {step: timings.of(step) for step in (*COMMIT_STEPS, _GROWING_FILE)}
+                LOCAL.write_at(growing, frame, run * _FRAME_BYTES)
+                LOCAL.sync_data(growing)
+    return timings
 
 
 def _commits_per_second(path: str) -> dict[int, float]:
@@ -233,7 +265,7 @@ def _closed(descriptor: int) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        filesystem.close(descriptor)
+        LOCAL.close(descriptor)
 
 
 def _text(path: str) -> str:
@@ -249,7 +281,7 @@ def _verdict(commits: dict[int, float]) -> str:
     )
 
 
-def _warnings(found: filesystem.FilesystemType, steps: dict[str, Timing | None]) -> Iterator[str]:
+def _warnings(found: FilesystemType, steps: dict[str, Timing | None]) -> Iterator[str]:
     sync = steps[FSYNC_JOURNAL]
     if sync is not None and sync.median_seconds < _FASTEST_REAL_SYNC_SECONDS:
         yield (
@@ -257,6 +289,17 @@ def _warnings(found: filesystem.FilesystemType, steps: dict[str, Timing | None])
             "the disk or the virtual machine ignores flushes. A power loss would then take savings that were "
             "acknowledged. (A disk whose cache survives a power loss may be that fast.)"
         )
+    append, direct = steps[APPEND], steps[DIRECT_WRITE]
+    if direct is None:
+        yield "This file system has no direct, synchronous writes: the journal is written with fdatasync."
+    elif append is not None and sync is not None:
+        buffered = append.median_seconds + sync.median_seconds
+        if direct.median_seconds > buffered * _MUCH_SLOWER:
+            yield (
+                f"A direct write takes {readable(direct.median_seconds)}, and pwrite with fdatasync "
+                f"{readable(buffered)}: set SAVINGS_EXPORTER_SYNC_METHOD=fdatasync (in Python, "
+                'sync_method="fdatasync").'
+            )
     if steps[FSYNC_DIR] is None:
         yield (
             "This filesystem has no directory fsync: the renamed file is synced instead, and a power loss may bring "

@@ -84,7 +84,7 @@ class SavingsTracker:
         tracer_provider: where spans go; by default OpenTelemetry's global provider.
         sync_method: how the journal is written: ``direct`` (direct, synchronous writes), ``fdatasync``, or ``auto``:
             direct where the file system supports it. ``savings-exporter doctor`` measures both.
-        filesystem: the files that are used; for tests.
+        filesystem: the files that are used, by default those of the platform; for tests.
 
     Raises:
         StoreError: the store cannot be used (CorruptStoreError: it is damaged; NewerSchemaError: a newer program
@@ -100,7 +100,7 @@ class SavingsTracker:
         max_projects: int = 200,
         tracer_provider: TracerProvider | None = None,
         sync_method: SyncMethod = "auto",
-        filesystem: FileSystem = LOCAL,
+        filesystem: FileSystem | None = None,
     ) -> None:
         for name, limit in (("max_models", max_models), ("max_projects", max_projects)):
             if isinstance(limit, bool) or not isinstance(limit, int):
@@ -111,7 +111,8 @@ class SavingsTracker:
             raise ValueError(f"save_interval must be more than 0 seconds, got {save_interval}")
         if sync_method not in ("auto", "direct", "fdatasync"):
             raise ValueError(f"sync_method must be auto, direct or fdatasync, got {sync_method!r}")
-        self._path = os.path.expanduser(path) if path is not None else _made_default_path(filesystem)
+        fs = filesystem if filesystem is not None else LOCAL
+        self._path = os.path.expanduser(path) if path is not None else _made_default_path(fs)
         self._save_interval = save_interval
         self._tracing = StoreTracing(tracer_provider)
         self._counters = OperationCounters(self._publish_failure)
@@ -119,9 +120,7 @@ class SavingsTracker:
         self._closing = threading.RLock()
         limits = Limits(max_models=max_models, max_projects=max_projects)
         observers = Observers([self._tracing, self._counters])
-        store = Store.open(
-            os.fspath(self._path), filesystem, limits, observers, self._counters.counts, sync_method
-        )
+        store = Store.open(os.fspath(self._path), fs, limits, observers, self._counters.counts, sync_method)
         self._store = store
         self._background = Background(store, save_interval)
         if not store.view.is_whole:
@@ -325,9 +324,7 @@ class SavingsTracker:
         self._background.start(self._close_with_process)
         return self._background.group.record(records, key, wait=wait)
 
-    def _accept(
-        self, records: Sequence[SavingsRecord], key: str | None, ended: asyncio.Future[None] | None
-    ) -> Receipt:
+    def _accept(self, records: Sequence[SavingsRecord], key: str | None, ended: asyncio.Future[None] | None) -> Receipt:
         self._background.start(self._close_with_process)
         return self._background.group.accept(records, key, ended)
 

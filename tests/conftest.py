@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from savings_exporter import SavingsTracker
-from tests.support.faults import Faults
+from tests.support.faults import FaultyFileSystem
 from tests.support.needs import NEEDS
 from tests.support.paths import ROOT
 from tests.support.spans import Traced
@@ -101,23 +101,23 @@ def store_path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tracker(store_path: Path) -> Iterator[SavingsTracker]:
-    """A tracker on a new store."""
-    with SavingsTracker(store_path) as tracker:
+def faults() -> Iterator[FaultyFileSystem]:
+    """A file system whose steps fail and hang; at the end none does."""
+    faults = FaultyFileSystem()
+    yield faults
+    faults.mend()
+
+
+@pytest.fixture
+def tracker(store_path: Path, faults: FaultyFileSystem) -> Iterator[SavingsTracker]:
+    """A tracker on a new store, on the file system ``faults``."""
+    with SavingsTracker(store_path, filesystem=faults) as tracker:
         yield tracker
 
 
 @pytest.fixture
-def traced(store_path: Path) -> Iterator[Traced]:
-    """A tracker on a new store, whose spans are kept."""
-    traced = Traced(store_path)
+def traced(store_path: Path, faults: FaultyFileSystem) -> Iterator[Traced]:
+    """A tracker on a new store, whose spans are kept, on the file system ``faults``."""
+    traced = Traced(store_path, faults)
     yield traced
     traced.tracker.close()
-
-
-@pytest.fixture
-def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    """Makes steps fail and hang; at the end none does."""
-    faults = Faults(monkeypatch)
-    yield faults
-    faults.mend()

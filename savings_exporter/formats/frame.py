@@ -2,11 +2,11 @@
 
 ::
 
-    frame   = magic "SXJ2", CRC-32 of the rest of the frame, store, writer, first sequence number, count, length, payload
+    frame   = magic "SXJ2", CRC-32 of the rest of the frame, store, writer, first, count, length of the payload, payload
     payload = a JSON array of groups; a group holds records, or sums of records, or the records of one idempotency key
 
-The records of a frame have the sequence numbers ``first`` to ``first + count - 1`` of its writer. A frame that fits into
-a block of 4 KiB lies in one, so that its commit writes one block; what is left of the block before it stays zero.
+The records of a frame have the sequence numbers ``first`` to ``first + count - 1`` of its writer. A frame that fits
+into a block of 4 KiB lies in one, so that its commit writes one block; the rest of the block before it stays zero.
 """
 
 from __future__ import annotations
@@ -72,18 +72,18 @@ class ReadGroup(msgspec.Struct, frozen=True):
 
 
 class Frame(NamedTuple):
-    """A good frame in a segment's bytes, from ``start`` to ``end``."""
+    """A good frame in a segment's bytes, from ``start`` to ``end``; it holds ``records`` records."""
 
     start: int
     end: int
     first: int
-    count: int
+    records: int
     payload: memoryview
 
     @property
     def last(self) -> int:
         """The sequence number of its last record."""
-        return self.first + self.count - 1
+        return self.first + self.records - 1
 
 
 class Damage(NamedTuple):
@@ -119,7 +119,7 @@ def decode_groups(frame: Frame) -> list[ReadGroup]:
         groups = _decoder.decode(frame.payload)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptStoreError(f"a frame's checksum matches, but its content cannot be read: {error}") from None
-    if sum(group.count for group in groups) != frame.count:
+    if sum(group.count for group in groups) != frame.records:
         raise CorruptStoreError("a frame's checksum matches, but it holds another number of records than it says")
     return groups
 

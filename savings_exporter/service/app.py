@@ -21,12 +21,14 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from savings_exporter.headroom import WatchedFile
-from savings_exporter.idempotency import checked_key
-from savings_exporter.records import SavingsRecord
+from savings_exporter.errors import KeyConflictError
+from savings_exporter.model.keys import checked_key
+from savings_exporter.model.record import SavingsRecord
 from savings_exporter.service import status_page
 from savings_exporter.service.views import as_json, printable
 from savings_exporter.tracker import SavingsTracker
+from savings_exporter.tracking.receipt import Receipt
+from savings_exporter.watched import WatchedFile
 
 SAVINGS_PATH = "/v1/savings"
 HEALTHY_PATH, READY_PATH = "/-/healthy", "/-/ready"
@@ -159,11 +161,18 @@ class Service:
                     records = await run_in_threadpool(_records, request, body)
             else:
                 records = _records(request, body)
-            receipt = await tracker.record_many_async(records, idempotency_key=_key(request))
+            receipt = await _recorded(tracker, records, _key(request))
         finally:
             self._posts_in_flight -= 1
             self._body_bytes_in_flight -= len(body)
-        answer = {"sequence": receipt.sequence, "accepted": len(records), "durable": receipt.durable}
+        answer = {
+            "sequence": receipt.sequence,
+            "writer": receipt.writer,
+            "accepted": len(records),
+            "durable": receipt.durable,
+        }
+        if receipt.duplicate:
+            answer["duplicate"] = True
         return _json_response(answer, HTTPStatus.OK if answer["durable"] else HTTPStatus.ACCEPTED)
 
     async def _read(self, request: Request, body: bytearray) -> None:
@@ -252,6 +261,14 @@ def _key(request: Request) -> str | None:
         return checked_key(key)
     except ValueError as error:
         detail = str(error).replace("idempotency_key", "Idempotency-Key")
+        raise _RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, detail, field="Idempotency-Key") from None
+
+
+async def _recorded(tracker: SavingsTracker, records: list[SavingsRecord], key: str | None) -> Receipt:
+    try:
+        return await tracker.record_many_async(records, idempotency_key=key)
+    except KeyConflictError as error:
+        detail = str(error).replace("idempotency_key", "Idempotency-Key", 1)
         raise _RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, detail, field="Idempotency-Key") from None
 
 

@@ -6,7 +6,7 @@ import random
 import threading
 from collections.abc import Iterator
 
-from savings_exporter.records import SavingsRecord
+from savings_exporter.model.record import SavingsRecord
 from savings_exporter.tracker import SavingsTracker
 
 _SEED = 20260601

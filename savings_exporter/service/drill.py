@@ -20,7 +20,7 @@ from typing import NamedTuple
 import msgspec
 
 from savings_exporter.service.settings import SettingsError
-from savings_exporter.storage import filesystem
+from savings_exporter.storage.filesystem import LOCAL, opened_directory, socket_at
 from savings_exporter.storage.operation import (
     COMMIT,
     FSYNC_DIR,
@@ -142,7 +142,7 @@ def taking_drills(tracker: SavingsTracker) -> Iterator[None]:
     Raises:
         SettingsError: drills cannot be accepted here, or another service on the store accepts them.
     """
-    path = filesystem.resolved(tracker.storage_path)
+    path = LOCAL.resolved(tracker.storage_path)
     with _bound(path) as listener:
         drills, over = Drills(tracker), threading.Event()
         thread = threading.Thread(target=_answer_all, args=(listener, drills, over), name="savings-drills", daemon=True)
@@ -163,7 +163,7 @@ def ask(path: str, name: str, seconds: float) -> None:
     Raises:
         DrillError: there is no service that accepts drills, or it refused this one.
     """
-    path = filesystem.resolved(path)
+    path = LOCAL.resolved(path)
     no_service = (
         f"{path}: no service that takes drills keeps this store; start it with: savings-exporter serve --enable-drill"
     )
@@ -194,15 +194,15 @@ def _bound(path: str) -> Iterator[socket.socket]:
                 raise SettingsError(
                     f"{path}: another service takes drills for this store; stop it, or start only one so"
                 )
-            if filesystem.socket_at(_socket_path(path)) is not None:
-                filesystem.discard(_socket_path(path))
+            if socket_at(_socket_path(path)) is not None:
+                LOCAL.discard(_socket_path(path))
             # No other user may connect, from the beginning.
             before = os.umask(0o177)
             try:
                 _at(path, listener.bind)
             finally:
                 os.umask(before)
-            ours = filesystem.socket_at(_socket_path(path))
+            ours = socket_at(_socket_path(path))
             listener.listen()
         except OSError as error:
             raise SettingsError(f"{_socket_path(path)}: cannot take drills there: {error.strerror or error}") from None
@@ -210,8 +210,8 @@ def _bound(path: str) -> Iterator[socket.socket]:
             yield listener
         finally:
             # Another service may have taken the name since this one stopped answering.
-            if filesystem.socket_at(_socket_path(path)) == ours:
-                filesystem.discard(_socket_path(path))
+            if socket_at(_socket_path(path)) == ours:
+                LOCAL.discard(_socket_path(path))
 
 
 def _answer_all(listener: socket.socket, drills: Drills, over: threading.Event) -> None:
@@ -257,5 +257,5 @@ def _at(path: str, act: Callable[[str], object]) -> None:
     if not os.path.isdir("/proc/self/fd"):
         act(os.path.join(directory, name))
         return
-    with filesystem.opened_directory(directory) as descriptor:
+    with opened_directory(directory) as descriptor:
         act(f"/proc/self/fd/{descriptor}/{name}")

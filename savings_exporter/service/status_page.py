@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 
+from savings_exporter.model.snapshot import Health, Snapshot
+from savings_exporter.model.totals import Totals
 from savings_exporter.service.views import bar, ranked
-from savings_exporter.totals import Totals
-from savings_exporter.tracker import Health, Snapshot
 
 _MOST_ROWS = 25
 
@@ -39,6 +39,7 @@ tr + tr {{ border-top: 1px solid #8884; }}
 {percent} % of the input. {dollars} US dollars saved. {pending}</p>
 {models}
 {projects}
+{agents}
 <p><small>{path} &middot; saved {saved_at} &middot; <a href="{metrics}">metrics</a> &middot;
 <a href="{savings}">JSON</a></small></p>
 </body>
@@ -59,6 +60,7 @@ def render(snapshot: Snapshot, health: Health, storage_path: str, metrics_path: 
         trouble="" if health.healthy else f'<p class="bad" role="alert">{escape(health.reason or "")}</p>',
         models=_table("By model", snapshot.by_model),
         projects=_table("By project", snapshot.projects),
+        agents=_table("By agent", snapshot.agents),
         path=escape(storage_path),
         saved_at=f"{snapshot.saved_at:%Y-%m-%d %H:%M:%S} UTC" if snapshot.saved_at else "never",
         metrics=escape(metrics_path),

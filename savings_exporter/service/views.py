@@ -7,8 +7,9 @@ from typing import Any
 
 import msgspec
 
-from savings_exporter.totals import LARGEST_NUMBER, Totals
-from savings_exporter.tracker import Health, Snapshot
+from savings_exporter.model.history import LARGEST_NUMBER
+from savings_exporter.model.snapshot import Health, Snapshot
+from savings_exporter.model.totals import Totals
 
 _EIGHTHS = "▏▎▍▌▋▊▉█"
 
@@ -26,6 +27,7 @@ def as_json(snapshot: Snapshot, health: Health, storage_path: str) -> dict[str, 
         "lifetime": _entry(snapshot.lifetime),
         "by_model": {name: _entry(totals) for name, totals in ranked(snapshot.by_model.items())},
         "projects": {name: _entry(totals) for name, totals in ranked(snapshot.projects.items())},
+        "agents": {name: _entry(totals) for name, totals in ranked(snapshot.agents.items())},
         "by_provider_model": [
             {"provider": provider, "model": model, **_entry(totals)}
             for (provider, model), totals in snapshot.by_provider_model.items()
@@ -48,6 +50,7 @@ def breakdowns(snapshot: Snapshot) -> Iterator[tuple[str, list[tuple[str, Totals
     yield "model", ranked(snapshot.by_model.items())
     yield "provider/model", ranked(pairs)
     yield "project", ranked(snapshot.projects.items())
+    yield "agent", ranked(snapshot.agents.items())
 
 
 def ranked(group: Iterable[tuple[str, Totals]]) -> list[tuple[str, Totals]]:

@@ -1,7 +1,7 @@
 """Saving the document, adopting the journals of dead writers, and retiring segments: functions over a view.
 
-Called with the store's lock held. Nothing is acknowledged on the strength of a document: a save is a checkpoint. At every
-instant {document, journals} and {previous document, journals} both hold every acknowledged record.
+Called with the store's lock held. Nothing is acknowledged on the strength of a document: a save is a checkpoint. At
+every instant {document, journals} and {previous document, journals} both hold every acknowledged record.
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ MOST_TORN_TAILS = 10
 
 
 def save(
-    reader: Reader, file: AtomicFile, view: View, observer: Observer, *, parent: Any = None, closing: bytes | None = None
+    reader: Reader,
+    file: AtomicFile,
+    view: View,
+    observer: Observer,
+    *,
+    parent: Any = None,
+    closing: bytes | None = None,
 ) -> View:
     """Save the document with all that is durable by now, and remove the segments that are not needed any more.
 
@@ -193,7 +199,9 @@ def _keep_torn_tail(reader: Reader, segment: str, data: bytes, observer: Observe
         return
     reader.fs.write_new(aside, data, like=segment)
     observer.recovered("torn_tail")
-    logger.warning("%s: ends with %d bytes of a write that was never acknowledged; kept as %s", segment, len(data), aside)
+    logger.warning(
+        "%s: ends with %d bytes of a write that was never acknowledged; kept as %s", segment, len(data), aside
+    )
     directory = os.path.dirname(reader.path)
     tails = [os.path.join(directory, name) for name in reader.fs.names_beside(reader.path) if ".torn-" in name]
     for name in sorted(tails, key=reader.fs.modified_ns)[:-MOST_TORN_TAILS]:

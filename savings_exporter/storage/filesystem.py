@@ -422,7 +422,7 @@ class WindowsFileSystem(FileSystem):
         # A file has one position, which the threads of the process share.
         self._seeking = threading.RLock()
 
-    def is_network(self, directory: str) -> bool:
+    def is_network(self, directory: str) -> bool:  # noqa: ARG002
         """Not known; one process has the store anyway."""
         return False
 
@@ -448,7 +448,7 @@ class WindowsFileSystem(FileSystem):
         """Put the file's data on stable storage."""
         os.fsync(descriptor)
 
-    def fsync_directory(self, path: str) -> None:
+    def fsync_directory(self, path: str) -> None:  # noqa: ARG002
         """Not supported."""
         raise DirectoryFsyncUnsupportedError("Windows has no directory fsync")
 

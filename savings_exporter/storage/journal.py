@@ -20,8 +20,8 @@ from typing import NamedTuple
 from savings_exporter.formats.frame import Group, encode_frame, next_block
 from savings_exporter.storage.atomic_file import Directory
 from savings_exporter.storage.filesystem import FileSystem
-from savings_exporter.storage.operation import ROTATE, Operation
 from savings_exporter.storage.observers import Observer
+from savings_exporter.storage.operation import ROTATE, Operation
 from savings_exporter.storage.segment import BufferedSegment, SyncMethod, make_segment
 from savings_exporter.storage.writers import Writer
 
@@ -40,13 +40,13 @@ class Frame(NamedTuple):
     """A sealed batch: its bytes and its sequence numbers are the same in every attempt to write it."""
 
     first: int
-    count: int
+    records: int
     data: bytes
 
     @property
     def last(self) -> int:
         """The sequence number of its last record."""
-        return self.first + self.count - 1
+        return self.first + self.records - 1
 
 
 class Journal:
@@ -107,9 +107,7 @@ class Journal:
             return
         size = min(segment.size * _GROWTH, SEGMENT_BYTES)
         with Operation(ROTATE, observer) as rotation:
-            self._next = make_segment(
-                self._fs, self._path_of_next(), size, rotation, self._directory, self._method
-            )
+            self._next = make_segment(self._fs, self._path_of_next(), size, rotation, self._directory, self._method)
 
     def repair_names(self, operation: Operation) -> None:
         """Make the writer's file and the segment again if their names were removed: others look for them there.

@@ -147,4 +147,3 @@ class StoreLock:
 def new_store() -> bytes:
     """A name for a new store."""
     return secrets.token_bytes(STORE_BYTES)
-

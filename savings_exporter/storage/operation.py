@@ -26,7 +26,7 @@ SAVE_STEPS = (WRITE, FSYNC_FILE, REPLACE, FSYNC_DIR)
 
 APPEND, FSYNC_JOURNAL = "append", "fsync_journal"
 COMMIT_STEPS = (APPEND, FSYNC_JOURNAL, FSYNC_DIR)
-"""A direct, synchronous write is one step, ``fsync_journal``. A commit that makes a segment syncs the directory, too."""
+"""A direct, synchronous write is one step, ``fsync_journal``. Making a segment also takes ``fsync_dir``."""
 
 FSYNC_TARGETS: tuple[FsyncTarget, ...] = ("file", "directory", "journal")
 

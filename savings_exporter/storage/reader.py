@@ -166,9 +166,7 @@ class Reader:
         """How many bytes of the journals' segments hold frames; 0 when that cannot be read."""
         try:
             segments = self.listing().segments
-            return sum(
-                self._bytes_before(writer, segments[writer], view.position_of(writer)) for writer in segments
-            )
+            return sum(self._bytes_before(writer, segments[writer], view.position_of(writer)) for writer in segments)
         except OSError:
             return 0
 
@@ -184,8 +182,8 @@ class Reader:
     def refusal(self) -> str:
         """Why the document at the path is not used."""
         return (
-            "another program replaced the document. What is recorded stays durable in the journal. To choose between the "
-            f"two: stop this process, then savings-exporter verify --store {self.path}"
+            "another program replaced the document. What is recorded stays durable in the journal. To choose between "
+            f"the two: stop this process, then savings-exporter verify --store {self.path}"
         )
 
     def limit_of(self, writer: bytes, boot: bytes) -> int | None:
@@ -314,9 +312,7 @@ class _Replay:
         """Whether everything up to the limit was read."""
         return self.limit is not None and self.position.sequence >= self.limit
 
-    def take(
-        self, data: bytes, block: int, offset: int, number: int, path: str, store: bytes, *, is_last: bool
-    ) -> int:
+    def take(self, data: bytes, block: int, offset: int, number: int, path: str, store: bytes, *, is_last: bool) -> int:
         """Take in the frames of a chunk that begins at ``block``, from ``offset`` on; the offset where they end."""
         self.is_cut = False
         for item in scan(data, store, self._writer, offset - block):
@@ -334,7 +330,9 @@ class _Replay:
 
     def reading(self) -> Reading:
         """What was read."""
-        return Reading(self._writer, self._frames, self._raw, self.position, self.lost, self.doubt, self._tail, self.foreign)
+        return Reading(
+            self._writer, self._frames, self._raw, self.position, self.lost, self.doubt, self._tail, self.foreign
+        )
 
     def _take_frame(self, frame: Frame, data: bytes, number: int, end: int, path: str) -> None:
         self._tail = None

@@ -115,17 +115,17 @@ def refuse_losses(path: str, found: Findings) -> None:
 
 def described(view: View) -> str:
     """The totals of a view, in words."""
-    return _described_totals(view.ledger.lifetime)
+    return described_totals(view.ledger.lifetime)
 
 
 def described_conflict(path: str, conflict: Conflict) -> str:
     """What each of two documents holds, and both ways to continue."""
     theirs, base, ours = conflict
     return (
-        f"another program rewrote the document while this store's journal held records that its document did not. The "
-        f"document at the path holds {_described_totals(theirs)}; this store holds {_described_totals(ours)}. Since our "
-        f"last document ({_described_totals(base)}), the other program added {_described_difference(theirs, base)}, "
-        f"which this store lacks, and this store recorded {_described_difference(ours, base)}, which the document at "
+        "another program rewrote the document while this store's journal held records that its document did not. The "
+        f"document at the path holds {described_totals(theirs)}; this store holds {described_totals(ours)}. Since our "
+        f"last document ({described_totals(base)}), the other program added {described_difference(theirs, base)}, "
+        f"which this store lacks, and this store recorded {described_difference(ours, base)}, which the document at "
         f"the path may lack. To continue with this store's totals: savings-exporter verify --repair --store {path} "
         f"(the other document is kept beside it). To continue with the other program's document: move {path}.previous, "
         f"{path}.lock and all files {path}.journal.* and {path}.writer.* away"
@@ -177,9 +177,7 @@ def _without_document(reader: Reader, lock: LockContent, identity: Identity | No
     segments = reader.listing().segments
     if previous is None and identity is None and not lock.is_saved and not _has_previous(reader):
         # A new store, or one whose process died before the first save.
-        return _followed(
-            reader, view_of(Document(), None, _store_of(reader, Document(), lock)), exists=bool(segments)
-        )
+        return _followed(reader, view_of(Document(), None, _store_of(reader, Document(), lock)), exists=bool(segments))
     if previous is None:
         if segments:
             raise CorruptStoreError(
@@ -284,9 +282,11 @@ def _nothing_left(path: str, damage: str) -> str:
     )
 
 
-def _described_totals(totals: Totals) -> str:
+def described_totals(totals: Totals) -> str:
+    """Totals, in words."""
     return f"{totals.tokens_saved} tokens saved in {totals.requests} records"
 
 
-def _described_difference(totals: Totals, base: Totals) -> str:
+def described_difference(totals: Totals, base: Totals) -> str:
+    """What totals hold beyond others, in words."""
     return f"{totals.tokens_saved - base.tokens_saved} tokens saved in {totals.requests - base.requests} records"

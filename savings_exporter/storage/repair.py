@@ -24,6 +24,8 @@ from savings_exporter.storage.recovery import (
     Findings,
     described,
     described_conflict,
+    described_difference,
+    described_totals,
     examine,
     previous_path,
     salvage,
@@ -186,10 +188,9 @@ def _report(path: str, found: Findings, aside: Sequence[str]) -> Repaired:
     parts += map(described_losses, found.incomplete)
     if found.conflict is not None:
         theirs, base, _ = found.conflict
-        requests = theirs.requests - base.requests
         parts.append(
-            f"the other program's document, with {theirs.tokens_saved} tokens saved in {theirs.requests} records, is left "
-            f"out: {theirs.tokens_saved - base.tokens_saved} tokens saved in {requests} records of it are not in the total"
+            f"the other program's document, with {described_totals(theirs)}, is left out: "
+            f"{described_difference(theirs, base)} of it are not in the total"
         )
     if not found.is_lossy():
         parts.append("nothing is lost")

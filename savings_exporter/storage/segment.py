@@ -23,8 +23,8 @@ from savings_exporter.storage.operation import APPEND, FSYNC_DIR, FSYNC_FILE, FS
 SyncMethod = Literal["auto", "direct", "fdatasync"]
 """How the journal is written: ``auto`` is ``direct`` where that works, else ``fdatasync``."""
 
-# What the error of an open or of a first write says where direct I/O is not available.
-_NO_DIRECT_IO = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
+NO_DIRECT_IO = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
+"""The errors of an open or of a first write by which a file system says that it has no direct I/O."""
 
 _BUFFER_BYTES = 64 * 1024
 
@@ -172,6 +172,6 @@ def _opened(
         try:
             return DirectSegment(fs, path, descriptor, size, offset, last_block)
         except OSError as error:
-            if method == "direct" or error.errno not in _NO_DIRECT_IO:
+            if method == "direct" or error.errno not in NO_DIRECT_IO:
                 raise
     return BufferedSegment(fs, path, descriptor, size, offset)

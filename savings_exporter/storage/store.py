@@ -119,7 +119,7 @@ class Store:
     def commit(self, frame: Frame, parent: Any = None, links: Sequence[Any] = ()) -> Committed | Failed:
         """Make a frame durable. After a failure the same frame has to be committed again."""
         operation = Operation(COMMIT, self._observer, parent, links)
-        operation.records, operation.sequence = frame.count, frame.last
+        operation.records, operation.sequence = frame.records, frame.last
         try:
             with operation:
                 self.own_journal().commit(frame, operation)
@@ -286,7 +286,9 @@ def _recovered(
     for problem in (*found.view.document.problems, *found.harmless):
         logger.warning("%s: %s", path, problem)
     if found.damage:
-        logger.error("%s: %s; nothing is lost: the previous document and the journals hold everything", path, found.damage)
+        logger.error(
+            "%s: %s; nothing is lost: the previous document and the journals hold everything", path, found.damage
+        )
         observer.recovered("previous_document")
     store = Store(reader, lock, found.view, observer, counts, method)
     store._keeps_lock = is_exclusive

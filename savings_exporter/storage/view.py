@@ -43,8 +43,8 @@ class Reading(NamedTuple):
     """What reading one journal gave: the frames to count, and where reading goes on.
 
     ``raw`` are the frames' bytes. ``lost`` are the sequence numbers, first and last, of acknowledged records that are
-    missing; ``doubt`` says why that cannot be determined. ``tail`` is what follows the last good frame: a segment's path and the bytes of a torn write. ``foreign`` are
-    segments of another store.
+    missing; ``doubt`` says why that cannot be determined. ``tail`` is what follows the last good frame: a segment's
+    path and the bytes of a torn write. ``foreign`` are segments of another store.
     """
 
     writer: bytes
@@ -61,7 +61,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     """The document, and what the journals hold beyond it.
 
     ``identity`` is that of the document's file, None when there is none. ``store`` names the store (8 bytes).
-    ``is_whole`` says whether that file is this document; if not, the document is the previous one, and the file is damaged.
+    ``is_whole`` says whether that file is this document; if not, it is damaged, and this is the previous document.
     ``ledger`` are the totals of both. The keys are those of the document, to which each transition adds: adding one
     twice changes nothing, so an interrupt between that and the publishing of the view does no harm.
     """

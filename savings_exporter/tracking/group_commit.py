@@ -59,8 +59,8 @@ class _Expected(NamedTuple):
 class GroupCommit:
     """Commits the records of one tracker's threads and tasks.
 
-    ``failure`` is why the last commit failed, None when it did not, and ``retry`` when the next attempt is due. ``wake``
-    wakes the background thread.
+    ``failure`` is why the last commit failed, None when it did not, and ``retry`` when the next attempt is due.
+    ``wake`` wakes the background thread.
     """
 
     def __init__(self, store: Store, wake: Callable[[], None]) -> None:
@@ -140,7 +140,7 @@ class GroupCommit:
 
     def is_in_progress_here(self) -> bool:
         """Whether this very thread is in the middle of a commit or of accepting records."""
-        return self._committing._is_owned() or self._mutex._is_owned()  # type: ignore[attr-defined]
+        return any(lock._is_owned() for lock in (self._committing, self._mutex))  # type: ignore[attr-defined]
 
     def is_waiting(self) -> bool:
         """Whether there are records that only the background thread commits."""
@@ -182,7 +182,9 @@ class GroupCommit:
         self._store.key_entry(digest)
         return _Keyed(checked, digest, fingerprint_of(records))
 
-    def _accept(self, records: Sequence[SavingsRecord], keyed: _Keyed | None, span: Span) -> tuple[Receipt, Batch | None]:
+    def _accept(
+        self, records: Sequence[SavingsRecord], keyed: _Keyed | None, span: Span
+    ) -> tuple[Receipt, Batch | None]:
         """Add records to the open batch; the batch is None when there is nothing to wait for."""
         if self._is_closed:
             raise RuntimeError(f"the tracker of {self._store.path} is closed")

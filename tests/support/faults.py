@@ -1,73 +1,41 @@
-"""Steps of a save or a commit that fail or hang."""
+"""A file system whose steps fail or hang."""
 
 from __future__ import annotations
 
 import errno
 import os
 import signal
-import stat
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from savings_exporter.storage.journal import SEGMENT_BYTES
+from savings_exporter.storage.filesystem import FileSystem
 from tests.support.service import Service
 from tests.support.wait import WAIT_SECONDS
 
 ERRNOS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""What disks say."""
+"""What disks and file systems report."""
 
 
-class Faults:
-    """Makes a step of a save or a commit fail, by making the ``os`` call it stands for raise.
+class FaultyFileSystem(FileSystem):
+    """The real files, with steps that fail or hang as a test says. Pass it to a tracker as ``filesystem``.
 
-    ``calls`` lists what was called, each call named after the step it is: ``write``, ``fsync_file``, ``replace``,
-    ``fsync_dir``, ``append``, ``fsync_journal``.
+    ``calls`` lists what was called, each call by the name of the step that it is: ``write``, ``fsync_file``, ``replace``,
+    ``fsync_dir`` of a save; ``append``, ``fsync_journal`` of a commit (a direct, synchronous write is one
+    ``fsync_journal``); ``watermark``. ``has_direct_io`` says whether direct writes are supported. ``before`` is called
+    with each step's name before the step.
     """
 
-    def __init__(self, monkeypatch: Any) -> None:
+    def __init__(self, *, has_direct_io: bool = True) -> None:
         self.calls: list[str] = []
+        self.reached = threading.Event()
+        self.has_direct_io = has_direct_io
+        self.before: Callable[[str], None] = lambda _step: None
         self._failing: dict[str, tuple[int, float]] = {}
         self._gates: dict[str, threading.Event] = {}
-        self.reached = threading.Event()
-        real_fsync, real_write, real_replace = os.fsync, os.write, os.replace
-        real_pwrite, real_fdatasync = os.pwrite, os.fdatasync
-
-        def is_segment(descriptor: int) -> bool:
-            # The other file that is written at an offset and synced so is the lock file, with its mark.
-            return os.fstat(descriptor).st_size == SEGMENT_BYTES
-
-        def fsync(descriptor: int) -> None:
-            self._call("fsync_dir" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "fsync_file")
-            real_fsync(descriptor)
-
-        def write(descriptor: int, data: Any) -> int:
-            if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                self._call("write")
-            return real_write(descriptor, data)
-
-        def replace(source: Any, target: Any) -> None:
-            self._call("replace")
-            real_replace(source, target)
-
-        def pwrite(descriptor: int, data: Any, offset: int) -> int:
-            if is_segment(descriptor):
-                self._call("append")
-            return real_pwrite(descriptor, data, offset)
-
-        def fdatasync(descriptor: int) -> None:
-            if is_segment(descriptor):
-                self._call("fsync_journal")
-            real_fdatasync(descriptor)
-
-        monkeypatch.setattr(os, "fsync", fsync)
-        monkeypatch.setattr(os, "write", write)
-        monkeypatch.setattr(os, "replace", replace)
-        monkeypatch.setattr(os, "pwrite", pwrite)
-        monkeypatch.setattr(os, "fdatasync", fdatasync)
+        self._paths: dict[int, str] = {}
 
     def fail(self, step: str, number: int, times: float = float("inf")) -> None:
         """Let the step fail with this errno, so many times."""
@@ -84,8 +52,60 @@ class Faults:
         """Let the step hang until ``mend``; ``reached`` is set when one does."""
         self._gates[step] = threading.Event()
 
+    def create(self, path: str, like: str) -> int:
+        return self._noted(super().create(path, like), path)
+
+    def open_to_write(self, path: str) -> int:
+        return self._noted(super().open_to_write(path), path)
+
+    def open_direct(self, path: str) -> int:
+        if not self.has_direct_io:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
+        return self._noted(super().open_direct(path), path)
+
+    def write_all(self, descriptor: int, data: bytes | memoryview) -> None:
+        self._call("append" if self._is_segment(descriptor) else "write")
+        super().write_all(descriptor, data)
+
+    def write_at(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
+        if self._is_segment(descriptor):
+            self._call("append")
+        elif ".writer." in self._paths.get(descriptor, ""):
+            self._call("watermark")
+        super().write_at(descriptor, data, offset)
+
+    def write_direct(self, descriptor: int, data: memoryview, offset: int) -> None:
+        self._call("fsync_journal")
+        super().write_direct(descriptor, data, offset)
+
+    def fsync_file(self, descriptor: int) -> None:
+        self._call("fsync_journal" if self._is_segment(descriptor) else "fsync_file")
+        super().fsync_file(descriptor)
+
+    def sync_data(self, descriptor: int) -> None:
+        if self._is_segment(descriptor):
+            self._call("fsync_journal")
+        super().sync_data(descriptor)
+
+    def fsync_directory(self, path: str) -> None:
+        self._call("fsync_dir")
+        super().fsync_directory(path)
+
+    def replace(self, temporary: str, path: str) -> None:
+        if ".writer." not in path:
+            self._call("replace")
+        super().replace(temporary, path)
+
+    def _noted(self, descriptor: int, path: str) -> int:
+        self._paths[descriptor] = path
+        return descriptor
+
+    def _is_segment(self, descriptor: int) -> bool:
+        return ".journal." in self._paths.get(descriptor, "")
+
     def _call(self, step: str) -> None:
         self.calls.append(step)
+        self.before(step)
         if gate := self._gates.get(step):
             self.reached.set()
             gate.wait(WAIT_SECONDS)

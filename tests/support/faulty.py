@@ -10,12 +10,12 @@ from types import FrameType
 
 import pytest
 
-from savings_exporter import SavingsTracker, cli
-from tests.support.faults import Faults
+from savings_exporter import SavingsTracker, cli, tracker
+from tests.support.faults import FaultyFileSystem
 from tests.support.wait import eventually
 
 
-def obey(faults: Faults) -> None:
+def obey(faults: FaultyFileSystem) -> None:
     """``fail STEP``, ``hang STEP``, ``closing`` (wait until the last save has begun) and ``mend``."""
     # Not by sys.stdin, whose lock a thread would still hold when the process ends.
     while command := os.read(0, 1024).decode().split():
@@ -43,5 +43,7 @@ def is_closing() -> bool:
 
 if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patch:
-        threading.Thread(target=obey, args=[Faults(patch)], daemon=True).start()
+        faults = FaultyFileSystem()
+        patch.setattr(tracker, "LOCAL", faults)
+        threading.Thread(target=obey, args=[faults], daemon=True).start()
         cli.main()

@@ -9,6 +9,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from savings_exporter import SavingsTracker
+from savings_exporter.storage.filesystem import FileSystem
 from savings_exporter.telemetry.metrics import SavingsCollector
 from tests.support.scrape import samples
 
@@ -16,11 +17,11 @@ from tests.support.scrape import samples
 class Traced:
     """A tracker whose spans are kept."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, filesystem: FileSystem | None = None) -> None:
         self._exporter = InMemorySpanExporter()
         self.provider = TracerProvider()
         self.provider.add_span_processor(SimpleSpanProcessor(self._exporter))
-        self.tracker = SavingsTracker(path, tracer_provider=self.provider)
+        self.tracker = SavingsTracker(path, tracer_provider=self.provider, filesystem=filesystem)
 
     def saves(self) -> list[tuple[ReadableSpan, list[ReadableSpan]]]:
         """Each save's span with its children, in the order of their beginning."""
