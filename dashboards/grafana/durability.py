@@ -145,8 +145,8 @@ def _why() -> Row:
             ),
             bars(
                 "Failed syncs by target",
-                "directory: a power loss can undo a save. file: a new document or segment was discarded, the old "
-                "document stays. journal: the records of a commit are pending.",
+                "directory: a power loss can undo a save. file: a new document was discarded, the old "
+                "document stays. journal: a commit or a new segment; the records of a commit are pending.",
                 Query(happened("savings_fsync_failures_total", "target"), "{{instance}} {{target}}"),
                 width=8,
             ),
@@ -194,7 +194,7 @@ def _how_slow() -> Row:
             ),
             _latencies(
                 "Save duration",
-                "A whole save of the document. Commits do not wait for it.",
+                "A whole save of the document. Requests that arrive during it can wait for its end.",
                 "save",
                 width=12,
             ),
