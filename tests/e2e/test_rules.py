@@ -1,4 +1,4 @@
-"""The shipped rules, by Prometheus's own tools: what fires when, and what everybody is told."""
+"""The shipped rules, by Prometheus's own tools: what fires when, and what each alert says."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_runbook_has_no_section_of_an_alert_that_is_gone() -> None:
 def exported(store_path: Path) -> str:
     """What a service shows that has had traffic."""
     with running("serve", "--store", str(store_path)) as service:
-        assert service.post({"model": "m", "provider": "p", "project": "x", "tokens_saved": 7})[0] == 200
+        assert service.post({"model": "m", "provider": "p", "project": "x", "agent": "a", "tokens_saved": 7})[0] == 200
         status, text = service.get("/metrics")
     assert status == 200
     return text
