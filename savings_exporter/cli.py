@@ -308,8 +308,8 @@ def verify(
         bool,
         typer.Option(
             "--repair",
-            help="Save what is whole, keep damaged files aside, and report what is lost. Exits with 0 when the store can "
-            "be opened again, with 1 when it left out records that another program's document holds.",
+            help="Save what is whole, keep damaged files aside, and report what is lost. Exits with 0 when the store "
+            "can be opened again, with 1 when it left out records that another program's document holds.",
         ),
     ] = False,
 ) -> None:

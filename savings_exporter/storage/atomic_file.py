@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Directory:
-    """The directory of a store, whose entries are synced. New files get the mode and owner of ``like``, the document."""
+    """The directory of a store, whose entries are synced. New files get mode and owner of ``like``, the document."""
 
     def __init__(self, fs: FileSystem, document: str) -> None:
         self.path = os.path.dirname(document)

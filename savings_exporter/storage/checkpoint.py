@@ -27,7 +27,7 @@ from savings_exporter.storage.observers import Observer
 from savings_exporter.storage.operation import ROTATE, SAVE, Operation
 from savings_exporter.storage.reader import Listing, Reader, described_losses
 from savings_exporter.storage.segment import make_segment
-from savings_exporter.storage.view import View, composed, counted
+from savings_exporter.storage.view import Position, View, composed, counted
 from savings_exporter.storage.writers import read_counts, set_watermark, writer_path
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def adopt(reader: Reader, file: AtomicFile, view: View, dead: Iterable[bytes], o
     """
     segments = reader.listing().segments
     for writer in dead:
-        reading = reader.read_journal(view, writer, segments.get(writer, ()), None)
+        reading = reader.read_journal(view, writer, None)
         if reading.lost:
             raise OSError(errno.EIO, described_losses(reading), reader.path)
         if reading.frames:
@@ -101,7 +101,9 @@ def adopt(reader: Reader, file: AtomicFile, view: View, dead: Iterable[bytes], o
                     reader.fs, path, next_block(len(data)), operation, file.directory, "fdatasync", data
                 ).close()
             set_watermark(reader.fs, writer_path(reader.path, writer), reading.position.sequence)
-            view = counted(view, [reading], reader.limits, datetime.now(timezone.utc))
+            # Reading goes on after the copy: after a power loss the first one may be gone.
+            copied = reading._replace(position=Position(reading.position.sequence, number, len(data)))
+            view = counted(view, [copied], reader.limits, datetime.now(timezone.utc))
         if reading.tail is not None:
             _keep_torn_tail(reader, *reading.tail, observer)
     return view

@@ -83,6 +83,10 @@ class Reader:
             except FileNotFoundError:
                 # A segment was removed between the listing and its reading.
                 continue
+            except CorruptStoreError:
+                # It may have been removed before the listing, by saves that came after the document was read.
+                if self._identity() in (current.identity, self._refused):
+                    raise
         raise StoreError(f"{self.path}: is being saved too often to be read; try again")
 
     def follow(self, view: View) -> View:
@@ -93,8 +97,7 @@ class Reader:
             OSError: something cannot be read.
             CorruptStoreError: acknowledged records are missing.
         """
-        listing = self.listing()
-        readings = list(self._new_readings(view, listing))
+        readings = list(self._new_readings(view))
         for reading in readings:
             if reading.lost or reading.doubt:
                 raise CorruptStoreError(f"{self.path}: {described_losses(reading)}")
@@ -118,14 +121,18 @@ class Reader:
                 writers.add(writer)
         return Listing({writer: sorted(numbers) for writer, numbers in segments.items()}, frozenset(writers))
 
-    def read_journal(self, view: View, writer: bytes, numbers: Sequence[int], limit: int | None) -> Reading:
+    def read_journal(self, view: View, writer: bytes, limit: int | None) -> Reading:
         """What a writer's journal holds after what is counted, up to a sequence number (None: to its last good frame).
 
         Raises:
             OSError: a segment cannot be read.
             CorruptStoreError: a frame's content cannot be read.
         """
-        replay = _Replay(writer, view.position_of(writer), limit)
+        # Listed after the watermark was read: the frames up to it are in segments that are there by now.
+        numbers = self.listing().segments.get(writer, ())
+        start = view.position_of(writer)
+        is_known = limit is not None or self._ends_a_frame(writer, numbers, start)
+        replay = _Replay(writer, start if is_known else Position(start.sequence), limit)
         for number in numbers:
             if number >= replay.position.segment and not replay.is_complete:
                 path = segment_path(self.path, writer, number)
@@ -133,7 +140,27 @@ class Reader:
                     self._replay(replay, descriptor, path, number, view.store)
         if limit is not None and not replay.is_complete:
             replay.lost.append((replay.position.sequence + 1, limit))
+        if not is_known and replay.last_seen < start.sequence:
+            replay.doubt = f"{self.path}.journal.{writer.hex()}.*: ends before what the document holds of it"
         return replay.reading()
+
+    def limits_of_writers(self) -> Mapping[bytes, int | None]:
+        """Up to which sequence number each journal counts, as ``limit_of`` says.
+
+        Raises:
+            OSError: a writer's file cannot be read.
+        """
+        boot, listing = self.fs.boot_id(), self.listing()
+        return {writer: self.limit_of(writer, boot) for writer in listing.segments}
+
+    def _ends_a_frame(self, writer: bytes, numbers: Sequence[int], position: Position) -> bool:
+        """Whether the place where reading goes on follows a frame. After a power loss the first copy of a frame, whose
+        sync had failed, may be gone from there, while another copy is in a later segment.
+        """
+        if position.segment not in numbers or not position.offset:
+            return True
+        with self.fs.opened(segment_path(self.path, writer, position.segment)) as descriptor:
+            return self.fs.read_at(descriptor, 1, position.offset - 1) == FRAME_END
 
     def is_alive(self, writer: bytes) -> bool:
         """Whether a writer's process lives.
@@ -248,12 +275,10 @@ class Reader:
     def _identity(self) -> Identity | None:
         return self.fs.identity(self.path)
 
-    def _new_readings(self, view: View, listing: Listing) -> Iterator[Reading]:
-        boot = self.fs.boot_id()
-        for writer, numbers in listing.segments.items():
-            limit = self.limit_of(writer, boot)
+    def _new_readings(self, view: View) -> Iterator[Reading]:
+        for writer, limit in self.limits_of_writers().items():
             if limit is None or limit > view.position_of(writer).sequence:
-                reading = self.read_journal(view, writer, numbers, limit)
+                reading = self.read_journal(view, writer, limit)
                 if reading.frames or reading.lost or reading.doubt:
                     yield reading
 
@@ -263,8 +288,6 @@ class Reader:
         if not offset and store_of(self.fs.read_at(descriptor, HEADER_BYTES, 0)) not in (b"", store):
             replay.foreign.append(path)
             return
-        if offset and self.fs.read_at(descriptor, 1, offset - 1) != FRAME_END:
-            replay.doubt = f"{path}: ends before what the document holds of it"
         size = _FIRST_CHUNK_BYTES
         while True:
             block = offset // BLOCK_BYTES * BLOCK_BYTES
@@ -300,6 +323,7 @@ class _Replay:
         self.limit = limit
         self.lost: list[tuple[int, int]] = []
         self.doubt = ""
+        self.last_seen = 0
         self.foreign: list[str] = []
         self.is_cut = False
         self._writer = writer
@@ -336,6 +360,7 @@ class _Replay:
 
     def _take_frame(self, frame: Frame, data: bytes, number: int, end: int, path: str) -> None:
         self._tail = None
+        self.last_seen = max(self.last_seen, frame.last)
         expected = self.position.sequence + 1
         if frame.last < expected:
             return

@@ -25,6 +25,8 @@ from savings_exporter.storage.lock import LockContent, new_store
 from savings_exporter.storage.reader import Reader, bounded, described_losses
 from savings_exporter.storage.view import Reading, View, counted, view_of
 
+_ATTEMPTS = 5
+
 _EARLIER_SEGMENT = re.compile(r"\.journal\.(\d{8,18})")
 
 
@@ -60,12 +62,26 @@ class Findings(NamedTuple):
 
 
 def examine(reader: Reader, lock: LockContent) -> Findings:
-    """What a store holds.
+    """What a store holds. Saves of other processes may come in between; then it is read again.
 
     Raises:
         OSError: it cannot be read.
         StoreError: what it holds cannot be determined; NewerSchemaError: a newer program wrote it.
     """
+    for attempt in range(1, _ATTEMPTS + 1):
+        identity = reader.fs.identity(reader.path)
+        try:
+            found = _examined(reader, lock)
+        except (FileNotFoundError, CorruptStoreError):
+            if attempt == _ATTEMPTS or reader.fs.identity(reader.path) == identity:
+                raise
+            continue
+        if reader.fs.identity(reader.path) == identity:
+            return found
+    raise StoreError(f"{reader.path}: is being saved too often to be read; try again", path=reader.path)
+
+
+def _examined(reader: Reader, lock: LockContent) -> Findings:
     document, identity, damage = _document_at(reader)
     if document is None:
         return _without_document(reader, lock, identity, damage)
@@ -217,10 +233,8 @@ def _with_foreign_document(
 
 def _followed(reader: Reader, view: View, *, exists: bool) -> Findings:
     """A document and all that the journals hold beyond it."""
-    readings = []
-    boot = reader.fs.boot_id()
-    for writer, numbers in reader.listing().segments.items():
-        readings.append(reader.read_journal(view, writer, numbers, reader.limit_of(writer, boot)))
+    limits = reader.limits_of_writers()
+    readings = [reader.read_journal(view, writer, limit) for writer, limit in limits.items()]
     return Findings(
         counted(view, readings, reader.limits, datetime.now(timezone.utc)),
         exists,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -144,14 +145,17 @@ class Store:
         Raises:
             OSError: the writer's file cannot be made, or another process has the store where only one may.
         """
-        if self.journal is None:
-            if self._keeps_lock:
-                self._lock.take(0)
-            store, fs = self.view.store, self.reader.fs
-            writer = Writer(fs, self.path, store)
-            self.reader.own = writer.id
-            self.journal = Journal(fs, self.path, self._directory, store, writer, self._method)
-        return self.journal
+        if self.journal is not None:
+            return self.journal
+        with self._reading:
+            if self.journal is None:
+                if self._keeps_lock:
+                    self._lock.take(0)
+                store, fs = self.view.store, self.reader.fs
+                writer = Writer(fs, self.path, store)
+                self.reader.own = writer.id
+                self.journal = Journal(fs, self.path, self._directory, store, writer, self._method)
+            return self.journal
 
     def wants_segment(self) -> bool:
         """Whether the journal's next segment should be made now."""
@@ -168,6 +172,9 @@ class Store:
 
         ``closing``: this process has ended its journal; its segments are removed.
         """
+        if self._saving._is_owned():  # type: ignore[attr-defined]
+            # A signal handler within a save of this thread.
+            return Failed(PREPARE, BlockingIOError(errno.EAGAIN, "a save of this thread is under way"))
         own = self.journal.writer.id if self.journal is not None else None
         steps = _StepOfFailure(self._observer)
         with self._saving:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime, timezone
 from typing import NamedTuple
 
 from opentelemetry.trace import Span
@@ -136,10 +137,14 @@ class Background:
             self._save_if_needed()
 
     def _save_if_needed(self) -> None:
-        # Another process may have saved meanwhile.
-        self._store.refresh()
+        # Another process may have saved meanwhile; one save in the interval is enough for all of them.
+        view = self._store.refresh()
+        saved_at = view.document.saved_at
+        age = (datetime.now(timezone.utc) - saved_at).total_seconds() if saved_at else self._save_interval
         if self._store.is_saved():
             self.saves = Saves()
+        elif self.saves.failure is None and 0 <= age < self._save_interval:
+            self.saves = Saves(due=time.monotonic() + self._save_interval - age)
         else:
             self.save()
             self.schedule_save()
