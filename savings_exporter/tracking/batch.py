@@ -51,7 +51,7 @@ class Batch:
     """
 
     __slots__ = (
-        *("entries", "writer", "first", "frame", "is_over", "links", "is_led", "futures"),
+        *("entries", "writer", "first", "frame", "is_over", "links", "is_led", "futures", "has_keys"),
         *("_followers", "_waiting", "_mutex", "_unfolded"),
     )
 
@@ -63,6 +63,7 @@ class Batch:
         self.is_over = False
         self.links: list[SpanContext] = []
         self.is_led = False
+        self.has_keys = False
         self.futures: list[asyncio.Future[None]] = []
         self._followers: deque[threading.Lock] = deque()
         self._waiting: threading.Event | None = None
@@ -82,11 +83,6 @@ class Batch:
             for entry in self.entries
         )
 
-    @property
-    def has_keys(self) -> bool:
-        """Whether some of its records have an idempotency key."""
-        return any(entry.key for entry in self.entries)
-
     def holds(self, key: bytes) -> bool:
         """Whether records with this key are in it: an interrupt may have come before they were added."""
         return any(entry.key == key for entry in self.entries)
@@ -99,9 +95,11 @@ class Batch:
     def add(self, records: Sequence[SavingsRecord], key: bytes = b"", fingerprint: bytes = b"") -> int:
         """Accept records; the place of the last one."""
         last = self.count + len(records)
-        self.entries.append(Entry(last, records, key, fingerprint))
-        if not key:
+        if key:
+            self.has_keys = True
+        else:
             self._unfolded += len(records)
+        self.entries.append(Entry(last, records, key, fingerprint))
         return last
 
     def link(self, span: Span) -> None:
@@ -112,9 +110,11 @@ class Batch:
     def groups(self) -> list[Group]:
         """The entries as a frame holds them; those without a key together."""
         entries = self.entries
-        if not any(entry.key or entry.sums for entry in entries):
-            return [Group(records=[record for entry in entries for record in entry.records])]
-        return [entry.group() for entry in entries]
+        if self.has_keys or entries[0].sums:
+            return [entry.group() for entry in entries]
+        if len(entries) == 1:
+            return [Group(records=entries[0].records)]
+        return [Group(records=[record for entry in entries for record in entry.records])]
 
     def fold(self, most_unfolded: int, most_rows: int) -> None:
         """Keep only the sums of the oldest records without a key, so that memory has a bound while a disk fails."""
@@ -160,8 +160,9 @@ class Batch:
 
     def release_next(self) -> None:
         """Release one thread that waits; it releases the next."""
-        with suppress(IndexError):
-            self._followers.popleft().release()
+        if self._followers:
+            with suppress(IndexError):  # another thread may be as fast
+                self._followers.popleft().release()
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until it is durable or given up."""
@@ -175,8 +176,9 @@ class Batch:
 
     def attempted(self) -> None:
         """A commit has ended, well or badly: release those who wait for it."""
-        futures, self.futures = self.futures, []
-        _finish_all(futures)
+        if self.futures:
+            futures, self.futures = self.futures, []
+            _finish_all(futures)
         self.release_next()
 
     def end(self) -> None:

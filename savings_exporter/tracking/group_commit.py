@@ -140,7 +140,8 @@ class GroupCommit:
 
     def is_in_progress_here(self) -> bool:
         """Whether this very thread is in the middle of a commit or of accepting records."""
-        return any(lock._is_owned() for lock in (self._committing, self._mutex))  # type: ignore[attr-defined]
+        owned: bool = self._committing._is_owned() or self._mutex._is_owned()  # type: ignore[attr-defined]
+        return owned
 
     def is_waiting(self) -> bool:
         """Whether there are records that only the background thread commits."""
