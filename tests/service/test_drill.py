@@ -8,7 +8,6 @@ import socket
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from savings_exporter import SavingsTracker
 from savings_exporter.service.drill import KINDS, DrillError, Drills, taking_drills
-from savings_exporter.storage import filesystem
-from savings_exporter.storage.steps import FSYNC_DIR, SAVE, Operation
-from savings_exporter.telemetry.metrics import DRILLS, SavingsCollector, StoreMetrics
+from savings_exporter.telemetry.metrics import DRILLS, SavingsCollector
+from tests.support.faults import FaultyFileSystem
 from tests.support.scrape import samples
 from tests.support.service import run_cli, running
 from tests.support.wait import WAIT_SECONDS, eventually
@@ -73,31 +71,16 @@ def test_a_drill_ends_by_itself_and_leaves_the_directory_well(tracker: SavingsTr
 
 
 def test_a_directory_fsync_that_really_fails_during_a_drill_is_still_known_at_its_end(
-    tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch
+    tracker: SavingsTracker, faults: FaultyFileSystem
 ) -> None:
-    def failing(_path: str) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     metrics, drills = SavingsCollector(tracker), Drills(tracker)
     drills.begin("dir-fsync", 60)
     eventually(lambda: samples(metrics)['savings_fsync_failures_total{target="directory"}'], "a failure")
-    monkeypatch.setattr(filesystem, "fsync_directory", failing)
+    faults.fail("fsync_dir", errno.EIO)
     tracker.record_request(**SAVING)
     assert not tracker.save()
     drills.stop()
     assert samples(metrics)["savings_last_dir_fsync_success"] == 0
-
-
-def test_a_drill_that_is_told_of_late_says_nothing_of_the_directory() -> None:
-    metrics = StoreMetrics()
-    late = Operation(SAVE, metrics)
-    late.drill = True
-    with suppress(OSError), late, late.step(FSYNC_DIR):
-        metrics.drilling("dir-fsync", active=True)
-        metrics.drilling("dir-fsync", active=False)
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-    (gauge,) = (family for family in metrics.collect() if family.name == "savings_last_dir_fsync_success")
-    assert [sample.value for sample in gauge.samples] == [1]
 
 
 def test_slow_saves_are_seen_as_slow(store_path: Path) -> None:
