@@ -22,18 +22,21 @@ STORE_BYTES = 8
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0001, 0.02
 _MAGIC = b"SXL2"
 _OLD_MAGIC = b"SXM1"
-_OLD_MARK = struct.Struct("<8sQQQ")
+_OLD_MARK = struct.Struct("<8sQQQQ")
 _OLD_MARK_BYTES = 88
 
 
 class LockContent(NamedTuple):
-    """What a lock file says: the store's name (empty when it is new), whether a document was ever saved, and how many
-    records an earlier version of this program acknowledged, None where it did not write the file.
+    """What a lock file says: the store's name (empty when it is new), and whether a document was ever saved.
+
+    ``earlier_records`` is how many records an earlier version of this program acknowledged, None where it did not write
+    the file, and ``earlier_saved`` how many of them its document held.
     """
 
     store: bytes = b""
     is_saved: bool = False
     earlier_records: int | None = None
+    earlier_saved: int = 0
 
 
 def content_of(data: bytes) -> LockContent:
@@ -42,8 +45,8 @@ def content_of(data: bytes) -> LockContent:
         end = len(_MAGIC) + STORE_BYTES
         return LockContent(data[len(_MAGIC) : end], bool(data[end]), None)
     if data.startswith(_OLD_MAGIC) and len(data) == _OLD_MARK_BYTES:
-        _, _, _, records = _OLD_MARK.unpack_from(data, len(_OLD_MAGIC))
-        return LockContent(b"", is_saved=True, earlier_records=records)
+        _, _, _, records, saved = _OLD_MARK.unpack_from(data, len(_OLD_MAGIC))
+        return LockContent(b"", is_saved=True, earlier_records=records, earlier_saved=saved)
     return LockContent()
 
 

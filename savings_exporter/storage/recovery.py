@@ -214,6 +214,8 @@ def _with_foreign_document(
     reader: Reader, lock: LockContent, document: Document, identity: Identity | None
 ) -> Findings:
     """Another program's document: taken over, unless this store's journals hold what it may lack."""
+    if (lock.earlier_records or 0) > lock.earlier_saved:
+        raise _not_closed(reader.path)
     document = bounded(document, reader.limits)
     is_taken_over = bool(lock.store) and not lock.is_saved
     view = view_of(document, identity, lock.store if is_taken_over else new_store())
@@ -267,12 +269,16 @@ def _refuse_open_journal_of_earlier_version(reader: Reader, document: Document, 
             start = legacy.offset if epoch == legacy.epoch else 0
             is_open = is_open or any(reader.fs.read(path)[0][start:].rstrip(b"\0"))
     if is_open:
-        raise StoreError(
-            f"{reader.path}: was written by an earlier version of savings-exporter that did not close it: its journal "
-            f"holds records that the document does not. Start and stop that version once (savings-exporter serve "
-            f"--store {reader.path}), then use this one",
-            path=reader.path,
-        )
+        raise _not_closed(reader.path)
+
+
+def _not_closed(path: str) -> StoreError:
+    return StoreError(
+        f"{path}: was written by an earlier version of savings-exporter that did not close it: its journal holds "
+        "records that the document does not. Start and stop that version once (savings-exporter serve --store "
+        f"{path}), then use this one",
+        path=path,
+    )
 
 
 def earlier_segments(reader: Reader) -> dict[int, str]:

@@ -105,6 +105,8 @@ def repair(path: str, observer: Observer, fs: FileSystem = LOCAL) -> Repaired:
         if not found.damage and not found.is_lossy() and not _problem_of_previous(reader):
             return Repaired(f"{path}: there is nothing to repair: it holds {described(found.view)}", leaves_out=False)
         aside = _put_aside(reader, found)
+        # First, so that a process of an earlier version that still runs notices that the document is not its own.
+        lock.write(found.view.store, is_saved=lock.content().is_saved)
         _save(reader, found, observer)
         lock.write(found.view.store, is_saved=True)
     finally:

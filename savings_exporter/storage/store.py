@@ -21,9 +21,9 @@ from savings_exporter.storage.filesystem import FileSystem
 from savings_exporter.storage.journal import Frame, Journal
 from savings_exporter.storage.lock import StoreLock, read_lock
 from savings_exporter.storage.observers import Observer
-from savings_exporter.storage.operation import COMMIT, PREPARE, Operation, error_symbol
+from savings_exporter.storage.operation import COMMIT, PREPARE, ROTATE, Operation, error_symbol
 from savings_exporter.storage.reader import Reader
-from savings_exporter.storage.recovery import examine, refuse_losses
+from savings_exporter.storage.recovery import earlier_segments, examine, refuse_losses
 from savings_exporter.storage.segment import SyncMethod
 from savings_exporter.storage.view import View
 from savings_exporter.storage.writers import Writer
@@ -85,13 +85,12 @@ class Store:
         path = fs.resolved(path)
         lock = _opened_lock(path, fs)
         try:
-            store = _recovered(Reader(fs, path, limits), lock, observer, counts, method)
-        except OSError as error:
-            raise _cannot("read", path, error) from None
-        except BaseException:
+            return _recovered(Reader(fs, path, limits), lock, observer, counts, method)
+        except BaseException as error:
             lock.close()
+            if isinstance(error, OSError):
+                raise _cannot("read", path, error) from None
             raise
-        return store
 
     @property
     def path(self) -> str:
@@ -166,6 +165,17 @@ class Store:
         if self.journal is not None and self.journal.wants_segment():
             with suppress(OSError):
                 self.journal.make_next(self._observer)
+
+    def repair_names(self) -> None:
+        """Make this process's files again if they were removed or renamed: what is durable is read by their names.
+
+        Called by the thread that may commit. A failure shows in the save that needs the files.
+        """
+        if self.journal is not None:
+            with suppress(OSError):
+                if not self.journal.is_in_place():
+                    with Operation(ROTATE, self._observer) as operation:
+                        self.journal.repair_names(operation)
 
     def save(self, parent: Any = None, *, closing: bool = False) -> Failed | None:
         """Save the document with all that is durable.
@@ -299,7 +309,9 @@ def _recovered(
         observer.recovered("previous_document")
     store = Store(reader, lock, found.view, observer, counts, method)
     store._keeps_lock = is_exclusive
-    if lock.held:
+    if found.view.document.legacy is not None:
+        _convert(store)
+    elif lock.held:
         _adopt(store, found.view.document.is_ours)
         store._let_go()
     return store
@@ -328,6 +340,33 @@ def _adopt(store: Store, is_ours: bool) -> None:
     except OSError as error:
         # A disk that is full or fails. What is acknowledged counts already; the next save tries again.
         logger.warning("%s: dead writers' journals could not be taken over yet: %s", reader.path, error)
+
+
+def _convert(store: Store) -> None:
+    """Save a document of an earlier version in the format of this one before anything is recorded.
+
+    A process of that version that still runs reads the document again when the lock file is not as it left it. It
+    refuses the new format, so its commits fail instead of going to a journal that this version does not read.
+    """
+    path, lock = store.path, store._lock
+    if not lock.held:
+        raise StoreError(
+            f"{path}: an earlier version of savings-exporter is saving this store; stop that process first", path=path
+        )
+    # Before the document: a process of the earlier version never finds the new format under a lock file of its own.
+    lock.write(store.view.store, is_saved=True)
+    failure = store.save()
+    if failure is not None:
+        raise StoreError(
+            f"{path}: cannot be converted from the format of an earlier version: {failure.step} failed: "
+            f"{failure.error} ({error_symbol(failure.error)}); nothing is lost, and the earlier version can still use "
+            "the store",
+            path=path,
+            step=failure.step,
+        )
+    for segment in earlier_segments(store.reader).values():
+        # All of it is in the document, and in the one before it.
+        store.reader.fs.discard(segment)
 
 
 def _discard_temporaries(fs: FileSystem, path: str) -> None:
