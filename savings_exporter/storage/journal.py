@@ -67,6 +67,8 @@ class Journal:
         self._method = method
         self._segment: BufferedSegment | None = None
         self._next: BufferedSegment | None = None
+        # The last segment that a frame was written to, or may have been: frames never go to an earlier one.
+        self._newest = ""
         self._numbers = itertools.count(1)
 
     def seal(self, count: int, groups: Sequence[Group]) -> Frame:
@@ -136,7 +138,7 @@ class Journal:
     def _write(self, frame: Frame, operation: Operation) -> None:
         segment, size = self._segment, len(frame.data)
         if segment is None or not segment.has_room_for(size):
-            self._segment = self._taken_next(segment, size)
+            self._segment = self._taken_next(size)
             if segment is not None:
                 segment.close()
             segment = self._segment
@@ -145,10 +147,13 @@ class Journal:
         else:
             segment.write(frame.data, operation)
 
-    def _taken_next(self, current: BufferedSegment | None, size: int) -> BufferedSegment | None:
-        """The segment that was made before it was needed, if it follows the current one and the frame fits into it."""
+    def _taken_next(self, size: int) -> BufferedSegment | None:
+        """The segment that was made before it was needed, if it follows the newest one and the frame fits into it."""
         ready, self._next = self._next, None
-        if ready is None or (ready.has_room_for(size) and (current is None or ready.path > current.path)):
+        if ready is None:
+            return None
+        if ready.has_room_for(size) and ready.path > self._newest:
+            self._newest = ready.path
             return ready
         ready.close()
         self._fs.discard(ready.path)
@@ -166,7 +171,7 @@ class Journal:
             return self._make(least, data, operation)
 
     def _make(self, size: int, data: bytes, operation: Operation) -> BufferedSegment:
-        path = self._path_of_next()
+        path = self._newest = self._path_of_next()
         try:
             return make_segment(self._fs, path, size, operation, self._directory, self._method, data)
         except OSError as error:

@@ -17,6 +17,7 @@ One file a writer, rather than one table for all: nothing is allocated, freed or
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import secrets
@@ -126,14 +127,15 @@ class Writer:
             descriptor = self._fs.create(temporary, like=self._document)
             try:
                 # Locked before it has its name: the file of a writer that seems dead is removed.
-                self._fs.try_lock(descriptor)
+                if not self._fs.try_lock(descriptor):
+                    raise BlockingIOError(errno.EAGAIN, "another process looks at it", temporary)
                 self._fs.write_at(descriptor, block.ljust(_FIRST_BLOCK_BYTES, b"\0"), 0)
                 self._fs.replace(temporary, self.path)
             except BaseException as error:
                 self._fs.close(descriptor)
                 self._fs.discard(temporary)
                 # A process that opened the store in between took it for one that a dead process left.
-                if not isinstance(error, FileNotFoundError) or attempt == _ATTEMPTS:
+                if not isinstance(error, (BlockingIOError, FileNotFoundError)) or attempt == _ATTEMPTS:
                     raise
             else:
                 self._descriptor = descriptor
