@@ -81,6 +81,7 @@ class Background:
 
     def save(self, span: Span | None = None, *, closing: bool = False) -> bool:
         """Save the document now; whether that worked."""
+        self.group.repair_names()
         failure = self._store.save(span, closing=closing)
         if failure is not None:
             self.saves = self.saves.failed(failure, time.monotonic())
@@ -132,6 +133,7 @@ class Background:
         self.schedule_save()
         if self._has_news and self._counts_published_at + _PUBLISH_SECONDS <= now:
             self._has_news, self._counts_published_at = False, now
+            self.group.repair_names()
             self._store.publish_counts()
         if self.saves.due <= time.monotonic():
             self._save_if_needed()

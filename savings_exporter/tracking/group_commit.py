@@ -138,6 +138,11 @@ class GroupCommit:
                 if batch is None or not self._commit(batch, span):
                     break
 
+    def repair_names(self) -> None:
+        """Make the files of this process again if their names were removed, before a save reads them."""
+        with self._committing:
+            self._store.repair_names()
+
     def is_in_progress_here(self) -> bool:
         """Whether this very thread is in the middle of a commit or of accepting records."""
         owned: bool = self._committing._is_owned() or self._mutex._is_owned()  # type: ignore[attr-defined]
