@@ -68,7 +68,7 @@ class WatchedFile:
         if reader.path != self._reader.path:
             self._reader = reader
             return self._examined()
-        if self._fs.identity(reader.path) is None:
+        if self._fs.identity(reader.path) is None and not self._reader.listing().segments:
             raise StoreError(f"{reader.path}: there is no such file", path=reader.path)
         try:
             view = self._reader.refresh(self._view)

@@ -43,12 +43,12 @@ def save(
     observer: Observer,
     *,
     parent: Any = None,
-    closing: bytes | None = None,
+    closing: bool = False,
 ) -> View:
     """Save the document with all that is durable by now, and remove the segments that are not needed any more.
 
-    ``closing`` is this process's own writer when it ends: then the document gets both names, and all of its segments
-    are removed.
+    With ``closing``, this process has ended its journal: the document gets both names, so that all segments of its
+    writer and of dead ones can be removed.
 
     Raises:
         OSError: it failed, or the outcome is unknown; nothing was removed. ESTALE: another program replaced the
@@ -68,12 +68,14 @@ def save(
         document = _next_document(reader, view, gone, dead)
         data = encode(document)
         operation.sequence, operation.size = document.ledger.records, len(data)
-        both = closing is not None or view.identity is None or not view.is_whole
+        both = closing or view.identity is None or not view.is_whole
         if view.identity is not None and not view.is_whole:
             _keep_damaged(reader, observer)
         identity = file.save(data, operation, both=both)
-    saved = msgspec.structs.replace(view, document=document, identity=identity, is_whole=True)
-    finished = dead | {closing} if closing else dead
+    # Without those that are gone: the next save would write their entries again.
+    positions = {writer: position for writer, position in view.positions.items() if writer not in gone}
+    saved = msgspec.structs.replace(view, document=document, identity=identity, positions=positions, is_whole=True)
+    finished = dead | {reader.own} if closing and reader.own else dead
     _retire(reader, document, document if both else view.document, listing, finished)
     return saved
 

@@ -185,15 +185,12 @@ class Store:
         if self._saving._is_owned():  # type: ignore[attr-defined]
             # A signal handler within a save of this thread.
             return Failed(PREPARE, BlockingIOError(errno.EAGAIN, "a save of this thread is under way"))
-        own = self.journal.writer.id if self.journal is not None else None
         steps = _StepOfFailure(self._observer)
         with self._saving:
             try:
                 self._lock.take()
                 self._agree_on_store()
-                view = checkpoint.save(
-                    self.reader, self._file(), self.view, steps, parent=parent, closing=own if closing else None
-                )
+                view = checkpoint.save(self.reader, self._file(), self.view, steps, parent=parent, closing=closing)
                 with self._reading, suppress(OSError, StoreError):
                     self._publish(self.reader.follow(view))
                 with suppress(OSError):
