@@ -230,7 +230,7 @@ def _how_much() -> Row:
                 "ops",
                 Query(per_second("savings_commits_total"), "{{instance}} commits"),
                 Query(per_second("savings_saves_total"), "{{instance}} saves"),
-                width=8,
+                width=6,
             ),
             graph(
                 "Records per commit",
@@ -238,7 +238,7 @@ def _how_much() -> Row:
                 "short",
                 Query(quantile(0.5, "savings_commit_records"), "{{instance}} p50"),
                 Query(quantile(0.99, "savings_commit_records"), "{{instance}} p99"),
-                width=8,
+                width=6,
             ),
             graph(
                 "Document and journal size",
@@ -246,7 +246,14 @@ def _how_much() -> Row:
                 "bytes",
                 Query(of_instances("savings_document_size_bytes"), "{{instance}} document"),
                 Query(of_instances("savings_journal_size_bytes"), "{{instance}} journal"),
-                width=8,
+                width=6,
+            ),
+            graph(
+                "Since the newest record",
+                "The age of the newest durable record, by its own timestamp. It grows while nothing is recorded.",
+                "s",
+                Query(f"time() - ({of_instances('savings_last_record_timestamp_seconds')} > 0)"),
+                width=6,
             ),
         ),
     )

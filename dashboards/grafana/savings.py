@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from panels import Query, Row, dashboard_of, graph, largest, listing, stat_panel
-from queries import of_instances, share, total
+from queries import share, total
 
 UID, TITLE = "savings-exporter-savings", "Savings"
 
@@ -89,29 +89,22 @@ def _is_it_going_on() -> Row:
                 "Input tokens that compression saves now. Zero while requests arrive: compression saves nothing.",
                 "short",
                 Query(total(_TOKENS, function="rate"), "tokens saved"),
-                width=6,
+                width=8,
             ),
             graph(
                 "Requests per second",
                 "Requests that proxies record now. Zero: there is no traffic, or none reaches the exporter.",
                 "reqps",
                 Query(total(_REQUESTS, function="rate"), "requests"),
-                width=6,
+                width=8,
             ),
             graph(
                 "Saved share of input, now",
                 "Of all input tokens there would be now: what compression and deferred tool schemas save.",
                 "percent",
                 Query(share(function="rate"), "saved share"),
-                width=6,
+                width=8,
             ).max(100),
-            graph(
-                "Since the newest record",
-                "The age of the newest durable record, by its own timestamp. It grows while nothing is recorded.",
-                "s",
-                Query(f"time() - ({of_instances('savings_last_record_timestamp_seconds')} > 0)"),
-                width=6,
-            ),
         ),
     )
 
