@@ -214,9 +214,11 @@ class SavingsTracker:
 
     def snapshot(self) -> Snapshot:
         """The durable totals now, with what other processes recorded."""
-        view = self._store.refresh()
-        records, tokens = self._background.group.pending()
-        return _snapshot(view, self._store, records, tokens)
+        group = self._background.group
+        with group.entered.lock:
+            view = self._store.refresh()
+            records, tokens = group.pending()
+            return _snapshot(view, self._store, records, tokens)
 
     def health(self) -> Health:
         """Whether commits and saves work, and if not, why."""
@@ -251,7 +253,8 @@ class SavingsTracker:
     def save(self) -> bool:
         """Save the document now, with what is pending, also while the disk is failing. Returns whether it is durable.
 
-        In a signal handler that interrupts a commit of the same thread it can do nothing, and returns False.
+        In a signal handler that interrupts a call of the tracker by the same thread it can do nothing, and returns
+        False.
 
         Raises:
             RuntimeError: the tracker is closed.
@@ -259,14 +262,17 @@ class SavingsTracker:
         if self._is_closed:
             raise RuntimeError(f"the tracker of {self._path} is closed")
         group = self._background.group
-        if group.is_in_progress_here():
+        if group.entered.is_here():
             return False
-        span = get_current_span()
-        group.commit(span)
-        return group.failure is None and self._background.save(span)
+        with group.entered.lock:
+            span = get_current_span()
+            group.commit(span)
+            return group.failure is None and self._background.save(span)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything recorded before is durable, at most ``timeout`` seconds (None: as long as it takes).
+
+        In a signal handler that interrupts a call of the tracker by the same thread it does not wait.
 
         Returns:
             Whether it is.
@@ -280,17 +286,17 @@ class SavingsTracker:
     def close(self) -> bool:
         """Commit what is pending, once, save the document, and stop. Receipts that are not durable then stay so.
 
-        In a signal handler that interrupts a commit of the same thread it can do nothing, and returns False: the
-        process's end closes the tracker again.
+        In a signal handler that interrupts a call of the tracker by the same thread it accepts no more records, and
+        returns False: the process's end closes the tracker again.
 
         Returns:
             Whether everything recorded is durable. What is not is lost with the process, and logged.
         """
         group = self._background.group
         group.refuse()
-        if group.is_in_progress_here() or self._closing._is_owned():  # type: ignore[attr-defined]
+        if group.entered.is_here():
             return False
-        with self._closing:
+        with group.entered.lock, self._closing:
             if not self._is_closed:
                 self._close()
         return not group.pending()[0]

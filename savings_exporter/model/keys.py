@@ -129,9 +129,12 @@ class KeyTable:
         if not self._packed:
             return
         entries = {entry[:DIGEST_BYTES]: entry for (entry,) in _WHOLE_ENTRY.iter_unpack(self._packed)}
-        # In this order, because several threads may look keys up, and so load, at the same time.
-        self._oldest_first, self._entries = deque(entries), entries
-        self._packed = b""
+        loaded = (deque(entries), entries, b"")
+        # Several threads may load at the same time, and one of them may have added keys since. In one step, and without
+        # a call in it: no other thread, and no signal handler, runs in between.
+        self._oldest_first, self._entries, self._packed = (
+            loaded if self._packed else (self._oldest_first, self._entries, b"")
+        )
 
 
 def digest_of(key: str) -> bytes:

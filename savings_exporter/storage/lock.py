@@ -100,22 +100,20 @@ class StoreLock:
         return self.held or self._take_if_free()
 
     def release(self) -> None:
-        """Let go of the lock."""
-        if self.held:
-            self.held = False
+        """Let go of the lock, also when an interrupt came before this object knew that it held it."""
+        self.held = False
+        if self._descriptor >= 0:
             self._fs.unlock(self._descriptor)
 
     def close(self) -> None:
         """Let go of the lock and its file."""
         self.release()
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            self._fs.close(descriptor)
+        self._close_file()
 
     def abandon(self) -> None:
         """Close the file in a forked child, without unlocking: the lock is the parent's."""
         self.held = False
-        self.close()
+        self._close_file()
 
     def content(self) -> LockContent:
         """What the lock file says."""
@@ -132,6 +130,11 @@ class StoreLock:
             data = (_MAGIC + store + bytes([is_saved])).ljust(_OLD_MARK_BYTES, b"\0")
             self._fs.write_at(self._descriptor, data, 0)
             self._fs.sync_data(self._descriptor)
+
+    def _close_file(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            self._fs.close(descriptor)
 
     def _take_if_free(self) -> bool:
         for _ in range(2):

@@ -31,6 +31,9 @@ from savings_exporter.storage.writers import Writer
 logger = logging.getLogger(__name__)
 
 
+_ATTEMPTS = 5
+
+
 class Committed(NamedTuple):
     """Records are durable."""
 
@@ -217,7 +220,7 @@ class Store:
         """
         self.publish_counts()
         try:
-            return self.reader.operations(self.view).plus(self._counts())
+            return self._operations_of_others().plus(self._counts())
         except OSError:
             return self.view.document.operations.plus(self._counts())
 
@@ -249,6 +252,16 @@ class Store:
         """Publish a view, unless a newer one was published while it was read."""
         if view.ledger.records >= self.view.ledger.records:
             self.view = view
+
+    def _operations_of_others(self) -> OperationCounts:
+        for _ in range(_ATTEMPTS):
+            view = self.view
+            total = self.reader.operations(view)
+            if self.reader.is_current(view):
+                break
+            # A save took counters into the document, and removed their file, while these were read.
+            self.refresh()
+        return total
 
     def _file(self) -> AtomicFile:
         return AtomicFile(self.reader.fs, self.path, self._directory)

@@ -116,12 +116,14 @@ class OperationCounters:
             self._simulates_dir_fsync_failure = False
 
     def counts(self) -> OperationCounts:
-        """What this process has counted until now, without zeros."""
-        with self._lock:
-            counts: dict[str, float] = {**self._events}
-            for name, histogram in self._histograms.items():
-                counts.update(histogram.counts(name))
-            return OperationCounts(counts=counts, latest=dict(self._latest))
+        """What this process has counted until now, without zeros.
+
+        Takes no lock: a thread that a signal interrupts in ``ended`` would hold it for as long as the handler runs.
+        """
+        counts: dict[str, float] = {**self._events}
+        for name, histogram in self._histograms.items():
+            counts.update(histogram.counts(name))
+        return OperationCounts(counts=counts, latest=dict(self._latest))
 
     @property
     def active_drills(self) -> frozenset[str]:

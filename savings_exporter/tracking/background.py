@@ -41,19 +41,27 @@ class Background:
 
     def __init__(self, store: Store, save_interval: float) -> None:
         self.saves = Saves()
-        self.group = GroupCommit(store, self.wake)
+        self.group = GroupCommit(store, self.wake, self.note_commit)
         self._store = store
         self._save_interval = save_interval
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        # The first one does the work. A call that was interrupted while it started a thread may start another.
+        self._running: list[threading.Thread] = []
         self._counts_published_at = 0.0
         self._has_news = False
+        self._was_interrupted = False
         self._is_ended = False
 
     def wake(self) -> None:
         """Have the thread look what is due. A signal handler may call this at any moment."""
         if self._bell.empty():
             self._bell.put(None)
+
+    def note_commit(self) -> None:
+        """Have the document saved after the interval: a commit may be led by any thread."""
+        if self.saves.due == math.inf:
+            self.wake()
 
     def publish_soon(self) -> None:
         """Have the operation counters published, after a failure."""
@@ -69,20 +77,27 @@ class Background:
         if self._thread is None:
             thread = threading.Thread(target=self._run, name="savings-exporter", daemon=True)
             thread.start()
-            self._thread = thread
             started()
+            self._thread = thread
 
     def stop(self) -> None:
         """End the thread. What waits is not committed any more."""
         self._is_ended = True
         self.wake()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        for thread in self._running[:1]:
+            if thread is not threading.current_thread():
+                thread.join()
 
     def save(self, span: Span | None = None, *, closing: bool = False) -> bool:
         """Save the document now; whether that worked."""
-        self.group.repair_names()
-        failure = self._store.save(span, closing=closing)
+        try:
+            self.group.repair_names()
+            failure = self._store.save(span, closing=closing)
+        except BaseException:
+            # An interrupt: the thread saves again, so that files and lock are as a whole save leaves them.
+            self._was_interrupted = True
+            self.wake()
+            raise
         if failure is not None:
             self.saves = self.saves.failed(failure, time.monotonic())
             logger.error("%s; trying again in %.1f s", self.reason(), self.saves.retry.delay)
@@ -103,7 +118,8 @@ class Background:
             self.saves = self.saves._replace(due=time.monotonic() + self._save_interval)
 
     def _run(self) -> None:
-        while not self._is_ended:
+        self._running.append(threading.current_thread())
+        while not self._is_ended and self._running[0] is threading.current_thread():
             pause = self._due() - time.monotonic()
             if pause > 0:
                 with suppress(queue.Empty):
@@ -135,7 +151,10 @@ class Background:
             self._has_news, self._counts_published_at = False, now
             self.group.repair_names()
             self._store.publish_counts()
-        if self.saves.due <= time.monotonic():
+        if self._was_interrupted:
+            self._was_interrupted = False
+            self.save()
+        elif self.saves.due <= time.monotonic():
             self._save_if_needed()
 
     def _save_if_needed(self) -> None:

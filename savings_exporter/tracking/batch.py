@@ -15,6 +15,7 @@ from savings_exporter.formats.frame import Group
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.totals import Row, Sums
 from savings_exporter.storage.journal import Frame
+from savings_exporter.tracking.entered import Entered
 
 MOST_LINKS = 128
 """A commit is linked to at most so many spans of its records, as many as OpenTelemetry keeps."""
@@ -52,10 +53,10 @@ class Batch:
 
     __slots__ = (
         *("entries", "writer", "first", "frame", "is_over", "links", "is_led", "futures", "has_keys"),
-        *("_followers", "_waiting", "_mutex", "_unfolded"),
+        *("_followers", "_waiting", "_entered", "_unfolded"),
     )
 
-    def __init__(self, mutex: threading.RLock) -> None:
+    def __init__(self, entered: Entered) -> None:
         self.entries: list[Entry] = []
         self.writer = ""
         self.first: int | None = None
@@ -64,10 +65,11 @@ class Batch:
         self.links: list[SpanContext] = []
         self.is_led = False
         self.has_keys = False
-        self.futures: list[asyncio.Future[None]] = []
+        self.futures: set[asyncio.Future[None]] = set()
         self._followers: deque[threading.Lock] = deque()
-        self._waiting: threading.Event | None = None
-        self._mutex = mutex
+        # Of locks rather than an event: an event's own lock may be held by the thread that a signal interrupts.
+        self._waiting: deque[threading.Lock] = deque()
+        self._entered = entered
         self._unfolded = 0
 
     @property
@@ -136,7 +138,7 @@ class Batch:
     # Waiting for the commit.
 
     def follow(self) -> threading.Lock:
-        """A lock that is released when the batch's commit has ended. Called with the mutex held."""
+        """A lock that is released when the batch's commit has ended."""
         turn = threading.Lock()
         turn.acquire()
         self._followers.append(turn)
@@ -148,15 +150,14 @@ class Batch:
             # Looked at again from time to time: an interrupt may have come before the release.
             while not turn.acquire(timeout=_HANDOVER_SECONDS) and not (self.is_over or self.durable):
                 pass
+            self.release_next()
         except BaseException:
-            with self._mutex:
-                was_waiting = turn in self._followers
-                if was_waiting:
-                    self._followers.remove(turn)
-            if not was_waiting:
+            try:
+                self._followers.remove(turn)
+            except ValueError:
+                # It was this thread's turn, so it is up to this thread to release the next one.
                 self.release_next()
             raise
-        self.release_next()
 
     def release_next(self) -> None:
         """Release one thread that waits; it releases the next."""
@@ -165,27 +166,32 @@ class Batch:
                 self._followers.popleft().release()
 
     def wait(self, timeout: float | None) -> bool:
-        """Wait until it is durable or given up."""
-        with self._mutex:
-            if self.durable or self.is_over:
-                return self.durable
-            if self._waiting is None:
-                self._waiting = threading.Event()
-        self._waiting.wait(timeout)
+        """Wait until it is durable or given up. A signal handler within a call of its own thread does not wait."""
+        turn = threading.Lock()
+        turn.acquire()
+        self._waiting.append(turn)
+        try:
+            if not (self.durable or self.is_over or self._entered.is_here()):
+                turn.acquire(timeout=-1 if timeout is None else max(timeout, 0))
+        finally:
+            with suppress(ValueError):
+                self._waiting.remove(turn)
         return self.durable
 
     def attempted(self) -> None:
         """A commit has ended, well or badly: release those who wait for it."""
         if self.futures:
-            futures, self.futures = self.futures, []
+            futures = self.futures.copy()
             _finish_all(futures)
+            self.futures -= futures
         self.release_next()
 
     def end(self) -> None:
         """It is durable, or given up: only its receipts are needed any more."""
         self.is_over = True
-        if self._waiting is not None:
-            self._waiting.set()
+        for turn in self._waiting.copy():
+            with suppress(RuntimeError):  # an interrupted call of this method has released it
+                turn.release()
         if self.durable:
             self.entries, self.links, self.frame = [Entry(self.count, ())], [], None
 

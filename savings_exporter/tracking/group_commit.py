@@ -12,6 +12,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from savings_exporter.model.record import SavingsRecord
 from savings_exporter.storage.operation import PREPARE, error_symbol
 from savings_exporter.storage.store import Committed, Failed, Store
 from savings_exporter.tracking.batch import Batch, finish
+from savings_exporter.tracking.entered import Entered
 from savings_exporter.tracking.receipt import Counted, Receipt
 from savings_exporter.tracking.retry import Retry
 
@@ -60,19 +62,25 @@ class GroupCommit:
     """Commits the records of one tracker's threads and tasks.
 
     ``failure`` is why the last commit failed, None when it did not, and ``retry`` when the next attempt is due.
-    ``wake`` wakes the background thread.
+    ``wake`` wakes the background thread; ``committed`` is called after each commit. ``entered`` says whether this
+    thread is in a call of the tracker.
     """
 
-    def __init__(self, store: Store, wake: Callable[[], None]) -> None:
+    def __init__(self, store: Store, wake: Callable[[], None], committed: Callable[[], None]) -> None:
         self.failure: Failed | None = None
         self.retry = Retry()
+        self.entered = Entered()
         self._store = store
         self._wake = wake
+        self._committed = committed
         # Held while batches change, never while the disk is at work.
         self._mutex = threading.RLock()
-        # Held by the thread that commits. Both know their owner: a signal handler may interrupt it.
+        # Held by the thread that commits.
         self._committing = threading.RLock()
-        self._batches = Batches(Batch(self._mutex))
+        self._batches = Batches(Batch(self.entered))
+        # What signal handlers recorded in the middle of a call of their thread: each time a batch of its own, because
+        # the call may be changing the open one.
+        self._nested: deque[Batch] = deque()
         self._pending_keys: dict[bytes, _Expected] = {}
         self._was_interrupted = False
         self._is_closed = False
@@ -86,42 +94,36 @@ class GroupCommit:
             KeyConflictError: the key was recorded with other content.
             RuntimeError: the tracker is closed.
         """
-        keyed = None if key is None else self._looked_up(records, key)
-        span = get_current_span()
-        is_nested = self.is_in_progress_here()
-        turn = None
-        try:
-            with self._mutex:
-                receipt, batch = self._accept(records, keyed, span)
-                # In a signal handler that interrupts this thread's own commit, waiting would never end.
-                if batch is None or not wait or self.failure is not None or is_nested:
-                    self._leave_to_background(batch)
-                    return receipt
-                if batch.count > len(records):
-                    turn = batch.follow()
-                else:
-                    batch.is_led = True
-            if turn is not None:
-                batch.await_commit(turn)
-            else:
-                self._lead(batch, span)
-        except BaseException:
-            self._note_interrupt()
-            raise
-        return receipt
+        is_nested = self.entered.is_here()
+        with self.entered.lock:
+            keyed = None if key is None else self._looked_up(records, key)
+            span = get_current_span()
+            if is_nested:
+                return self._accept_nested(records, keyed, span)
+            try:
+                return self._recorded(records, keyed, span, wait=wait)
+            except BaseException:
+                self._note_interrupt()
+                raise
 
     def accept(self, records: Sequence[SavingsRecord], key: Any, ended: asyncio.Future[None] | None) -> Receipt:
         """Accept records for the background thread; ``ended`` is set when a commit that carried them has ended."""
-        keyed = None if key is None else self._looked_up(records, key)
-        with self._mutex:
-            receipt, batch = self._accept(records, keyed, get_current_span())
+        is_nested = self.entered.is_here()
+        with self.entered.lock:
+            keyed = None if key is None else self._looked_up(records, key)
+            if is_nested:
+                receipt, batch = self._accept_nested(records, keyed, get_current_span()), None
+            else:
+                with self._mutex:
+                    receipt, batch = self._accept(records, keyed, get_current_span())
+                    if ended is not None and batch is not None and self.failure is None:
+                        batch.futures.add(ended)
+                        ended = None
             if ended is not None:
-                if batch is None or self.failure is not None:
-                    ended.get_loop().call_soon_threadsafe(finish, [ended])
-                else:
-                    batch.futures.append(ended)
+                # There is nothing to wait for, or no telling how long.
+                ended.get_loop().call_soon_threadsafe(finish, [ended])
             self._leave_to_background(batch)
-        return receipt
+            return receipt
 
     def refuse(self) -> None:
         """Accept no more records."""
@@ -131,54 +133,79 @@ class GroupCommit:
 
     def commit(self, span: Span | None = None) -> None:
         """Commit what waits, a batch that failed before included, whatever the retry schedule says."""
-        with self._committing:
-            self._was_interrupted = False
-            for _ in range(2):
-                batch = self._sealed()
-                if batch is None or not self._commit(batch, span):
-                    break
+        with self.entered.lock:
+            try:
+                with self._committing:
+                    self._was_interrupted = False
+                    for _ in range(len(self._nested) + 2):
+                        batch = self._sealed()
+                        if batch is None or not self._commit(batch, span):
+                            break
+            except BaseException:
+                self._note_interrupt()
+                raise
 
     def repair_names(self) -> None:
         """Make the files of this process again if their names were removed, before a save reads them."""
         with self._committing:
             self._store.repair_names()
 
-    def is_in_progress_here(self) -> bool:
-        """Whether this very thread is in the middle of a commit or of accepting records."""
-        owned: bool = self._committing._is_owned() or self._mutex._is_owned()  # type: ignore[attr-defined]
-        return owned
-
     def is_waiting(self) -> bool:
         """Whether there are records that only the background thread commits."""
         waiting, sealed = self._batches
         return self.failure is None and (
-            (waiting.count > 0 and not waiting.is_led) or (sealed is not None and self._was_interrupted)
+            bool(self._nested)
+            or (waiting.count > 0 and not waiting.is_led)
+            or (sealed is not None and self._was_interrupted)
         )
 
     def last(self) -> Batch | None:
         """The batch with the newest records that are not durable; None when all are."""
-        with self._mutex:
-            waiting, sealed = self._batches
-            return waiting if waiting.count else sealed
+        waiting = self._waiting()
+        return waiting[-1] if waiting else None
 
     def pending(self) -> tuple[int, int]:
         """How many records are accepted and not durable, and how many tokens they saved."""
-        with self._mutex:
-            batches = [batch for batch in self._batches if batch is not None and not batch.durable]
-            return sum(batch.count for batch in batches), sum(batch.tokens for batch in batches)
+        with self.entered.lock, self._mutex:
+            waiting = self._waiting()
+            return sum(batch.count for batch in waiting), sum(batch.tokens for batch in waiting)
 
     def abandon(self) -> None:
         """Give up what is not durable: it is not tried again."""
-        with self._mutex:
-            for batch in self._batches:
-                if batch is not None and not batch.durable:
-                    batch.end()
+        with self.entered.lock, self._mutex:
+            for batch in self._waiting():
+                batch.end()
 
     def reason(self) -> str:
         """Why commits fail, in words."""
         records, tokens = self.pending()
         what = described(self._store.path, "records could not be committed", self.failure)
         return f"{what}; {records} records ({tokens} tokens saved) are not durable"
+
+    def _waiting(self) -> list[Batch]:
+        """The batches that hold records and are not durable, in the order of their commits."""
+        with self.entered.lock, self._mutex:
+            open_batch, sealed = self._batches
+            batches = [*([sealed] if sealed is not None else []), *self._nested, open_batch]
+            # After an interrupt a nested one may be the sealed one, too.
+            return [batch for batch in dict.fromkeys(batches) if batch.count and not batch.durable]
+
+    def _recorded(self, records: Sequence[SavingsRecord], keyed: _Keyed | None, span: Span, *, wait: bool) -> Receipt:
+        turn = None
+        with self._mutex:
+            receipt, batch = self._accept(records, keyed, span)
+            if batch is None or not wait or self.failure is not None:
+                self._leave_to_background(batch)
+                return receipt
+            if batch.count > len(records):
+                turn = batch.follow()
+            else:
+                batch.is_led = True
+        if turn is not None:
+            batch.await_commit(turn)
+        else:
+            self._lead(batch, span)
+        return receipt
 
     def _looked_up(self, records: Sequence[SavingsRecord], key: Any) -> _Keyed:
         """A key, and what it was counted as by any process. Reads what other processes recorded meanwhile."""
@@ -192,24 +219,49 @@ class GroupCommit:
         self, records: Sequence[SavingsRecord], keyed: _Keyed | None, span: Span
     ) -> tuple[Receipt, Batch | None]:
         """Add records to the open batch; the batch is None when there is nothing to wait for."""
-        if self._is_closed:
-            raise RuntimeError(f"the tracker of {self._store.path} is closed")
-        if keyed is not None:
-            repeat = self._repeat_of(keyed)
-            if repeat is not None:
-                return repeat
+        repeat = self._refused_or_repeat(keyed)
+        if repeat is not None:
+            return repeat
         batch = self._batches.open
-        if keyed is not None and len(self._pending_keys) < MAX_KEYS:
-            place = batch.add(records, keyed.digest, keyed.fingerprint)
-            self._pending_keys[keyed.digest] = _Expected(batch, place, keyed.fingerprint)
-        else:
-            # Of more pending keys than a store remembers, none is kept; this happens only after a very long failure.
-            place = batch.add(records)
+        place = self._add(batch, records, keyed)
         if span.is_recording():
             batch.link(span)
         if self.failure is not None or self._batches.sealed is not None:
             batch.fold(_MOST_UNFOLDED, _MOST_ROWS)
         return Receipt(batch, place), batch
+
+    def _accept_nested(self, records: Sequence[SavingsRecord], keyed: _Keyed | None, span: Span) -> Receipt:
+        """Accept what a signal handler records in the middle of a call of its thread, for the background thread."""
+        repeat = self._refused_or_repeat(keyed)
+        if repeat is not None:
+            return repeat[0]
+        batch = Batch(self.entered)
+        place = self._add(batch, records, keyed)
+        if span.is_recording():
+            batch.link(span)
+        self._nested.append(batch)
+        self._wake()
+        return Receipt(batch, place)
+
+    def _add(self, batch: Batch, records: Sequence[SavingsRecord], keyed: _Keyed | None) -> int:
+        """Add records to a batch; the place of the last one."""
+        # Of more pending keys than a store remembers, none is kept; this happens only after a very long failure.
+        if keyed is None or len(self._pending_keys) >= MAX_KEYS:
+            return batch.add(records)
+        place = batch.add(records, keyed.digest, keyed.fingerprint)
+        self._pending_keys[keyed.digest] = _Expected(batch, place, keyed.fingerprint)
+        return place
+
+    def _refused_or_repeat(self, keyed: _Keyed | None) -> tuple[Receipt, Batch | None] | None:
+        """What a repeat gets; None when the records are new.
+
+        Raises:
+            KeyConflictError: the key was recorded with other content.
+            RuntimeError: the tracker is closed.
+        """
+        if self._is_closed:
+            raise RuntimeError(f"the tracker of {self._store.path} is closed")
+        return None if keyed is None else self._repeat_of(keyed)
 
     def _repeat_of(self, keyed: _Keyed) -> tuple[Receipt, Batch | None] | None:
         """The receipt of the records that had this key before, None when there are none."""
@@ -237,9 +289,13 @@ class GroupCommit:
         """The batch to commit: the one that failed before, or the open one, which takes on no more records then."""
         with self._mutex:
             batches = self._batches
-            if batches.sealed is None and batches.open.count:
-                batches = self._batches = Batches(Batch(self._mutex), batches.open)
-            return batches.sealed
+            if batches.sealed is None and self._nested:
+                # Taken away only after that: committed twice after an interrupt, it is written once.
+                self._batches = batches._replace(sealed=self._nested[0])
+                self._nested.popleft()
+            elif batches.sealed is None and batches.open.count:
+                self._batches = Batches(Batch(self.entered), batches.open)
+            return self._batches.sealed
 
     def _commit(self, batch: Batch, span: Span | None) -> bool:
         """Commit a sealed batch; whether that worked. Interrupted at any point, it can be done again."""
@@ -279,6 +335,7 @@ class GroupCommit:
             logger.info("%s: commits work again; %d records are durable now", self._store.path, batch.count)
         if self._store.wants_segment():
             self._wake()
+        self._committed()
 
     def _note_failure(self, batch: Batch, failure: Failed) -> None:
         with self._mutex:
