@@ -78,14 +78,14 @@ class Reader:
                 followed = self.follow(current)
                 if current.document.is_ours and followed.ledger.records < view.ledger.records:
                     raise CorruptStoreError(f"{self.path}: was replaced by an older document")
-                if self._identity() in (current.identity, self._refused):
+                if self.is_current(current):
                     return followed
             except FileNotFoundError:
                 # A segment was removed between the listing and its reading.
                 continue
             except CorruptStoreError:
                 # It may have been removed before the listing, by saves that came after the document was read.
-                if self._identity() in (current.identity, self._refused):
+                if self.is_current(current):
                     raise
         raise StoreError(f"{self.path}: is being saved too often to be read; try again")
 
@@ -241,6 +241,14 @@ class Reader:
             if state is None or not state.ended:
                 total = total.plus(read_counts(self.fs, writer_path(self.path, writer)))
         return total
+
+    def is_current(self, view: View) -> bool:
+        """Whether the document at the path is the one of a view, or one that is not used.
+
+        Raises:
+            OSError: that cannot be read.
+        """
+        return self._identity() in (view.identity, self._refused)
 
     def _with_document(self, view: View) -> View:
         """The view itself, or that of the document at the path when another process saved it."""
