@@ -140,6 +140,13 @@ def store_of(data: bytes) -> bytes:
     return bytes(data[8:16]) if data.startswith(_MAGIC) else b""
 
 
+def size_at_start(data: bytes) -> int:
+    """The size that the header at the start of a segment's bytes gives its frame; 0 when there is none."""
+    if not data.startswith(_MAGIC) or len(data) < HEADER_BYTES:
+        return 0
+    return HEADER_BYTES + int(_HEADER.unpack_from(data)[-1])
+
+
 def scan(data: bytes, store: bytes, writer: bytes, start: int = 0) -> Iterator[Frame | Damage]:
     """Everything in a segment's bytes from an offset on, in order; frames of other stores and writers are damage."""
     view, end = memoryview(data), len(data.rstrip(b"\0"))

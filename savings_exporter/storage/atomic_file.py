@@ -88,11 +88,12 @@ class AtomicFile:
                 self._write(data, written, operation)
             identity = self._write(data, written, operation)
             with operation.step(REPLACE):
-                if both:
-                    self._fs.replace(written[0], self.previous)
-                elif self._fs.identity(self.path) is not None:
+                if not both and self._fs.identity(self.path) is not None:
                     self._fs.keep_copy(self.path, self.previous)
                 self._fs.replace(written[-1], self.path)
+                if both:
+                    # Not before the other: a previous version newer than the file itself looks like a damage.
+                    self._fs.replace(written[0], self.previous)
         finally:
             # After a replace these names are gone.
             for temporary in written:
