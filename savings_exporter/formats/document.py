@@ -25,6 +25,7 @@ from savings_exporter.formats.headroom import (
     KNOWN_MEMBERS,
     OLDEST_SCHEMA_VERSION,
     SCHEMA_VERSION,
+    TOTALS_FIELDS,
     kept_of,
     shown,
     unknown_keys,
@@ -47,6 +48,7 @@ _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 # Totals hold no name and no number that is not finite, so this is ASCII with nothing lost.
 _encoded = msgspec.json.Encoder().encode
 _ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
+_DECODE_TOTALS = msgspec.json.Decoder(Totals).decode
 
 
 class WriterState(msgspec.Struct, frozen=True):
@@ -193,7 +195,7 @@ def _decode_checked(
     saved_at = _value(block["saved_at"])
     ledger = Ledger(
         records=_typed(block["sequence" if is_old else "records"], int),
-        lifetime=_typed(members["lifetime"], Totals),
+        lifetime=_totals(members["lifetime"]),
         by_model=by_model,
         projects=projects,
         agents={} if is_old else _typed(block["agents"], dict[str, Totals]),
@@ -272,7 +274,7 @@ def _read_entries(data: bytes) -> tuple[dict[str, Totals], dict[str, dict[str, A
     named: dict[str, Totals] = {}
     kept: dict[str, dict[str, Any]] = {}
     for name, entry in _members(data).items():
-        named[name] = totals = _typed(entry, Totals)
+        named[name] = totals = _totals(entry)
         # Most entries have nothing else, and that is told fastest by writing them again.
         if _encoded(totals) != entry and (unknown := unknown_keys(_value(entry))):
             kept[name] = unknown
@@ -316,6 +318,17 @@ def _value(data: bytes) -> Any:
         return any_json(data)
     except (ValueError, RecursionError) as error:
         raise CorruptStoreError(f"not JSON: {error}") from None
+
+
+def _totals(entry: bytes) -> Totals:
+    try:
+        return _DECODE_TOTALS(entry)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        # Another program's key beside them can hold what msgspec takes nowhere, such as half of a surrogate pair.
+        value = json.loads(entry)
+    if not isinstance(value, dict):
+        raise TypeError(f"not an object: {shown(value)}")
+    return msgspec.convert({key: value[key] for key in value if key in TOTALS_FIELDS}, Totals)
 
 
 def _typed(data: bytes, kind: Any) -> Any:

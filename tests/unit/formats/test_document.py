@@ -202,6 +202,8 @@ def resealed(text: str) -> bytes:
         ('"tokens_saved":1,', '"tokens_saved":"1",'),
         ('"provider":"p",', ""),
         ('"lifetime"', '"lifetimes"'),
+        ('"lifetime": {', '"lifetime": [], "x": {'),
+        ('"projects": {', '"projects": {"y": [], '),
     ],
 )
 def test_damage_with_a_checksum(old: str, new: str) -> None:

@@ -286,6 +286,13 @@ def test_no_history_yet_but_a_lifetime() -> None:
     assert saved_of(ledger) == [(at(NOW - HOUR), 51), (at(NOW), 52)]
 
 
+@given(st.floats(1e7, 1e15), st.integers(-(10**10), 10**10))
+def test_amounts_beyond_exact_sums(usd: float, nanodollars: int) -> None:
+    ledger = counted(Ledger(lifetime=Totals(compression_savings_usd=usd)), [one(usd=nanodollars / 1e9)])
+    assert_ends_with_lifetime(ledger)
+    assert_ends_with_lifetime(counted(ledger, [one(usd=0.1, at=NOW - HOUR)]))
+
+
 hours = st.integers(0, 4_000 * 24) | st.integers(3_950 * 24, 4_000 * 24) | st.just(600_000)
 
 
