@@ -340,8 +340,9 @@ class SavingsTracker:
             multiprocessing.util.Finalize(self, self.close, exitpriority=0)
 
     def _publish_failure(self) -> None:
-        if hasattr(self, "_background"):
-            self._background.publish_soon()
+        # At once: the process may be killed for it.
+        if hasattr(self, "_store"):
+            self._store.publish_counts()
 
     def _begin_in_fork(self) -> None:
         """Begin anew in a forked child. What was pending is the parent's."""

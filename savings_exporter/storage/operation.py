@@ -80,10 +80,21 @@ class Operation(Step):
     """A save, a commit or a rotation, used as a context manager; the observer is told when it has ended.
 
     ``parent`` and ``links`` are for tracing: the span above it, and the spans of the records that it carries.
-    ``drill`` marks an operation that a drill simulates.
+    ``drill`` marks an operation that a drill simulates. ``writer`` is whose journal a commit goes to, in hexadecimal.
     """
 
-    __slots__ = ("_observer", "drill", "entered_ns", "failed_step", "links", "parent", "records", "sequence", "steps")
+    __slots__ = (
+        "_observer",
+        "drill",
+        "entered_ns",
+        "failed_step",
+        "links",
+        "parent",
+        "records",
+        "sequence",
+        "steps",
+        "writer",
+    )
 
     def __init__(self, name: str, observer: Observer, parent: Any = None, links: Sequence[Any] = ()) -> None:
         super().__init__(name, self)
@@ -92,6 +103,7 @@ class Operation(Step):
         self.steps: list[Step] = []
         self.records = 0
         self.sequence: int | None = None
+        self.writer: str | None = None
         self.failed_step: str | None = None
         self.drill = False
         self.entered_ns = 0

@@ -68,6 +68,7 @@ class Store:
         self._reading = threading.RLock()
         self._saving = threading.RLock()
         self._keeps_lock = False
+        self._others = view.document.operations
 
     @classmethod
     def open(
@@ -125,7 +126,9 @@ class Store:
         operation.records, operation.sequence = frame.records, frame.last
         try:
             with operation:
-                self.own_journal().commit(frame, operation)
+                journal = self.own_journal()
+                operation.writer = journal.writer.id.hex()
+                journal.commit(frame, operation)
         except Exception as error:
             return Failed(operation.failed_step or PREPARE, error)
         return Committed()
@@ -216,13 +219,12 @@ class Store:
     def operations(self) -> OperationCounts:
         """The operation counters of all writers. This process's are published first, so that every worker shows them.
 
-        While the others' cannot be read, they are those of the document and of this process.
+        While the others' cannot be read, theirs stay as they were: a counter must not go back.
         """
         self.publish_counts()
-        try:
-            return self._operations_of_others().plus(self._counts())
-        except OSError:
-            return self.view.document.operations.plus(self._counts())
+        with suppress(OSError):
+            self._others = self._operations_of_others()
+        return self._others.plus(self._counts())
 
     def publish_counts(self) -> None:
         """Write this process's operation counters, for other processes and for after its end."""
@@ -258,10 +260,10 @@ class Store:
             view = self.view
             total = self.reader.operations(view)
             if self.reader.is_current(view):
-                break
+                return total
             # A save took counters into the document, and removed their file, while these were read.
             self.refresh()
-        return total
+        return self._others
 
     def _file(self) -> AtomicFile:
         return AtomicFile(self.reader.fs, self.path, self._directory)

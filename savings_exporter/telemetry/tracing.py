@@ -32,12 +32,9 @@ class StoreTracing:
     A commit that succeeds in less than ``SLOW_SECONDS`` is one span, with the durations of its steps as attributes;
     every other operation has a child span for each step. ``trace`` of an operation and of a step that has a span
     becomes that span's context.
-
-    ``writer`` is the writer id that goes into the spans of commits; the tracker sets it when the store is open.
     """
 
     def __init__(self, provider: TracerProvider | None = None) -> None:
-        self.writer: str | None = None
         self._tracer = trace.get_tracer("savings_exporter", version("savings-exporter"), tracer_provider=provider)
 
     def ended(self, operation: Operation) -> None:
@@ -67,8 +64,8 @@ class StoreTracing:
         attributes["savings.records"] = operation.records
         if operation.sequence is not None:
             attributes["savings.sequence"] = operation.sequence
-        if self.writer is not None and operation.name == COMMIT:
-            attributes["savings.writer"] = self.writer
+        if operation.writer is not None:
+            attributes["savings.writer"] = operation.writer
         return attributes
 
     def _add_children(self, name: str, span: Span, operation: Operation) -> None:

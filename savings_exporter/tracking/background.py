@@ -63,11 +63,6 @@ class Background:
         if self.saves.due == math.inf:
             self.wake()
 
-    def publish_soon(self) -> None:
-        """Have the operation counters published, after a failure."""
-        self._counts_published_at = 0.0
-        self.wake()
-
     def start(self, started: Callable[[], None]) -> None:
         """Start the thread, unless it runs.
 

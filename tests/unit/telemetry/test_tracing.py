@@ -41,7 +41,7 @@ def recorded() -> Recorded:
 
 def test_a_fast_commit_is_one_span(recorded: Recorded) -> None:
     operation = Operation(COMMIT, recorded.tracing)
-    recorded.tracing.writer = "00112233445566aa"
+    operation.writer = "00112233445566aa"
     with operation:
         operation.records, operation.sequence = 3, 41
         with operation.step("append") as append:
