@@ -26,6 +26,7 @@ from savings_exporter.formats.frame import (
     Frame,
     decode_groups,
     scan,
+    size_at_start,
     store_of,
 )
 from savings_exporter.model.operations import OperationCounts
@@ -73,6 +74,7 @@ class Reader:
             StoreError: it is damaged.
         """
         for _ in range(_ATTEMPTS):
+            current = view
             try:
                 current = self._with_document(view)
                 followed = self.follow(current)
@@ -144,14 +146,21 @@ class Reader:
             replay.doubt = f"{self.path}.journal.{writer.hex()}.*: ends before what the document holds of it"
         return replay.reading()
 
-    def limits_of_writers(self) -> Mapping[bytes, int | None]:
+    def limits_of_writers(self, store: bytes) -> Mapping[bytes, int | None]:
         """Up to which sequence number each journal counts, as ``limit_of`` says.
 
         Raises:
             OSError: a writer's file cannot be read.
         """
         boot, listing = self.fs.boot_id(), self.listing()
-        return {writer: self.limit_of(writer, boot) for writer in listing.segments}
+        # A writer's file says what its journal held also when all segments are missing.
+        without = {writer for writer in listing.writers - listing.segments.keys() if self._is_of(store, writer)}
+        return {writer: self.limit_of(store, writer, boot) for writer in listing.segments.keys() | without}
+
+    def _is_of(self, store: bytes, writer: bytes) -> bool:
+        """Whether a writer's file says that it writes to this store."""
+        facts = read_facts(self.fs, writer_path(self.path, writer))
+        return facts is not None and facts.store == store
 
     def _ends_a_frame(self, writer: bytes, numbers: Sequence[int], position: Position) -> bool:
         """Whether the place where reading goes on follows a frame. After a power loss the first copy of a frame, whose
@@ -178,9 +187,29 @@ class Reader:
         """
         for number in listing.segments.get(writer, ()):
             with self.fs.opened(segment_path(self.path, writer, number)) as descriptor:
-                if store := store_of(self.fs.read_at(descriptor, HEADER_BYTES, 0)):
+                if store := self._store_of(descriptor, writer):
                     return store != view.store
         return False
+
+    def _store_of(self, descriptor: int, writer: bytes) -> bytes:
+        """The store whose segment this is, by its first frame; empty when that is not whole."""
+        header = self.fs.read_at(descriptor, HEADER_BYTES, 0)
+        frame = self.fs.read_at(descriptor, size_at_start(header), 0)
+        store = store_of(header)
+        # Without its checksum, damage to the name would hide the frames that follow.
+        return store if any(isinstance(item, Frame) for item in scan(frame, store, writer)) else b""
+
+    def stores_of_segments(self) -> Iterator[bytes]:
+        """The store that each segment belongs to, where that can be read.
+
+        Raises:
+            OSError: one cannot be read.
+        """
+        for writer, numbers in self.listing().segments.items():
+            for number in numbers:
+                with self.fs.opened(segment_path(self.path, writer, number)) as descriptor:
+                    if store := self._store_of(descriptor, writer):
+                        yield store
 
     def living(self) -> int:
         """How many writers are alive; 0 when that cannot be read."""
@@ -213,7 +242,7 @@ class Reader:
             f"the two: stop this process, then savings-exporter verify --store {self.path}"
         )
 
-    def limit_of(self, writer: bytes, boot: bytes) -> int | None:
+    def limit_of(self, store: bytes, writer: bytes, boot: bytes) -> int | None:
         """Up to which sequence number a journal counts; None when all that can be read is on stable storage.
 
         A watermark is valid in its own boot of the machine only. After another boot, what can be read was written.
@@ -223,7 +252,7 @@ class Reader:
         """
         path = writer_path(self.path, writer)
         facts = read_facts(self.fs, path)
-        if facts is None:
+        if facts is None or facts.store != store:
             return None
         if any(boot):
             return facts.watermark if facts.boot == boot else None
@@ -261,7 +290,13 @@ class Reader:
             return msgspec.structs.replace(view, identity=None)
         if identity == self._refused:
             return view
-        document, identity = self.read_document()
+        try:
+            document, identity = self.read_document()
+        except CorruptStoreError:
+            if not view.document.is_ours:
+                raise
+            # It was damaged in its place. The next save keeps it aside and writes it anew.
+            return msgspec.structs.replace(view, identity=identity, is_whole=False)
         if document.is_ours and bytes.fromhex(document.store) == view.store:
             self._refused = None
             return view_of(document, identity, view.store)
@@ -284,7 +319,7 @@ class Reader:
         return self.fs.identity(self.path)
 
     def _new_readings(self, view: View) -> Iterator[Reading]:
-        for writer, limit in self.limits_of_writers().items():
+        for writer, limit in self.limits_of_writers(view.store).items():
             if limit is None or limit > view.position_of(writer).sequence:
                 reading = self.read_journal(view, writer, limit)
                 if reading.frames or reading.lost or reading.doubt:
@@ -293,7 +328,7 @@ class Reader:
     def _replay(self, replay: _Replay, descriptor: int, path: str, number: int, store: bytes) -> None:
         """Take in one segment's frames, a chunk at a time."""
         offset = replay.position.offset if number == replay.position.segment else 0
-        if not offset and store_of(self.fs.read_at(descriptor, HEADER_BYTES, 0)) not in (b"", store):
+        if not offset and self._store_of(descriptor, replay.writer) not in (b"", store):
             replay.foreign.append(path)
             return
         size = _FIRST_CHUNK_BYTES
@@ -334,7 +369,7 @@ class _Replay:
         self.last_seen = 0
         self.foreign: list[str] = []
         self.is_cut = False
-        self._writer = writer
+        self.writer = writer
         self._frames: list[Counted] = []
         self._raw: list[bytes] = []
         self._tail: tuple[str, bytes] | None = None
@@ -347,7 +382,7 @@ class _Replay:
     def take(self, data: bytes, block: int, offset: int, number: int, path: str, store: bytes, *, is_last: bool) -> int:
         """Take in the frames of a chunk that begins at ``block``, from ``offset`` on; the offset where they end."""
         self.is_cut = False
-        for item in scan(data, store, self._writer, offset - block):
+        for item in scan(data, store, self.writer, offset - block):
             if isinstance(item, Damage):
                 if not is_last and item.end == len(data.rstrip(b"\0")):
                     self.is_cut = True
@@ -363,7 +398,7 @@ class _Replay:
     def reading(self) -> Reading:
         """What was read."""
         return Reading(
-            self._writer, self._frames, self._raw, self.position, self.lost, self.doubt, self._tail, self.foreign
+            self.writer, self._frames, self._raw, self.position, self.lost, self.doubt, self._tail, self.foreign
         )
 
     def _take_frame(self, frame: Frame, data: bytes, number: int, end: int, path: str) -> None:

@@ -17,10 +17,8 @@ import msgspec
 
 from savings_exporter.errors import CorruptStoreError, NewerSchemaError, StoreError
 from savings_exporter.formats.document import Document, decode
-from savings_exporter.formats.frame import store_of
 from savings_exporter.model.figures import Totals
 from savings_exporter.storage.filesystem import FileSystem, Identity
-from savings_exporter.storage.journal import segment_path
 from savings_exporter.storage.lock import LockContent, new_store
 from savings_exporter.storage.reader import Reader, bounded, described_losses
 from savings_exporter.storage.view import Reading, View, counted, view_of
@@ -88,6 +86,7 @@ def _examined(reader: Reader, lock: LockContent) -> Findings:
     if not document.is_ours:
         return _with_foreign_document(reader, lock, document, identity)
     _refuse_open_journal_of_earlier_version(reader, document, lock)
+    _refuse_other_store(reader, document, lock)
     older = _older_than_previous(reader, document)
     if older:
         return _without_document(reader, lock, identity, older)
@@ -139,10 +138,9 @@ def described_conflict(path: str, conflict: Conflict) -> str:
     theirs, base, ours = conflict
     return (
         "another program rewrote the document while this store's journal held records that its document did not. The "
-        f"document at the path holds {described_totals(theirs)}; this store holds {described_totals(ours)}. Since our "
-        f"last document ({described_totals(base)}), the other program added {described_difference(theirs, base)}, "
-        f"which this store lacks, and this store recorded {described_difference(ours, base)}, which the document at "
-        f"the path may lack. To continue with this store's totals: savings-exporter verify --repair --store {path} "
+        f"document at the path holds {described_totals(theirs)}; this store holds {described_totals(ours)}. "
+        f"{described_overlap(conflict)}, and this store holds at most {described_difference(ours, base)} that it "
+        f"lacks. To continue with this store's totals: savings-exporter verify --repair --store {path} "
         f"(the other document is kept beside it). To continue with the other program's document: move {path}.previous, "
         f"{path}.lock and all files {path}.journal.* and {path}.writer.* away"
     )
@@ -185,6 +183,23 @@ def _older_than_previous(reader: Reader, document: Document) -> str:
     if previous is None or previous.store != document.store or previous.ledger.records <= document.ledger.records:
         return ""
     return "is older than the previous document beside it, such as a backup that was put in place"
+
+
+def _refuse_other_store(reader: Reader, document: Document, lock: LockContent) -> None:
+    """Raise when the document is of another store than the files beside it."""
+    if not lock.store or lock.store.hex() == document.store:
+        return
+    previous = decoded(reader.fs, previous_path(reader.path))
+    if lock.is_saved or lock.store in reader.stores_of_segments():
+        held = described_totals(previous.ledger.lifetime) if previous is not None else ""
+        beside = f" (their previous document holds {held})" if held else ""
+        raise CorruptStoreError(
+            f"{reader.path}: is of another store than the files beside it{beside}. To continue with it, move "
+            f"{reader.path}.previous, {reader.path}.lock and all files {reader.path}.journal.* and "
+            f"{reader.path}.writer.* away. To continue with those files: savings-exporter verify --repair --store "
+            f"{reader.path}",
+            path=reader.path,
+        )
 
 
 def _without_document(reader: Reader, lock: LockContent, identity: Identity | None, damage: str) -> Findings:
@@ -235,7 +250,7 @@ def _with_foreign_document(
 
 def _followed(reader: Reader, view: View, *, exists: bool) -> Findings:
     """A document and all that the journals hold beyond it."""
-    limits = reader.limits_of_writers()
+    limits = reader.limits_of_writers(view.store)
     readings = [reader.read_journal(view, writer, limit) for writer, limit in limits.items()]
     return Findings(
         counted(view, readings, reader.limits, datetime.now(timezone.utc)),
@@ -250,12 +265,7 @@ def _store_of(reader: Reader, document: Document, lock: LockContent) -> bytes:
     """The store's name: that of its document, of its lock file or of a frame; else a new one."""
     if document.store or lock.store:
         return bytes.fromhex(document.store) or lock.store
-    for writer, numbers in reader.listing().segments.items():
-        for number in numbers:
-            store = store_of(reader.fs.read(segment_path(reader.path, writer, number))[0])
-            if store:
-                return store
-    return new_store()
+    return next(reader.stores_of_segments(), None) or new_store()
 
 
 def _refuse_open_journal_of_earlier_version(reader: Reader, document: Document, lock: LockContent) -> None:
@@ -305,6 +315,23 @@ def _nothing_left(path: str, damage: str) -> str:
 def described_totals(totals: Totals) -> str:
     """Totals, in words."""
     return f"{totals.tokens_saved} tokens saved in {totals.requests} records"
+
+
+def described_overlap(conflict: Conflict) -> str:
+    """What another program's document holds beyond this store, in words.
+
+    It may have taken over a later document of ours than the one that is still there, so more cannot be determined.
+    """
+    theirs, base, _ = conflict
+    if theirs.tokens_saved < base.tokens_saved or theirs.requests < base.requests:
+        return (
+            f"The document at the path holds less than our last one that is still there ({described_totals(base)}), "
+            "so this store may lack all of it"
+        )
+    return (
+        f"Compared with our last document that is still there ({described_totals(base)}), the document at the path "
+        f"holds at most {described_difference(theirs, base)} that this store lacks"
+    )
 
 
 def described_difference(totals: Totals, base: Totals) -> str:

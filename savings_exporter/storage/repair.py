@@ -24,7 +24,7 @@ from savings_exporter.storage.recovery import (
     Findings,
     described,
     described_conflict,
-    described_difference,
+    described_overlap,
     described_totals,
     examine,
     previous_path,
@@ -189,11 +189,8 @@ def _report(path: str, found: Findings, aside: Sequence[str]) -> Repaired:
     parts = [f"{path}: holds {described(found.view)}"]
     parts += map(described_losses, found.incomplete)
     if found.conflict is not None:
-        theirs, base, _ = found.conflict
-        parts.append(
-            f"the other program's document, with {described_totals(theirs)}, is left out: "
-            f"{described_difference(theirs, base)} of it are not in the total"
-        )
+        theirs = described_totals(found.conflict.theirs)
+        parts.append(f"the other program's document, with {theirs}, is left out. {described_overlap(found.conflict)}")
     if not found.is_lossy():
         parts.append("nothing is lost")
     if aside:
