@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from savings_exporter import StoreError
-from savings_exporter.headroom import WatchedFile
+from savings_exporter import SavingsRecord, SavingsTracker, StoreError
+from savings_exporter.watched import WatchedFile
 from tests.support.paths import DATA
 from tests.support.scrape import parsed
 from tests.support.service import running
 
 OLDER = DATA / "headroom" / "v5" / "proxy_savings.json"
 NEWER = DATA / "headroom" / "v6-latest" / "proxy_savings.json"
+OLDER_TOTAL, NEWER_TOTAL = 2_835_043, 2_672_322
 
 
 @pytest.fixture
@@ -34,12 +37,18 @@ def replace(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def test_a_scrape_finds_what_changed_and_nothing_is_ever_written(watched: Path) -> None:
+def total(text: str) -> float:
+    """The sum over models."""
+    return sum(value for name, value in parsed(text).items() if name.startswith("savings_tokens_saved_total{"))
+
+
+def test_scrape_sees_changes(watched: Path) -> None:
+    """And nothing is ever written."""
     with running("watch", str(watched)) as service:
-        assert total(service.get("/metrics")[1]) == 2_835_043
+        assert total(service.get("/metrics")[1]) == OLDER_TOTAL
         replace(watched, NEWER.read_bytes())
-        assert total(service.get("/metrics")[1]) == 2_672_322
-        assert json.loads(service.get("/v1/savings")[1])["lifetime"]["tokens_saved"] == 2_672_322
+        assert total(service.get("/metrics")[1]) == NEWER_TOTAL
+        assert json.loads(service.get("/v1/savings")[1])["lifetime"]["tokens_saved"] == NEWER_TOTAL
         assert service.get("/")[0] == 200
         assert service.get("/-/healthy")[0] == service.get("/-/ready")[0] == 200
         status, problem = service.post({"model": "m", "tokens_saved": 1})
@@ -50,12 +59,13 @@ def test_a_scrape_finds_what_changed_and_nothing_is_ever_written(watched: Path) 
     assert [entry.name for entry in watched.parent.iterdir()] == ["proxy_savings.json"]
 
 
-def test_a_file_that_cannot_be_read_keeps_the_last_totals_and_says_so(watched: Path) -> None:
+def test_unreadable_file(watched: Path) -> None:
+    """The last totals stay, and the service is not healthy."""
     with running("watch", str(watched)) as service:
         for breaking in (watched.unlink, lambda: watched.write_bytes(b'{"schema_version": 6, "lifeti')):
             breaking()
             text = service.get("/metrics")[1]
-            assert total(text) == 2_835_043
+            assert total(text) == OLDER_TOTAL
             assert parsed(text)["savings_store_healthy"] == 0
             status, body = service.get("/-/healthy")
             assert status == 503
@@ -65,7 +75,49 @@ def test_a_file_that_cannot_be_read_keeps_the_last_totals_and_says_so(watched: P
         assert service.get("/-/healthy")[0] == 200
 
 
-def test_a_file_that_is_not_there_at_the_start_is_refused(tmp_path: Path) -> None:
+def directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def with_figure(figure: Any) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        document = json.loads(NEWER.read_bytes())
+        document["lifetime"]["tokens_saved"] = figure
+        path.write_text(json.dumps(document))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (Path.unlink, "there is no such file"),
+        (directory, "Is a directory"),
+        (lambda path: path.write_bytes(b""), "the file is empty"),
+        (lambda path: path.write_bytes(NEWER.read_bytes()[:-9]), "is damaged: not JSON"),
+        (lambda path: path.write_text('{"schema_version": 7}'), "schema_version is 7"),
+        (with_figure(10**30), "lifetime.tokens_saved cannot be read"),
+        (with_figure(float("nan")), "lifetime.tokens_saved cannot be read"),
+        (with_figure("many"), "lifetime.tokens_saved cannot be read"),
+    ],
+)
+def test_last_totals_stay(watched: Path, change: Callable[[Path], None], reason: str) -> None:
+    file = WatchedFile(watched)
+    assert file.snapshot().lifetime.tokens_saved == OLDER_TOTAL
+    change(watched)
+    for _ in range(2):
+        assert file.snapshot().lifetime.tokens_saved == OLDER_TOTAL
+        assert not file.health().healthy
+        assert reason in (file.health().reason or "")
+    if watched.is_dir():
+        watched.rmdir()
+    replace(watched, NEWER.read_bytes())
+    assert file.snapshot().lifetime.tokens_saved == NEWER_TOTAL
+    assert file.health().healthy
+
+
+def test_no_file_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no such file"):
         WatchedFile(tmp_path / "none.json")
     assert list(tmp_path.iterdir()) == []
@@ -80,6 +132,55 @@ def test_names_are_bounded(tmp_path: Path) -> None:
     assert snapshot.by_model["other"].tokens_saved == sum(range(800))
 
 
-def total(text: str) -> float:
-    """The sum over models."""
-    return sum(value for name, value in parsed(text).items() if name.startswith("savings_tokens_saved_total{"))
+def test_link_to_another_file(watched: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.json"
+    link.symlink_to(watched)
+    file = WatchedFile(link)
+    assert file.snapshot().lifetime.tokens_saved == OLDER_TOTAL
+    other = tmp_path / "other.json"
+    other.write_bytes(NEWER.read_bytes())
+    link.unlink()
+    link.symlink_to(other)
+    assert file.snapshot().lifetime.tokens_saved == NEWER_TOTAL
+
+
+def test_store_of_a_tracker(store_path: Path) -> None:
+    """What its journal holds is shown too, while it records and saves, and nothing is written."""
+    with SavingsTracker(store_path, save_interval=3600) as tracker:
+        assert tracker.record_request(model="m", tokens_saved=1)
+        file = WatchedFile(store_path)
+        for number in range(2, 30):
+            # Some of them fill a segment, and some are saved and their segments removed.
+            assert tracker.record_many([SavingsRecord(model="m", tokens_saved=1)] * (number % 5 * 500 + 1))
+            for _ in range(number % 4):
+                assert tracker.save()
+            before = sorted(entry.name for entry in store_path.parent.iterdir())
+            assert file.snapshot().lifetime == tracker.snapshot().lifetime
+            assert file.health().healthy
+            assert sorted(entry.name for entry in store_path.parent.iterdir()) == before
+    assert file.snapshot().lifetime == WatchedFile(store_path).snapshot().lifetime
+
+
+def test_tracker_then_headroom(store_path: Path) -> None:
+    """Another program's document in the place of a store that was closed."""
+    with SavingsTracker(store_path) as tracker:
+        tracker.record_request(model="m", tokens_saved=1)
+    file = WatchedFile(store_path)
+    replace(store_path, NEWER.read_bytes())
+    assert file.snapshot().lifetime.tokens_saved == NEWER_TOTAL
+    replace(store_path, OLDER.read_bytes())
+    assert file.snapshot().lifetime.tokens_saved == OLDER_TOTAL
+
+
+def test_conflict(store_path: Path) -> None:
+    """While its journal holds more, the last totals stay, and the reason says what each holds."""
+    with SavingsTracker(store_path, save_interval=3600) as tracker:
+        assert tracker.record_request(model="m", tokens_saved=1)
+        assert tracker.save()
+        assert tracker.record_request(model="m", tokens_saved=2)
+        file = WatchedFile(store_path)
+        replace(store_path, NEWER.read_bytes())
+        assert file.snapshot().lifetime.tokens_saved == 3
+        reason = file.health().reason or ""
+        assert "another program rewrote the document" in reason
+        assert "this store holds 3 tokens saved in 2 records" in reason
