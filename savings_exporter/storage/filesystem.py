@@ -39,6 +39,9 @@ _NEW_FILE_MODE = 0o600
 _ZEROS = bytes(256 * 1024)
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _BOOT_ID_BYTES = 16
+# On Windows a locked byte cannot be read through another handle. One far beyond the end may be locked, too (LockFile;
+# SQLite's PENDING_BYTE is the same).
+_LOCKED_BYTE = 0x40000000
 
 
 class Identity(NamedTuple):
@@ -227,9 +230,9 @@ class FileSystem:
         Raises:
             OSError: it failed; EIO when the system takes no more bytes without saying why.
         """
-        written = os.pwrite(descriptor, data, offset)
+        written = self._pwrite(descriptor, data, offset)
         while written < len(data):
-            more = os.pwrite(descriptor, memoryview(data)[written:], offset + written)
+            more = self._pwrite(descriptor, memoryview(data)[written:], offset + written)
             if more == 0:
                 raise OSError(errno.EIO, "Nothing was written")
             written += more
@@ -308,6 +311,10 @@ class FileSystem:
         """Give a file another name."""
         os.rename(path, new)
 
+    def link(self, path: str, new: str) -> None:
+        """Give a file a second name (a hard link)."""
+        os.link(path, new)
+
     def keep_copy(self, path: str, kept: str) -> None:
         """Give a file a second name, which stays with this version when ``path`` is replaced.
 
@@ -316,7 +323,7 @@ class FileSystem:
         temporary = self.temporary_name(kept)
         try:
             try:
-                os.link(path, temporary)
+                self.link(path, temporary)
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                     raise
@@ -404,6 +411,9 @@ class FileSystem:
     def _pread(self, descriptor: int, size: int, offset: int) -> bytes:
         return os.pread(descriptor, size, offset)
 
+    def _pwrite(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
+        return os.pwrite(descriptor, data, offset)
+
     def _make_like(self, descriptor: int, like: str) -> None:
         with suppress(FileNotFoundError):
             status = os.stat(like)
@@ -434,12 +444,6 @@ class WindowsFileSystem(FileSystem):
         """Not supported."""
         raise OSError(errno.EINVAL, "No direct I/O on this platform", path)
 
-    def write_at(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
-        """Write every byte at an offset."""
-        with self._seeking:
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            self.write_all(descriptor, data)
-
     def sync_data(self, descriptor: int) -> None:
         """Put the file's data on stable storage."""
         os.fsync(descriptor)
@@ -457,15 +461,22 @@ class WindowsFileSystem(FileSystem):
             os.lseek(descriptor, offset, os.SEEK_SET)
             return os.read(descriptor, size)
 
+    def _pwrite(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
+        with self._seeking:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            return os.write(descriptor, data)
+
     def _lock(self, descriptor: int, shared: bool) -> None:
         if sys.platform == "win32" and not shared:
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            with self._seeking:
+                os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 
     def _unlock(self, descriptor: int) -> None:
         if sys.platform == "win32":
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+            with self._seeking:
+                os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+                msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
 
     def _make_like(self, descriptor: int, like: str) -> None:
         """Files get their rights from the directory there."""

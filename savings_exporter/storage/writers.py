@@ -123,14 +123,17 @@ class Writer:
         block = (header + _CHECK.pack(zlib.crc32(header))).ljust(_WATERMARK_OFFSET, b"\0")
         block += _WATERMARK.pack(self.watermark, self.watermark ^ _ALL_ONES)
         for attempt in range(1, _ATTEMPTS + 1):
-            temporary = self._fs.temporary_name(self.path)
+            # Where one process has the store, no other one can take the writer for dead; and Windows does not rename
+            # a file that is open.
+            temporary = self._fs.temporary_name(self.path) if self._fs.is_shared else self.path
             descriptor = self._fs.create(temporary, like=self._document)
             try:
                 # Locked before it has its name: the file of a writer that seems dead is removed.
                 if not self._fs.try_lock(descriptor):
                     raise BlockingIOError(errno.EAGAIN, "another process looks at it", temporary)
                 self._fs.write_at(descriptor, block.ljust(_FIRST_BLOCK_BYTES, b"\0"), 0)
-                self._fs.replace(temporary, self.path)
+                if temporary != self.path:
+                    self._fs.replace(temporary, self.path)
             except BaseException as error:
                 self._fs.close(descriptor)
                 self._fs.discard(temporary)
