@@ -109,7 +109,17 @@ class Journal:
             return
         size = min(segment.size * _GROWTH, SEGMENT_BYTES)
         with Operation(ROTATE, observer) as rotation:
-            self._next = make_segment(self._fs, self._path_of_next(), size, rotation, self._directory, self._method)
+            made = make_segment(self._fs, self._path_of_next(), size, rotation, self._directory, self._method)
+        if made.path < self._newest:
+            # A commit could not wait for it, and made another one.
+            made.close()
+            self._fs.discard(made.path)
+        else:
+            self._next = made
+
+    def is_in_place(self) -> bool:
+        """Whether the writer's file and the segment that is written still have their names."""
+        return self.writer.is_in_place() and (self._segment is None or self._segment.is_in_place())
 
     def repair_names(self, operation: Operation) -> None:
         """Make the writer's file and the segment again if their names were removed: others look for them there.
@@ -172,13 +182,7 @@ class Journal:
 
     def _make(self, size: int, data: bytes, operation: Operation) -> BufferedSegment:
         path = self._newest = self._path_of_next()
-        try:
-            return make_segment(self._fs, path, size, operation, self._directory, self._method, data)
-        except OSError as error:
-            if error.errno in _NO_ROOM:
-                # It holds no whole frame, and its room is needed.
-                self._fs.discard(path)
-            raise
+        return make_segment(self._fs, path, size, operation, self._directory, self._method, data)
 
     def _path_of_next(self) -> str:
         return segment_path(self._path, self.writer.id, next(self._numbers))

@@ -142,7 +142,8 @@ def make_segment(
     """Make a segment of so many bytes, a first frame included, durable with its name.
 
     Raises:
-        OSError: it failed. A file that is left there is never written again.
+        OSError: it failed, and the file is removed. Should it be there after a power loss, it says nothing new: what
+            it holds was not acknowledged, and is written again under the same numbers.
     """
     is_commit = bool(frame)
     descriptor = -1
@@ -161,6 +162,7 @@ def make_segment(
     except BaseException:
         if descriptor >= 0:
             fs.close(descriptor)
+            fs.discard(path)
         raise
 
 
