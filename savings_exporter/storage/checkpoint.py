@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
-from typing import Any
 
 import msgspec
 
@@ -24,7 +23,7 @@ from savings_exporter.storage.atomic_file import AtomicFile
 from savings_exporter.storage.filesystem import DirectoryFsyncUnsupportedError, unused_name
 from savings_exporter.storage.journal import segment_path
 from savings_exporter.storage.observers import Observer
-from savings_exporter.storage.operation import ROTATE, SAVE, Operation
+from savings_exporter.storage.operation import ROTATE, Operation
 from savings_exporter.storage.reader import Listing, Reader, described_losses
 from savings_exporter.storage.segment import make_segment
 from savings_exporter.storage.view import Position, View, composed, counted
@@ -41,38 +40,37 @@ def save(
     file: AtomicFile,
     view: View,
     observer: Observer,
+    operation: Operation,
     *,
-    parent: Any = None,
     closing: bool = False,
 ) -> View:
     """Save the document with all that is durable by now, and remove the segments that are not needed any more.
 
-    With ``closing``, this process has ended its journal: the document gets both names, so that all segments of its
-    writer and of dead ones can be removed.
+    The save's steps become those of ``operation``. With ``closing``, this process has ended its journal: the document
+    gets both names, so that all segments of its writer and of dead ones can be removed.
 
     Raises:
         OSError: it failed, or the outcome is unknown; nothing was removed. ESTALE: another program replaced the
             document.
     """
-    with Operation(SAVE, observer, parent) as operation:
-        listing = reader.listing()
-        # Before anything is counted: a writer that dies after that may have committed more.
-        dead = dead_writers(reader, view, listing)
-        view = adopt(reader, file, _refreshed(reader, view), dead, observer)
-        view = _after_last_copies(reader, view)
-        gone = _gone(reader, view, listing)
-        if gone:
-            # Their segments were removed by an earlier save. Should one come back after a power loss, it would be
-            # counted twice.
-            with suppress(DirectoryFsyncUnsupportedError):
-                reader.fs.fsync_directory(file.directory.path)
-        document = _next_document(reader, view, gone, dead)
-        data = encode(document)
-        operation.sequence, operation.size = document.ledger.records, len(data)
-        both = closing or view.identity is None or not view.is_whole
-        if view.identity is not None and not view.is_whole:
-            _keep_damaged(reader, observer)
-        identity = file.save(data, operation, both=both)
+    listing = reader.listing()
+    # Before anything is counted: a writer that dies after that may have committed more.
+    dead = dead_writers(reader, view, listing)
+    view = adopt(reader, file, _refreshed(reader, view), dead, observer)
+    view = _after_last_copies(reader, view)
+    gone = _gone(reader, view, listing)
+    if gone:
+        # Their segments were removed by an earlier save. Should one come back after a power loss, it would be
+        # counted twice.
+        with suppress(DirectoryFsyncUnsupportedError):
+            reader.fs.fsync_directory(file.directory.path)
+    document = _next_document(reader, view, gone, dead)
+    data = encode(document)
+    operation.sequence, operation.size = document.ledger.records, len(data)
+    both = closing or view.identity is None or not view.is_whole
+    if view.identity is not None and not view.is_whole:
+        _keep_damaged(reader, observer)
+    identity = file.save(data, operation, both=both)
     # Without those that are gone: the next save would write their entries again.
     positions = {writer: position for writer, position in view.positions.items() if writer not in gone}
     saved = msgspec.structs.replace(view, document=document, identity=identity, positions=positions, is_whole=True)

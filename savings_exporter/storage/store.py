@@ -21,7 +21,7 @@ from savings_exporter.storage.filesystem import FileSystem
 from savings_exporter.storage.journal import Frame, Journal
 from savings_exporter.storage.lock import StoreLock, read_lock
 from savings_exporter.storage.observers import Observer
-from savings_exporter.storage.operation import COMMIT, PREPARE, ROTATE, Operation, error_symbol
+from savings_exporter.storage.operation import COMMIT, PREPARE, ROTATE, SAVE, Operation, error_symbol
 from savings_exporter.storage.reader import Reader
 from savings_exporter.storage.recovery import earlier_segments, examine, refuse_losses
 from savings_exporter.storage.segment import SyncMethod
@@ -191,20 +191,18 @@ class Store:
         if self._saving._is_owned():  # type: ignore[attr-defined]
             # A signal handler within a save of this thread.
             return Failed(PREPARE, BlockingIOError(errno.EAGAIN, "a save of this thread is under way"))
-        steps = _StepOfFailure(self._observer)
-        with self._saving:
-            try:
-                self._lock.take()
-                self._agree_on_store()
-                view = checkpoint.save(self.reader, self._file(), self.view, steps, parent=parent, closing=closing)
-                with self._reading, suppress(OSError, StoreError):
-                    self._publish(self.reader.follow(view))
-                with suppress(OSError):
-                    self._lock.write(view.store, is_saved=True)
-            except Exception as error:
-                return Failed(steps.failed_step, error)
-            finally:
-                self._let_go()
+        operation = Operation(SAVE, self._observer, parent)
+        try:
+            # Observers are told when the lock is free again: an exporter may be slow.
+            with operation, self._saving:
+                try:
+                    self._lock.take()
+                    self._agree_on_store()
+                    self._checkpoint(operation, closing=closing)
+                finally:
+                    self._let_go()
+        except Exception as error:
+            return Failed(operation.failed_step or PREPARE, error)
         return None
 
     def is_saved(self) -> bool:
@@ -265,6 +263,13 @@ class Store:
             self.refresh()
         return self._others
 
+    def _checkpoint(self, operation: Operation, *, closing: bool) -> None:
+        view = checkpoint.save(self.reader, self._file(), self.view, self._observer, operation, closing=closing)
+        with self._reading, suppress(OSError, StoreError):
+            self._publish(self.reader.follow(view))
+        with suppress(OSError):
+            self._lock.write(view.store, is_saved=True)
+
     def _file(self) -> AtomicFile:
         return AtomicFile(self.reader.fs, self.path, self._directory)
 
@@ -283,22 +288,6 @@ class Store:
     def _let_go(self) -> None:
         if not self._keeps_lock:
             self._lock.release()
-
-
-class _StepOfFailure:
-    """Passes on to an observer, and keeps at which step an operation failed."""
-
-    def __init__(self, observer: Observer) -> None:
-        self.failed_step = PREPARE
-        self._observer = observer
-
-    def ended(self, operation: Operation) -> None:
-        if operation.error is not None:
-            self.failed_step = operation.failed_step or PREPARE
-        self._observer.ended(operation)
-
-    def recovered(self, kind: str) -> None:
-        self._observer.recovered(kind)
 
 
 def _recovered(
