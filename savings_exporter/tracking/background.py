@@ -95,6 +95,7 @@ class Background:
             raise
         if failure is not None:
             self.saves = self.saves.failed(failure, time.monotonic())
+            self.wake()
             logger.error("%s; trying again in %.1f s", self.reason(), self.saves.retry.delay)
             return False
         if self.saves.failure is not None:
