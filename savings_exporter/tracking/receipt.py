@@ -20,7 +20,7 @@ class Carrier(Protocol):
 
     @property
     def writer(self) -> str:
-        """The writer that recorded it, empty until it is durable."""
+        """The writer that records it, empty until it is known."""
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until it is durable or given up."""
@@ -70,7 +70,7 @@ class Receipt:
         """The writer that recorded it, 16 hexadecimal digits; None until durable. With ``sequence``, it names the
         record for good.
         """
-        return self._carrier.writer or None
+        return self._carrier.writer if self._carrier.durable else None
 
     @property
     def duplicate(self) -> bool:
