@@ -72,6 +72,8 @@ def test_records_of_one_hour() -> None:
     assert saved_of(ledger) == [(at(NOW), 5)]
     ledger = counted(ledger, [one(saved=2, at=NOW - timedelta(minutes=30))])
     assert saved_of(ledger) == [(at(NOW), 7)]
+    ledger = counted(ledger, [one(saved=0, at=NOW + timedelta(minutes=20)), one(at=NOW + HOUR)], now=NOW + HOUR)
+    assert saved_of(ledger) == [(at(NOW + timedelta(minutes=20)), 7), (at(NOW + HOUR), 8)]
 
 
 def test_record_out_of_order() -> None:
@@ -129,6 +131,7 @@ def test_many_hours_pending() -> None:
     ledger = Ledger()
     for hour in range(200):
         ledger = counted(ledger, [one(at=NOW - HOUR * hour)])
+        assert len(ledger.history._pending) <= 100
     assert len(ledger.history) == 200
     assert saved_of(ledger)[0] == (at(NOW - 199 * HOUR), 1)
     assert saved_of(ledger)[-1] == (at(NOW), 200)
@@ -333,6 +336,11 @@ def test_encoding_of_closed_points_is_kept() -> None:
     after = [point.line for point in counted(ledger, [one()]).history._all()]
     assert all(new is old for new, old in zip(after[:-1], before[:-1], strict=True))
     assert after[-1] != before[-1]
+
+
+def test_timestamp_comes_first() -> None:
+    history = History([{"total_tokens_saved": 5, "timestamp": at(NOW)}])
+    assert history.encoded() == b'[\n  {"timestamp":"2026-06-15T12:30:00Z","total_tokens_saved":5}]'
 
 
 def test_line_that_is_no_point() -> None:

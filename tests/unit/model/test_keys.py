@@ -59,6 +59,7 @@ def test_known_key_keeps_its_age() -> None:
     table = table_of(10, max_keys=10)
     table.add(digest_of("key-0"), entry(99))
     assert (len(table), table.get(digest_of("key-0"))) == (10, entry(99))
+    assert len(table._oldest_first) == 10
     table.add(digest_of("new"), entry(100))
     assert table.get(digest_of("key-0")) is None
     assert table.get(digest_of("key-1")) == entry(1)
