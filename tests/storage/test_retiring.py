@@ -117,6 +117,8 @@ def test_previous_at_any_moment(path: Path, tmp_path: Path) -> None:
 
     def check(_step: str) -> None:
         nonlocal checked
+        if threading.current_thread() is not threading.main_thread():
+            return
         with checking:  # the background thread has steps, too
             for with_previous in (False, True):
                 if path.exists() or segments(path):
