@@ -155,10 +155,11 @@ class Background:
 
     def _save_if_needed(self) -> None:
         # Another process may have saved meanwhile; one save in the interval is enough for all of them.
+        # After a failure the document at the path may be the one of which it is not known whether it is durable.
         view = self._store.refresh()
         saved_at = view.document.saved_at
         age = (datetime.now(timezone.utc) - saved_at).total_seconds() if saved_at else self._save_interval
-        if self._store.is_saved():
+        if self.saves.failure is None and self._store.is_saved():
             self.saves = Saves()
         elif self.saves.failure is None and 0 <= age < self._save_interval:
             self.saves = Saves(due=time.monotonic() + self._save_interval - age)
