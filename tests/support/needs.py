@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from tests.support.mounts import can_make_user_namespaces, can_mount, can_mount_fuse
 from tests.support.paths import HEADROOM_PYTHON
+from tests.support.segments import has_direct_io
 
 
 class Need(NamedTuple):
@@ -25,6 +26,7 @@ NEEDS = {
     "linux": Need(lambda: sys.platform == "linux", "this is not Linux"),
     "mount": Need(can_mount, "mounting needs root on Linux"),
     "fuse": Need(can_mount_fuse, "mounting a FUSE filesystem needs root on Linux, and /dev/fuse"),
+    "direct-io": Need(has_direct_io, "the temporary directory's file system has no direct I/O"),
     "root": Need(lambda: hasattr(os, "geteuid") and os.geteuid() == 0, "it needs root"),
     "user-namespace": Need(can_make_user_namespaces, "making a user namespace needs root, and a kernel that allows it"),
     "prometheus": Need(

@@ -17,11 +17,17 @@ from tests.support.scrape import samples
 class Traced:
     """A tracker whose spans are kept."""
 
-    def __init__(self, path: Path, filesystem: FileSystem | None = None) -> None:
+    def __init__(self, path: Path, filesystem: FileSystem | None = None, save_interval: float = 5.0) -> None:
         self._exporter = InMemorySpanExporter()
         self.provider = TracerProvider()
         self.provider.add_span_processor(SimpleSpanProcessor(self._exporter))
-        self.tracker = SavingsTracker(path, tracer_provider=self.provider, filesystem=filesystem)
+        self.tracker = SavingsTracker(
+            path, tracer_provider=self.provider, filesystem=filesystem, save_interval=save_interval
+        )
+
+    def clear(self) -> None:
+        """Forget the spans so far."""
+        self._exporter.clear()
 
     def saves(self) -> list[tuple[ReadableSpan, list[ReadableSpan]]]:
         """Each save's span with its children, in the order of their beginning."""
