@@ -264,7 +264,7 @@ class FileSystem:
             with suppress(OSError):
                 fcntl.fcntl(descriptor, full_sync)
                 return
-        os.fsync(descriptor)
+        self._fsync(descriptor)
 
     def sync_data(self, descriptor: int) -> None:
         """Put a file's data on stable storage, and of its metadata only what reading the data takes (fdatasync(2)).
@@ -285,7 +285,7 @@ class FileSystem:
         """
         descriptor = os.open(path, os.O_RDONLY | _DIRECTORY | _CLOSE_ON_EXEC)
         try:
-            os.fsync(descriptor)
+            self._fsync(descriptor)
         except OSError as error:
             if error.errno in DIR_FSYNC_UNSUPPORTED or (error.errno == errno.EBADF and _is_open_directory(descriptor)):
                 raise DirectoryFsyncUnsupportedError(os.strerror(error.errno)) from error
@@ -413,6 +413,9 @@ class FileSystem:
 
     def _pwrite(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
         return os.pwrite(descriptor, data, offset)
+
+    def _fsync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
 
     def _make_like(self, descriptor: int, like: str) -> None:
         with suppress(FileNotFoundError):
