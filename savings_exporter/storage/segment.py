@@ -122,6 +122,9 @@ class DirectSegment(BufferedSegment):
 
     def _try_direct_write(self) -> None:
         """Write what is there once more: some file systems refuse only the write."""
+        if self.offset == self.size:
+            # Full with its first frame. Another block would make it larger.
+            return
         try:
             blocks = self._filled(self._block, b"", BLOCK_BYTES)
             self._fs.write_direct(self._direct, blocks, self.offset - len(self._block))
