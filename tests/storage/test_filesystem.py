@@ -1,8 +1,9 @@
-"""The disk room's own functions: what filesystem a path is on, and files that are appended to at an offset."""
+"""The file system object: what file system a path is on, and its steps one by one."""
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat
 import struct
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from savings_exporter.storage import filesystem
-from savings_exporter.storage.filesystem import FilesystemType, Mount
+from savings_exporter.storage import mounts
+from savings_exporter.storage.filesystem import LOCAL, FileSystem
+from savings_exporter.storage.mounts import FilesystemType, Mount
 from tests.support.mounts import mounted
 
 _FUSE_INIT, _FUSE_STATFS = 26, 17
@@ -55,7 +57,7 @@ def _answer_kernel(descriptor: int) -> None:
 
 
 @pytest.mark.needs("linux")
-def test_a_filesystem_and_its_mount_are_what_findmnt_says(tmp_path: Path) -> None:
+def test_mount_is_what_findmnt_says(tmp_path: Path) -> None:
     answer = subprocess.run(
         ["findmnt", "--noheadings", "--raw", "--output", "FSTYPE,TARGET,SOURCE", "--target", tmp_path],
         capture_output=True,
@@ -63,92 +65,163 @@ def test_a_filesystem_and_its_mount_are_what_findmnt_says(tmp_path: Path) -> Non
         check=True,
     )
     name, point, device = answer.stdout.split()
-    assert filesystem.mount_of(str(tmp_path)) == Mount(point, name, device)
+    assert mounts.mount_of(str(tmp_path)) == Mount(point, name, device)
     known_as = {"ext2": "ext4", "ext3": "ext4", "overlay": "overlayfs"}.get(name, name)
-    assert filesystem.filesystem_type(str(tmp_path)).name == known_as
+    assert mounts.filesystem_type(str(tmp_path)).name == known_as
 
 
 @pytest.mark.needs("mount")
 @pytest.mark.parametrize("name", ["tmpfs", "ramfs"])
-def test_a_mounted_filesystem_is_told_from_what_lies_below_it(tmp_path: Path, name: str) -> None:
+def test_upper_of_two_mounts(tmp_path: Path, name: str) -> None:
     mountpoint = tmp_path / "a disk with \\ in its name"
-    below = filesystem.mount_of(str(tmp_path))
+    below = mounts.mount_of(str(tmp_path))
     with mounted(mountpoint, name), mounted(mountpoint, name, source="the upper one"):
         (mountpoint / "directory").mkdir()
-        assert filesystem.mount_of(str(mountpoint / "directory")) == Mount(str(mountpoint), name, "the upper one")
-        assert filesystem.filesystem_type(str(mountpoint)) == FilesystemType(name, is_network=False)
-    assert filesystem.mount_of(str(mountpoint)) == below
+        assert mounts.mount_of(str(mountpoint / "directory")) == Mount(str(mountpoint), name, "the upper one")
+        assert mounts.filesystem_type(str(mountpoint)) == FilesystemType(name, is_network=False)
+    assert mounts.mount_of(str(mountpoint)) == below
 
 
 @pytest.mark.needs("fuse")
 @pytest.mark.parametrize(("subtype", "is_network"), [("sshfs", True), ("glusterfs", True), ("bindfs", False)])
-def test_fuse_is_a_network_filesystem_by_its_subtype(tmp_path: Path, subtype: str, is_network: bool) -> None:
+def test_fuse_by_its_subtype(tmp_path: Path, subtype: str, is_network: bool) -> None:
     with fuse(tmp_path, subtype):
-        assert filesystem.filesystem_type(str(tmp_path)) == FilesystemType(f"fuse.{subtype}", is_network)
-        assert filesystem.mount_of(str(tmp_path)) == Mount(str(tmp_path), f"fuse.{subtype}", "example.org:/data")
+        assert mounts.filesystem_type(str(tmp_path)) == FilesystemType(f"fuse.{subtype}", is_network)
+        assert mounts.mount_of(str(tmp_path)) == Mount(str(tmp_path), f"fuse.{subtype}", "example.org:/data")
 
 
-def test_what_is_not_there_has_no_filesystem(tmp_path: Path) -> None:
+def test_missing_path_has_no_mount(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
-    for ask in (filesystem.filesystem_type, filesystem.mount_of):
+    for ask in (mounts.filesystem_type, mounts.mount_of):
         with pytest.raises(FileNotFoundError) as raised:
             ask(missing)
         assert raised.value.filename == missing
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 1_000_001])
-def test_a_zero_filled_file_has_its_size_and_is_for_its_owner_only(tmp_path: Path, size: int) -> None:
+def test_file_of_zeros(tmp_path: Path, size: int) -> None:
     path = tmp_path / "zeros"
-    descriptor = filesystem.create_zero_filled(str(path), size)
-    try:
+    with created(path) as descriptor:
+        LOCAL.write_zeros(descriptor, size)
         assert path.read_bytes() == bytes(size)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert not os.get_inheritable(descriptor)
-        filesystem.append_at(descriptor, b"frame", size)
-        filesystem.sync_data(descriptor)
-        assert filesystem.read_at(descriptor, 100, size) == b"frame"
+        LOCAL.write_at(descriptor, b"frame", size)
+        LOCAL.sync_data(descriptor)
+        assert LOCAL.read_at(descriptor, 100, size) == b"frame"
+
+
+@contextmanager
+def created(path: Path, fs: FileSystem = LOCAL) -> Iterator[int]:
+    """A new file, open."""
+    descriptor = fs.create(str(path), like=str(path))
+    try:
+        yield descriptor
     finally:
-        filesystem.close(descriptor)
+        fs.close(descriptor)
 
 
-@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("elsewhere")])
-def test_a_zero_filled_file_never_takes_anothers_place(tmp_path: Path, make: Callable[[Path], object]) -> None:
-    path = tmp_path / "zeros"
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("elsewhere")], ids=["file", "symlink"])
+def test_create_replaces_nothing(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    path = tmp_path / "taken"
     make(path)
     with pytest.raises(FileExistsError):
-        filesystem.create_zero_filled(str(path), 4096)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["zeros"]
+        LOCAL.create(str(path), like=str(path))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+class CannotCopyRights(FileSystem):
+    def _make_like(self, descriptor: int, like: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_create_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    open_before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="Input/output error"):
+        CannotCopyRights().create(str(tmp_path / "file"), like=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == open_before
 
 
 @pytest.mark.needs("mount")
-def test_a_zero_filled_file_that_does_not_fit_is_removed(tmp_path: Path) -> None:
+def test_write_new_on_a_full_disk(tmp_path: Path) -> None:
     with mounted(tmp_path, "tmpfs", options="size=256k"):
-        open_before = os.listdir("/proc/self/fd")
+        open_before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(OSError, match="No space left"):
-            filesystem.create_zero_filled(str(tmp_path / "zeros"), 1024 * 1024)
+            LOCAL.write_new(str(tmp_path / "file"), bytes(1024 * 1024), like=str(tmp_path / "file"))
         assert list(tmp_path.iterdir()) == []
-        assert len(os.listdir("/proc/self/fd")) == len(open_before)
+        assert len(os.listdir("/proc/self/fd")) == open_before
 
 
-def test_a_write_in_pieces_is_whole_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole_pwrite, whole_pread = os.pwrite, os.pread
-    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: whole_pwrite(descriptor, data[:3], offset))
-    monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: whole_pread(descriptor, min(size, 2), offset))
-    descriptor = filesystem.create_zero_filled(str(tmp_path / "zeros"), 20)
-    try:
-        filesystem.append_at(descriptor, b"0123456789", 5)
-        assert filesystem.read_at(descriptor, 12, 4) == b"\x000123456789\x00"
-        assert filesystem.read_at(descriptor, 100, 14) == b"9\x00\x00\x00\x00\x00"
-    finally:
-        filesystem.close(descriptor)
+class InPieces(FileSystem):
+    """Writes three bytes at a time and reads two; ``is_stuck``: writes nothing."""
+
+    is_stuck = False
+
+    def _pwrite(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
+        return 0 if self.is_stuck else super()._pwrite(descriptor, data[:3], offset)
+
+    def _pread(self, descriptor: int, size: int, offset: int) -> bytes:
+        return super()._pread(descriptor, min(size, 2), offset)
 
 
-def test_a_write_that_gets_nowhere_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    descriptor = filesystem.create_zero_filled(str(tmp_path / "zeros"), 20)
-    try:
-        monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+def test_reads_and_writes_in_pieces(tmp_path: Path) -> None:
+    fs = InPieces()
+    with created(tmp_path / "file", fs) as descriptor:
+        fs.write_zeros(descriptor, 20)
+        fs.write_at(descriptor, b"0123456789", 5)
+        assert fs.read_at(descriptor, 12, 4) == b"\x000123456789\x00"
+        assert fs.read_at(descriptor, 100, 14) == b"9\x00\x00\x00\x00\x00"
+
+
+def test_write_that_gets_nowhere(tmp_path: Path) -> None:
+    fs = InPieces()
+    with created(tmp_path / "file", fs) as descriptor:
+        fs.is_stuck = True
         with pytest.raises(OSError, match="Nothing was written") as raised:
-            filesystem.append_at(descriptor, b"data", 0)
+            fs.write_at(descriptor, b"data", 0)
         assert raised.value.errno == errno.EIO
+
+
+@pytest.mark.needs("direct-io")
+def test_direct_write_reads_back(tmp_path: Path) -> None:
+    with created(tmp_path / "file") as descriptor:
+        LOCAL.write_zeros(descriptor, 8192)
+        direct = LOCAL.open_direct(str(tmp_path / "file"))
+        buffer = memoryview(mmap.mmap(-1, 4096))
+        buffer[:] = b"x" * 4096
+        LOCAL.write_direct(direct, buffer, 4096)
+        LOCAL.close(direct)
+        assert LOCAL.read_at(descriptor, 8192, 0) == bytes(4096) + b"x" * 4096
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_keep_copy(tmp_path: Path, has_links: bool) -> None:
+    fs = FileSystem() if has_links else WithoutLinks()
+    path, kept = tmp_path / "file", tmp_path / "kept"
+    path.write_bytes(b"one")
+    fs.keep_copy(str(path), str(kept))
+    fs.keep_copy(str(path), str(kept))
+    assert (path.read_bytes(), kept.read_bytes()) == (b"one", b"one")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "kept"]
+    assert path.samefile(kept) == has_links
+
+
+class WithoutLinks(FileSystem):
+    def link(self, path: str, new: str) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
+def test_locks_are_the_open_files(tmp_path: Path) -> None:
+    path = str(tmp_path / "lock")
+    one, two = (LOCAL.open_lock(path, like=path) for _ in range(2))
+    try:
+        assert LOCAL.try_lock(one)
+        assert not LOCAL.try_lock(two)
+        assert not LOCAL.try_lock(two, shared=True)
+        LOCAL.unlock(one)
+        assert LOCAL.try_lock(two, shared=True)
+        assert LOCAL.try_lock(one, shared=True)
     finally:
-        filesystem.close(descriptor)
+        LOCAL.close(one)
+        LOCAL.close(two)
