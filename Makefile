@@ -8,7 +8,7 @@ ARGS ?=
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast crash bench lint layers format dashboards headroom clean
+.PHONY: help run test test-fast crash mutants bench lint layers format dashboards headroom clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,6 +31,9 @@ bench: .venv/.bench ## measure the store against its peers, half an hour (ARGS="
 # What is part of every "make test", with more rounds and with every fault at every call.
 crash: .venv/.dev ## lose power, fill disks, fail and kill for half an hour (root, Linux); build/crash-lab.json
 	@CRASH_LAB=long REQUIRE_ALL=1 .venv/bin/python -m pytest tests/crash $(ARGS)
+
+mutants: .venv/.dev ## take each rule of the storage out of the code: a test must fail (ARGS="gap key")
+	@.venv/bin/python -m tests.mutants $(ARGS)
 
 lint: .venv/.dev ## check style, format and types
 	.venv/bin/ruff check

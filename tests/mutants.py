@@ -1,0 +1,518 @@
+"""Rules of the storage engine, each with a patch that takes it out of the code and the tests that must fail then.
+
+``make mutants`` (or ``python -m tests.mutants [NAME ...]``) applies each patch in a copy of the tree and runs its
+tests. It ends with 1 when a mutant survives, when a patch does not apply any more, or when a test fails without any
+patch. A rule whose removal no test notices is not tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+from tests.support.paths import ROOT
+
+MOST_SECONDS = 180
+"""How long the tests of one mutant may take; longer ones count as failed."""
+
+RULES = "tests/storage/test_rules.py"
+RETIRING = "tests/storage/test_retiring.py"
+COMMIT = "tests/storage/test_commit.py"
+RECOVERY = "tests/storage/test_recovery.py"
+
+_TREE = ("savings_exporter", "tests", "pyproject.toml", "dashboards")
+
+
+class Edit(NamedTuple):
+    """A text that stands exactly once in a file of the package, and what replaces it."""
+
+    file: str
+    old: str
+    new: str
+
+
+class Mutant(NamedTuple):
+    """A rule, how it is taken out, and the tests of which one must fail then."""
+
+    rule: str
+    edits: Sequence[Edit]
+    tests: Sequence[str]
+
+
+def mutant(rule: str, file: str, old: str, new: str, *tests: str) -> Mutant:
+    """A mutant with one edit."""
+    return Mutant(rule, [Edit(file, old, new)], tests)
+
+
+MUTANTS = [
+    # Commits.
+    mutant(
+        "The watermark is raised after the frame is durable",
+        "storage/journal.py",
+        "            self._write(frame, operation)\n            self.writer.raise_watermark(frame.last)\n",
+        "            self.writer.raise_watermark(frame.last)\n            self._write(frame, operation)\n",
+        f"{RULES}::test_watermark_comes_last",
+    ),
+    mutant(
+        "A frame is synced before it is acknowledged",
+        "storage/segment.py",
+        "            self._fs.sync_data(self._descriptor)\n",
+        "            pass\n",
+        f"{RULES}::test_watermark_comes_last",
+    ),
+    mutant(
+        "A new segment is synced before its frame is acknowledged",
+        "storage/segment.py",
+        "            fs.fsync_file(descriptor)\n",
+        "            pass\n",
+        f"{RULES}::test_new_segment_is_synced",
+    ),
+    mutant(
+        "A new segment's name is synced before its frame is acknowledged",
+        "storage/segment.py",
+        "            directory.sync(step, path)\n",
+        "            pass\n",
+        f"{RULES}::test_new_segment_is_synced",
+    ),
+    mutant(
+        "After any error a segment is never written again",
+        "storage/journal.py",
+        "        except BaseException:\n            self._poison()\n            raise\n        self.sequence",
+        "        except BaseException:\n            raise\n        self.sequence",
+        f"{RULES}::test_poisoned_segment",
+    ),
+    mutant(
+        "An interrupt poisons the segment, too",
+        "storage/journal.py",
+        "        except BaseException:\n            self._poison()\n            raise\n        self.sequence",
+        "        except Exception:\n            self._poison()\n            raise\n        self.sequence",
+        f"{COMMIT}::test_interrupted_write",
+    ),
+    Mutant(
+        "A frame is tried again with the same sequence numbers",
+        [
+            Edit(
+                "storage/journal.py",
+                "        first = self.sequence + 1\n",
+                '        first = max(self.sequence, getattr(self, "_sealed", 0)) + 1\n'
+                "        self._sealed = first + count - 1\n",
+            ),
+            Edit("tracking/group_commit.py", "        if batch.frame is None:\n", "        if True:\n"),
+        ],
+        [f"{RULES}::test_copies_count_once"],
+    ),
+    Mutant(
+        "Frames never go to a segment before the newest",
+        [
+            Edit("storage/journal.py", "has_room_for(size) and ready.path > self._newest", "has_room_for(size)"),
+            Edit("storage/journal.py", "if made.path < self._newest:", "if False:"),
+        ],
+        [f"{RULES}::test_segment_order"],
+    ),
+    mutant(
+        "Where direct I/O is refused, writes are buffered",
+        "storage/segment.py",
+        '            if method == "direct" or error.errno not in NO_DIRECT_IO:\n',
+        "            if True:\n",
+        f"{COMMIT}::test_no_direct_io_is_buffered",
+    ),
+    # Counting.
+    mutant(
+        "A frame that was counted is skipped",
+        "storage/reader.py",
+        "        if frame.last < expected:\n            return\n",
+        "",
+        f"{RULES}::test_copies_count_once",
+    ),
+    mutant(
+        "A document says how far each journal is counted",
+        "storage/view.py",
+        "            through=position.sequence, segment=position.segment, offset=position.offset, ended=is_ended\n",
+        "            through=0, segment=0, offset=0, ended=is_ended\n",
+        f"{RULES}::test_saved_is_not_counted_again",
+    ),
+    mutant(
+        "A gap in the sequence numbers is refused",
+        "storage/reader.py",
+        "        if frame.first > expected:\n            self.lost.append((expected, frame.first - 1))\n",
+        "",
+        f"{RULES}::test_gap_is_refused",
+    ),
+    mutant(
+        "A journal that ends before its watermark is refused",
+        "storage/reader.py",
+        "        if limit is not None and not replay.is_complete:\n",
+        "        if False:\n",
+        f"{RULES}::test_end_before_the_watermark",
+    ),
+    mutant(
+        "A journal that ends before what the document holds of it is refused",
+        "storage/reader.py",
+        "        if not is_known and replay.last_seen < start.sequence:\n",
+        "        if False:\n",
+        f"{RULES}::test_end_before_the_document",
+    ),
+    mutant(
+        "A frame above the watermark of a living writer does not count",
+        "storage/reader.py",
+        "            return facts.watermark if facts.boot == boot else None\n",
+        "            return None\n",
+        f"{RULES}::test_up_to_the_watermark",
+    ),
+    mutant(
+        "Watermarks of an earlier boot are not used",
+        "storage/reader.py",
+        "            return facts.watermark if facts.boot == boot else None\n",
+        "            return facts.watermark\n",
+        f"{RULES}::test_watermark_of_earlier_boot",
+    ),
+    mutant(
+        "A key is counted once, whichever journals it stands in",
+        "storage/view.py",
+        "        return (known.writer, known.sequence) == (writer, sequence)\n",
+        "        return True\n",
+        f"{RULES}::test_key_sent_to_two",
+    ),
+    mutant(
+        "A key is looked up in what other processes recorded",
+        "tracking/group_commit.py",
+        "        self._store.key_entry(digest)\n",
+        "",
+        f"{RULES}::test_key_known_to_another",
+    ),
+    mutant(
+        "A key with other content is refused",
+        "tracking/group_commit.py",
+        "    if not is_same:\n",
+        "    if False:\n",
+        f"{COMMIT}::test_key_with_other_content",
+    ),
+    # Living and dead writers.
+    mutant(
+        "A writer's file is locked before it has its name",
+        "storage/writers.py",
+        "                if not self._fs.try_lock(descriptor):\n"
+        '                    raise BlockingIOError(errno.EAGAIN, "another process looks at it", temporary)\n',
+        "",
+        f"{RULES}::test_locked_before_it_has_a_name",
+    ),
+    mutant(
+        "There is no writer without its lock",
+        "storage/writers.py",
+        "                if not self._fs.try_lock(descriptor):\n",
+        "                if self._fs.try_lock(descriptor) is None:\n",
+        f"{RULES}::test_lock_of_new_writer",
+    ),
+    mutant(
+        "Only a writer whose lock is free is dead",
+        "storage/checkpoint.py",
+        "if not reader.is_alive(writer) and not",
+        "if not",
+        f"{RULES}::test_living_writer_keeps_its_files",
+    ),
+    mutant(
+        "Dead writers are determined before anything is counted",
+        "storage/checkpoint.py",
+        "view = _after_last_copies(reader, view)",
+        "view = _after_last_copies(reader, view); dead = dead_writers(reader, view, listing)",
+        f"{RULES}::test_writer_dies_within_a_save",
+    ),
+    mutant(
+        "A dead writer's tail is written again before it counts",
+        "storage/checkpoint.py",
+        "                make_segment(\n"
+        '                    reader.fs, path, next_block(len(data)), operation, file.directory, "fdatasync", data\n'
+        "                ).close()\n",
+        "                pass\n",
+        f"{RULES}::test_adopted_frame_is_on_disk",
+    ),
+    mutant(
+        "A torn write is kept aside",
+        "storage/checkpoint.py",
+        "        if reading.tail is not None:\n            _keep_torn_tail",
+        "        if False:\n            _keep_torn_tail",
+        f"{RECOVERY}::test_torn_tail",
+    ),
+    mutant(
+        "A writer's file stays until its counters are in a document",
+        "storage/checkpoint.py",
+        "        if after.ended and len(needless) == len(numbers):\n",
+        "        if len(needless) == len(numbers):\n",
+        f"{RULES}::test_counters_survive_close",
+    ),
+    # Saves.
+    mutant(
+        "One save at a time",
+        "storage/store.py",
+        "self._lock.take()\n",
+        "pass\n",
+        f"{COMMIT}::test_held_lock_delays_saves_only",
+    ),
+    mutant(
+        "A document is synced before it replaces the old one",
+        "storage/atomic_file.py",
+        "                self._fs.fsync_file(descriptor)\n",
+        "                pass\n",
+        f"{RETIRING}::test_failed_save_keeps_all",
+    ),
+    mutant(
+        "The directory is synced after the replace",
+        "storage/atomic_file.py",
+        "            self.directory.sync(step, self.path)\n",
+        "            pass\n",
+        f"{RETIRING}::test_failed_save_keeps_all",
+    ),
+    mutant(
+        "The document is opened again after the directory fsync",
+        "storage/atomic_file.py",
+        "        self._fs.probe(path)\n",
+        "",
+        f"{RULES}::test_document_is_opened_again",
+    ),
+    mutant(
+        "A save keeps the previous document",
+        "storage/atomic_file.py",
+        "                if not both and self._fs.identity(self.path) is not None:\n",
+        "                if False:\n",
+        f"{RULES}::test_saves_keep_the_previous",
+    ),
+    mutant(
+        "A save at close gives the document both names",
+        "storage/checkpoint.py",
+        "both = closing or view.identity",
+        "both = view.identity",
+        f"{RULES}::test_both_names_at_close",
+    ),
+    mutant(
+        "The document is replaced before the previous one",
+        "storage/atomic_file.py",
+        "                self._fs.replace(written[-1], self.path)\n                if both:\n",
+        "                if both:\n                    self._fs.replace(written[0], self.previous)\n"
+        "                self._fs.replace(written[-1], self.path)\n                if False:\n",
+        f"{RULES}::test_kill_between_names",
+    ),
+    mutant(
+        "A document points to the last copy of a frame",
+        "storage/checkpoint.py",
+        "view = _after_last_copies(reader, view)",
+        "pass",
+        f"{RULES}::test_last_copy_is_noted",
+    ),
+    mutant(
+        "A damaged document is kept aside before it is replaced",
+        "storage/checkpoint.py",
+        "if view.identity is not None and not view.is_whole:",
+        "if False:",
+        f"{RULES}::test_damaged_is_kept_aside",
+    ),
+    mutant(
+        "A segment goes when both documents cover it",
+        "storage/checkpoint.py",
+        "number < min(after.segment, before.segment)]",
+        "number < after.segment]",
+        f"{RULES}::test_previous_keeps_its_segment",
+    ),
+    mutant(
+        "All segments of a dead writer go when both documents cover them",
+        "storage/checkpoint.py",
+        "    if is_finished and before.through >= after.through:\n",
+        "    if is_finished:\n",
+        f"{RETIRING}::test_needed_by_previous",
+    ),
+    mutant(
+        "The segment that a living writer writes stays",
+        "storage/checkpoint.py",
+        "number < min(after.segment, before.segment)]",
+        "number <= min(after.segment, before.segment)]",
+        f"{RULES}::test_living_writer_keeps_its_files",
+    ),
+    mutant(
+        "Segments are removed after the directory fsync",
+        "storage/checkpoint.py",
+        "identity = file.save(data, operation, both=both)",
+        "_retire(reader, document, document if both else view.document, listing, dead); "
+        "identity = file.save(data, operation, both=both)",
+        f"{RETIRING}::test_failed_save_keeps_all",
+    ),
+    mutant(
+        "A writer's entry is dropped after a directory fsync",
+        "storage/checkpoint.py",
+        "if gone:",
+        "if False:",
+        f"{RETIRING}::test_entry_goes_after_a_sync",
+        f"{RETIRING}::test_entry_stays_if_sync_fails",
+    ),
+    mutant(
+        "A writer's entry stays while there are segments of it",
+        "storage/checkpoint.py",
+        "if writer not in listing.segments and writer not in listing.writers and",
+        "if writer not in listing.writers and",
+        f"{RETIRING}::test_segment_comes_back",
+    ),
+    # Readers without a lock.
+    mutant(
+        "A reader looks whether the document is still the same",
+        "storage/reader.py",
+        "if self.is_current(current):\n                    return followed\n",
+        "if True:\n                    return followed\n",
+        f"{RULES}::test_reader_and_two_saves",
+    ),
+    mutant(
+        "A store is examined again when its document was replaced meanwhile",
+        "storage/recovery.py",
+        "        if reader.fs.identity(reader.path) == identity:\n            return found\n",
+        "        return found\n",
+        f"{RULES}::test_inspect_and_a_save",
+    ),
+    Mutant(
+        "Watermarks are read before segments are listed",
+        [
+            Edit(
+                "storage/reader.py",
+                "        numbers = self.listing().segments.get(writer, ())\n",
+                "        numbers = self._listed.segments.get(writer, ())\n",
+            ),
+            Edit(
+                "storage/reader.py",
+                "        boot, listing = self.fs.boot_id(), self.listing()\n",
+                "        boot, listing = self.fs.boot_id(), self.listing()\n        self._listed = listing\n",
+            ),
+        ],
+        [f"{RULES}::test_segment_made_meanwhile"],
+    ),
+    # The platform, other programs, and what others are told.
+    mutant(
+        "A failed directory fsync is no unsupported one",
+        "storage/operation.py",
+        "DIR_FSYNC_UNSUPPORTED = frozenset({",
+        "DIR_FSYNC_UNSUPPORTED = frozenset({errno.EIO, ",
+        f"{RULES}::test_failed_or_unsupported",
+    ),
+    mutant(
+        "A network file system takes one process",
+        "storage/store.py",
+        "not fs.is_shared or fs.is_network(os.path.dirname(path))",
+        "not fs.is_shared",
+        f"{COMMIT}::test_network_takes_one_process",
+    ),
+    mutant(
+        "A lifetime total that cannot be read is a damage",
+        "formats/headroom.py",
+        '        raise _damaged("lifetime", block)\n',
+        "        block = None\n",
+        "tests/unit/formats/test_foreign.py::test_lifetime_that_is_no_object",
+    ),
+    mutant(
+        "A document whose checksum does not match is a damage",
+        "formats/document.py",
+        "    if _digest(whole[: checksum.start(1)], _NO_CHECKSUM, whole[checksum.end(1) :]) != checksum[1]:\n",
+        "    if False:\n",
+        f"{RULES}::test_damaged_is_kept_aside",
+    ),
+    mutant(
+        "Metrics are told of an operation after tracing",
+        "tracker.py",
+        "        observers = Observers([self._tracing, self._counters])\n        store = Store.open",
+        "        observers = Observers([self._counters, self._tracing])\n        store = Store.open",
+        f"{RULES}::test_order_of_observers",
+    ),
+]
+
+
+def applied(edit: Edit, text: str) -> str:
+    """The text of a file with the edit.
+
+    Raises:
+        ValueError: what it replaces is not there, or more than once.
+    """
+    if text.count(edit.old) != 1:
+        raise ValueError(f"{edit.file}: this text stands there {text.count(edit.old)} times:\n{edit.old}")
+    return text.replace(edit.old, edit.new)
+
+
+def problem_of(some: Mutant, tree: Path) -> str:
+    """Why a mutant survives in a copy of the tree, empty when it is killed."""
+    originals = {edit.file: (tree / "savings_exporter" / edit.file).read_text() for edit in some.edits}
+    changed = dict(originals)
+    try:
+        for edit in some.edits:
+            changed[edit.file] = applied(edit, changed[edit.file])
+        for file, text in changed.items():
+            (tree / "savings_exporter" / file).write_text(text)
+        status, output = run(some.tests, tree)
+    except ValueError as error:
+        return f"its patch does not apply: {error}"
+    finally:
+        for file, text in originals.items():
+            (tree / "savings_exporter" / file).write_text(text)
+    if status in (1, None):
+        return ""
+    return "survived" if status == 0 else f"its tests could not be run:\n{output}"
+
+
+def run(tests: Sequence[str], tree: Path) -> tuple[int | None, str]:
+    """Run tests in a tree: pytest's exit status (None when they took too long) and what it wrote."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=MOST_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return done.returncode, done.stdout + done.stderr
+
+
+def copied_tree(directory: Path) -> Path:
+    """A copy of all that the tests need."""
+    skipped = shutil.ignore_patterns("__pycache__", ".*")
+    for name in _TREE:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, directory / name, ignore=skipped)
+        else:
+            shutil.copy(ROOT / name, directory / name)
+    return directory
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Take each rule out of the code: a test must fail.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only rules that contain this text")
+    names = [name.lower() for name in parser.parse_args().names]
+    chosen = [some for some in MUTANTS if not names or any(name in some.rule.lower() for name in names)]
+    with tempfile.TemporaryDirectory() as directory:
+        workers = max((os.cpu_count() or 2) // 2, 1)
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for number in range(workers):
+            trees.put(copied_tree(Path(directory, str(number))))
+        tree = trees.get()
+        status, output = run(sorted({test for some in chosen for test in some.tests}), tree)
+        trees.put(tree)
+        if status != 0:
+            print(f"the tests fail without any patch:\n{output}")
+            return 1
+
+        def tried(some: Mutant) -> bool:
+            tree, began = trees.get(), time.monotonic()
+            problem = problem_of(some, tree)
+            trees.put(tree)
+            print(f"{problem or 'killed':<9} {time.monotonic() - began:5.1f} s  {some.rule}", flush=True)
+            return not problem
+
+        with ThreadPoolExecutor(workers) as pool:
+            killed = sum(pool.map(tried, chosen))
+    print(f"{killed} of {len(chosen)} mutants killed")
+    return 0 if killed == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
