@@ -152,10 +152,12 @@ class GroupCommit:
 
     def is_waiting(self) -> bool:
         """Whether there are records that only the background thread commits."""
-        waiting, sealed = self._batches
+        with self._mutex:
+            waiting, sealed = self._batches
+            is_led = waiting.is_led or not waiting.count
         return self.failure is None and (
             bool(self._nested)
-            or (waiting.count > 0 and not waiting.is_led)
+            or not is_led
             or (sealed is not None and self._was_interrupted)
         )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from savings_exporter.formats.frame import BLOCK_BYTES
 from savings_exporter.storage.filesystem import FileSystem
 from tests.support.service import Service
 from tests.support.wait import WAIT_SECONDS
@@ -22,10 +23,10 @@ ERRNOS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 class FaultyFileSystem(FileSystem):
     """The real files, with steps that fail or hang as a test says. Pass it to a tracker as ``filesystem``.
 
-    ``calls`` lists what was called, each call by the name of the step that it is: ``write``, ``fsync_file``, ``replace``,
-    ``fsync_dir`` of a save; ``append``, ``fsync_journal`` of a commit (a direct, synchronous write is one
-    ``fsync_journal``); ``watermark``. ``has_direct_io`` says whether direct writes are supported. ``before`` is called
-    with each step's name before the step.
+    ``calls`` lists what was called, each call by the name of the step that it is: ``write``, ``fsync_file``,
+    ``replace``, ``fsync_dir`` of a save; ``append``, ``fsync_journal`` of a commit (a direct, synchronous write is one
+    ``fsync_journal``); ``watermark``; ``counters``. ``has_direct_io`` says whether direct writes are supported.
+    ``before`` is called with each step's name before the step.
     """
 
     def __init__(self, *, has_direct_io: bool = True) -> None:
@@ -71,7 +72,7 @@ class FaultyFileSystem(FileSystem):
         if self._is_segment(descriptor):
             self._call("append")
         elif ".writer." in self._paths.get(descriptor, ""):
-            self._call("watermark")
+            self._call("watermark" if offset < BLOCK_BYTES else "counters")
         super().write_at(descriptor, data, offset)
 
     def write_direct(self, descriptor: int, data: memoryview, offset: int) -> None:
