@@ -169,8 +169,11 @@ def _first_frame(reader: Reader, view: View, writer: bytes, number: int) -> Fram
 
 
 def _gone(reader: Reader, view: View, listing: Listing) -> list[bytes]:
-    """Dead writers of which nothing is left but their entry in the document."""
-    known = (bytes.fromhex(writer) for writer in view.document.writers)
+    """Dead writers of which nothing is left but their entry in the document.
+
+    Only those that a save found dead by their files: all files of a living writer may have been removed by hand.
+    """
+    known = (bytes.fromhex(writer) for writer, state in view.document.writers.items() if state.ended)
     return [
         writer
         for writer in known

@@ -172,12 +172,19 @@ class Reader:
             return self.fs.read_at(descriptor, 1, position.offset - 1) == FRAME_END
 
     def is_alive(self, writer: bytes) -> bool:
-        """Whether a writer's process lives.
+        """Whether a writer's process lives: whether it holds the lock of its file or of one of its segments.
 
         Raises:
-            OSError: the writer's file cannot be opened.
+            OSError: a file cannot be opened.
         """
-        return writer == self.own or is_alive(self.fs, writer_path(self.path, writer))
+        return (
+            writer == self.own
+            or is_alive(self.fs, writer_path(self.path, writer))
+            or any(
+                is_alive(self.fs, segment_path(self.path, writer, number))
+                for number in self.listing().segments.get(writer, ())
+            )
+        )
 
     def is_of_another_store(self, view: View, writer: bytes, listing: Listing) -> bool:
         """Whether a writer's journal belongs to another store, whose files were left beside this one's.

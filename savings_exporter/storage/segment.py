@@ -154,6 +154,8 @@ def make_segment(
         with operation.step(APPEND if is_commit else WRITE) as step:
             step.size = size
             descriptor = fs.create(path, like=directory.like)
+            # A second sign of life, for when the writer's file is removed by hand.
+            fs.try_lock(descriptor)
             if is_commit:
                 fs.write_all(descriptor, frame)
             fs.write_zeros(descriptor, size - len(frame))

@@ -200,7 +200,7 @@ def read_counts(fs: FileSystem, path: str) -> OperationCounts:
 
 
 def is_alive(fs: FileSystem, path: str) -> bool:
-    """Whether a writer's file is locked, by a process that lives. False when there is no such file.
+    """Whether a file of a writer is locked, by a process that lives. False when there is no such file.
 
     Raises:
         OSError: it cannot be opened.

@@ -118,3 +118,22 @@ def test_other_process_saves(store_path: Path, kind: str) -> None:
         assert tracker.snapshot().lifetime.tokens_saved == other.snapshot().lifetime.tokens_saved == 1113
     with SavingsTracker(store_path) as tracker:
         assert tracker.snapshot().lifetime.tokens_saved == 1113
+
+
+@BY_HAND
+@pytest.mark.parametrize("kinds", [[".writer.*"], [".journal.*", ".writer.*"]])
+def test_idle_writer_is_kept(busy: SavingsTracker, lose: Callable[[Path], None], kinds: list[str]) -> None:
+    """An idle writer without its file is not taken for dead, however often another process saves."""
+    path = Path(busy.storage_path)
+    with SavingsTracker(path, save_interval=3600) as other:
+        assert other.save()
+        for kind in kinds:
+            for file in files(path, kind):
+                lose(file)
+        for _ in range(4):
+            assert other.record_request(model="m", tokens_saved=100)
+            assert other.save()
+    assert busy.record_request(model="m", tokens_saved=1000).durable
+    assert busy.close()
+    with SavingsTracker(path) as tracker:
+        assert tracker.snapshot().lifetime.tokens_saved == 1431
