@@ -56,7 +56,7 @@ class WriterState(msgspec.Struct, frozen=True):
 
     Attributes:
         through: the sequence number up to which its records are in the totals.
-        segment, offset: where in its journal the first record after that one is; only a hint of where to read on.
+        segment, offset: where in its journal the first record after that one is; zero when the writer records no more.
         ended: whether the writer is gone and its operation counters are in the document's ``operations``.
     """
 

@@ -64,7 +64,7 @@ def save(
         # counted twice.
         with suppress(DirectoryFsyncUnsupportedError):
             reader.fs.fsync_directory(file.directory.path)
-    document = _next_document(reader, view, gone, dead)
+    document = _next_document(reader, view, gone, dead, reader.own if closing else None)
     data = encode(document)
     operation.sequence, operation.size = document.ledger.records, len(data)
     both = closing or view.identity is None or not view.is_whole
@@ -181,7 +181,9 @@ def _gone(reader: Reader, view: View, listing: Listing) -> list[bytes]:
     ]
 
 
-def _next_document(reader: Reader, view: View, gone: Iterable[bytes], ended: Iterable[bytes]) -> Document:
+def _next_document(
+    reader: Reader, view: View, gone: Iterable[bytes], ended: Iterable[bytes], closing: bytes | None
+) -> Document:
     """The document of what is counted; it takes in the operation counters of ended writers."""
     operations, writers = view.document.operations, view.document.writers
     ended = [writer for writer in ended if not (state := writers.get(writer.hex())) or not state.ended]
@@ -191,7 +193,7 @@ def _next_document(reader: Reader, view: View, gone: Iterable[bytes], ended: Ite
         view.document,
         ledger=view.ledger,
         store=view.store.hex(),
-        writers=composed(view, gone, ended),
+        writers=composed(view, gone, ended, closing),
         operations=operations,
         saved_at=datetime.now(timezone.utc),
         problems=(),

@@ -112,8 +112,14 @@ def counted(view: View, readings: Iterable[Reading], limits: Limits, now: dateti
     return msgspec.structs.replace(view, ledger=ledger, positions=positions)
 
 
-def composed(view: View, gone: Iterable[bytes], ended: Iterable[bytes]) -> dict[str, WriterState]:
-    """The writers' entries of the next document: without those that are gone; the counters of ``ended`` are in it."""
+def composed(
+    view: View, gone: Iterable[bytes], ended: Iterable[bytes], closing: bytes | None = None
+) -> dict[str, WriterState]:
+    """The writers' entries of the next document: without those that are gone; the counters of ``ended`` are in it.
+
+    Where reading goes on is noted only of writers that may record more. The segments of the others are removed, and one
+    that a power loss brings back may have lost its content, because its blocks were given away.
+    """
     states = {}
     finished = {writer.hex() for writer in ended}
     known = {*view.document.writers, *finished, *(writer.hex() for writer in view.positions)}
@@ -121,6 +127,8 @@ def composed(view: View, gone: Iterable[bytes], ended: Iterable[bytes]) -> dict[
         before = view.document.writers.get(writer)
         position = view.position_of(bytes.fromhex(writer))
         is_ended = writer in finished or (before is not None and before.ended)
+        if is_ended or (closing is not None and writer == closing.hex()):
+            position = Position(position.sequence)
         states[writer] = WriterState(
             through=position.sequence, segment=position.segment, offset=position.offset, ended=is_ended
         )
