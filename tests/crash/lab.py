@@ -11,29 +11,34 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
+import signal
 import struct
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from savings_exporter import SavingsTracker, Snapshot, StoreError
-from savings_exporter.telemetry.metrics import SavingsCollector
-from savings_exporter.totals import Totals
+from savings_exporter import SavingsCollector, SavingsTracker, Snapshot, StoreError, Totals
+from savings_exporter.storage.segment import SyncMethod
 from tests.crash import writers
 from tests.crash.ledger import Account, size_of
 from tests.support.scrape import samples
 from tests.support.service import run_cli
-from tests.support.wait import eventually
+from tests.support.wait import WAIT_SECONDS, eventually
 
 LONG = os.environ.get("CRASH_LAB") == "long"
 
 FILESYSTEMS = ("ext4", "xfs")
+
+METHODS: tuple[SyncMethod, ...] = ("direct", "fdatasync")
+"""How the journal is written: every experiment is made in both ways."""
 
 # ext4 flushes a file that is about to replace another by itself. Other filesystems do not, and no promise rests on it.
 _MOUNT_OPTIONS = {"ext4": "loop,noauto_da_alloc", "xfs": "loop"}
@@ -46,6 +51,11 @@ _DONT_FLUSH_THE_LOG = struct.pack("I", 2)
 # Processes are forked from one that has imported the package already and has no threads.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.crash.writers", "savings_exporter"])
+
+
+_SEGMENT = re.compile(r".*\.journal\.[0-9a-f]{16}\.\d{8}")
+_WRITER = re.compile(r".*\.writer\.[0-9a-f]{16}")
+_MOST_TORN_TAILS = 10
 
 
 class LostError(AssertionError):
@@ -201,44 +211,73 @@ def pooled(directory: Path) -> Iterator[Pool]:
         unmount(pool.path)
 
 
+class Running(NamedTuple):
+    """A process of the lab; ``alive`` is closed at its other end when it and all that it has forked have ended."""
+
+    process: BaseProcess
+    alive: Connection
+
+    def kill(self) -> None:
+        """Kill it and what it has forked, and wait for their end."""
+        self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid or 0, signal.SIGKILL)
+        self.process.join()
+        self.await_end()
+
+    def await_end(self) -> None:
+        """Wait until it and what it has forked have ended."""
+        assert self.alive.poll(WAIT_SECONDS), "a process of the lab does not end"
+        with suppress(EOFError):
+            self.alive.recv()
+        self.alive.close()
+
+
 class Lab:
     """A store, the processes that record in it, and the accounts of what they were told.
 
     ``outside`` is a directory on a disk that is not in the experiment. At the end of a ``with`` no process is left.
     """
 
-    def __init__(self, store: Path, outside: Path, figures: Figures) -> None:
+    def __init__(self, store: Path, outside: Path, figures: Figures, method: SyncMethod = "auto") -> None:
         self.store = store
         self.figures = figures
         self.accounts: dict[str, Account] = {}
-        self.running: dict[str, BaseProcess] = {}
+        self.running: dict[str, Running] = {}
+        self._method = method
         self._streams: dict[str, list[Account]] = {}
         self._outside = outside
         self._counted = Counter[str]()
+        self._torn_frames = 0
         outside.mkdir(exist_ok=True)
 
     def __enter__(self) -> Lab:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self.kill()
+        for name in tuple(self.running):
+            self.running.pop(name).kill()
 
-    def account(self, name: str, *, sizes: tuple[int, ...] = (1,), keyed: bool = writers.KEYED) -> Account:
+    def account(self, name: str, *, sizes: tuple[int, ...] = (1,), keyed: bool = True) -> Account:
         """The account of a stream, opened at its first use."""
         return self.accounts.setdefault(name, Account(self._outside / name, sizes=sizes, keyed=keyed))
 
     def start(self, name: str, kind: str, sabotage: str | None = None) -> None:
         """Start a process, going on with the streams of the one that had this name before."""
-        names = [f"{name}-{n}" for n in range(writers.THREADS)] if kind == "threads" else [name]
+        streams = writers.STREAMS.get(kind, 1)
+        names = [f"{name}-{n}" for n in range(streams)] if streams > 1 else [name]
         sizes = writers.BATCHES if kind == "batches" else (1,)
         accounts = [self.account(stream, sizes=sizes) for stream in names]
         for account in accounts:
             account.read()
         self._streams[name] = accounts
-        streams = [account.stream for account in accounts]
-        process = _processes.Process(target=writers.run, args=(kind, self.store, streams, sabotage), daemon=True)
-        process.start()
-        self.running[name] = process
+        told = [account.stream for account in accounts]
+        alive, end = _processes.Pipe(duplex=False)
+        with end:
+            arguments = (kind, self.store, told, sabotage, self._method, end)
+            process = _processes.Process(target=writers.run, args=arguments, daemon=True)
+            process.start()
+        self.running[name] = Running(process, alive)
 
     def goes_on(self) -> None:
         """Wait until every process that runs has been told of something durable that it was not told of before."""
@@ -260,11 +299,10 @@ class Lab:
     def kill(self, *names: str) -> None:
         """Kill these processes (all, when none is named), and see that they had ended in no other way."""
         for name in names or tuple(self.running):
-            process = self.running.pop(name)
-            process.kill()
-            process.join()
-        raised = sorted(self._outside.glob(f"*{writers.RAISED}"))
-        assert not raised, "a writer raised:\n" + raised[0].read_text()
+            self.running.pop(name).kill()
+        for raised in sorted(self._outside.glob(f"*{writers.RAISED}")):
+            text = raised.read_text()
+            raise (LostError if "CorruptStoreError" in text else AssertionError)(f"a writer raised:\n{text}")
 
     def check(self) -> Snapshot:
         """Open the store again, and see that nothing is lost, nothing counted twice, and nothing left behind."""
@@ -272,13 +310,15 @@ class Lab:
             account.read()
         try:
             held = _records_in(self.store)
-            with SavingsTracker(self.store) as tracker:
+            with self._opened() as tracker:
                 snapshot, metrics, health = tracker.snapshot(), samples(SavingsCollector(tracker)), tracker.health()
         except (ValueError, StoreError) as error:
             self._count_streams({})
             raise LostError(f"the store is not whole: {error}") from error
         assert health.healthy, health.reason
-        self.figures.torn_frames += int(metrics.get('savings_recoveries_total{kind="torn_tail"}', 0))
+        torn_frames = int(metrics.get('savings_recoveries_total{kind="torn_tail"}', 0))
+        self.figures.torn_frames += torn_frames - self._torn_frames
+        self._torn_frames = torn_frames
         self._count_streams(snapshot.by_model)
         self._check_streams(snapshot.by_model)
         self._check_saves(held)
@@ -333,14 +373,14 @@ class Lab:
     def _check_claims(self) -> None:
         """No two receipts name the same place in the store."""
         claims = sorted(
-            (sequence, size_of(number, account.sizes), f"{name} {number}")
+            (answer.writer, answer.sequence, size_of(answer.number, account.sizes), f"{name} {answer.number}")
             for name, account in self.accounts.items()
-            for number, sequence in account.answers
+            for answer in account.answers
         )
-        for (before, _, one), (sequence, size, other) in pairwise(claims):
-            if sequence - size < before:
+        for (one_writer, before, _, one), (writer, sequence, size, other) in pairwise(claims):
+            if writer == one_writer and sequence - size < before:
                 self.figures.duplicates += 1
-                raise AssertionError(f"{one} and {other} were both told that they are record {before}")
+                raise AssertionError(f"{one} and {other} were both told that they are record {before} of {writer:016x}")
 
     def _check_exports(self, snapshot: Snapshot) -> None:
         """What was shown to a reader is there, and never went back."""
@@ -358,9 +398,22 @@ class Lab:
         assert requests == snapshot.lifetime.requests == snapshot.lifetime.tokens_saved == snapshot.sequence
 
     def _check_files(self, snapshot: Snapshot) -> None:
+        """The document holds everything, and two saves later nothing is left of those who have ended."""
         assert _records_in(self.store) == snapshot.sequence, "the document saved at the end lacks something"
-        left = [entry.name for entry in self.store.parent.iterdir() if entry.name.endswith(".tmp")]
-        assert not left, f"temporary files stayed: {left}"
+        with self._opened() as tracker:
+            assert tracker.save()
+            again = tracker.snapshot().lifetime
+            assert again == snapshot.lifetime, f"opened again: {again}, not {snapshot.lifetime}"
+        for document in (self.store, self.store.with_name(f"{self.store.name}.previous")):
+            assert _records_in(document) == snapshot.sequence, f"{document.name} lacks something"
+        names = [entry.name for entry in self.store.parent.iterdir()]
+        left = [name for name in names if name.endswith(".tmp") or _SEGMENT.fullmatch(name)]
+        assert not left, f"stayed, though all writers have ended: {left}"
+        assert sum(1 for name in names if _WRITER.fullmatch(name)) <= 1, f"writers that have ended stayed: {names}"
+        assert sum(1 for name in names if ".torn-" in name) <= _MOST_TORN_TAILS
+
+    def _opened(self) -> SavingsTracker:
+        return SavingsTracker(self.store, sync_method=self._method)
 
 
 def _requests(by_model: Mapping[str, Totals], name: str) -> int:

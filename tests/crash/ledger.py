@@ -63,15 +63,16 @@ class Ledger:
             receipt.wait(patience)
         if receipt.durable:
             assert receipt.sequence is not None
-            self._note("acknowledged", number, receipt.sequence)
+            assert receipt.writer is not None
+            self._note("acknowledged", number, int(receipt.writer, 16), receipt.sequence)
 
     def failed(self) -> None:
         """Note that the disk has failed."""
         self._note("failed")
 
-    def saved(self, sequence: int) -> None:
-        """Note that the document was saved with this record in it."""
-        self._note("saved", sequence)
+    def saved(self, records: int) -> None:
+        """Note that the document was saved with at least so many records in it."""
+        self._note("saved", records)
 
     def seen(self, tokens: int) -> None:
         """Note that a reader was shown this lifetime total."""
@@ -85,6 +86,14 @@ class Ledger:
         os.write(self._file, " ".join(map(str, (*words, _END))).encode() + b"\n")
 
 
+class Answer(NamedTuple):
+    """An acknowledgement: under which number something was sent, and the place in the store that its receipt named."""
+
+    number: int
+    writer: int
+    sequence: int
+
+
 class Account:
     """The judge's side: what the store must hold of a stream, at least and at most."""
 
@@ -94,7 +103,7 @@ class Account:
         self.keyed = keyed
         self.attempted: set[int] = set()
         self.acknowledged: set[int] = set()
-        self.answers: list[tuple[int, int]] = []
+        self.answers: list[Answer] = []
         self.notes: Counter[str] = Counter()
         self.records: Counter[str] = Counter()
         self.saved = 0
@@ -128,7 +137,7 @@ class Account:
             self._next = max(self._next, numbers[0] + 1)
         elif what == "acknowledged":
             self.acknowledged.add(numbers[0])
-            self.answers.append((numbers[0], numbers[1]))
+            self.answers.append(Answer(*numbers))
         elif what == "saved":
             self.saved = max(self.saved, numbers[0])
         elif what == "seen":

@@ -1,7 +1,8 @@
 """One process that opens a store with something to recover, commits, saves, fills what can be filled, and opens again.
 
 Each of its system calls on the store's directory is made to fail by ``test_every_call.py``. Arguments: the document's
-path, a directory for the ledgers. Status 0: it came to its end, whatever is pending; 3: the store refused to open.
+path, a directory for the ledgers, how the journal is written. Status 0: it came to its end, whatever is pending; 3: the
+store refused to open.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import secrets
 import sys
 from itertools import count
 from pathlib import Path
+from typing import cast
 
 from savings_exporter import SavingsTracker, StoreError
+from savings_exporter.storage.segment import SyncMethod
 from tests.crash.ledger import Ledger
 from tests.crash.writers import batch_of, key
 
@@ -20,20 +23,20 @@ REFUSED = 3
 
 SINGLE, BATCHED, LATER, LAST = "single", "batched", "later", "last"
 
-BATCH = 4500
-"""Records a batch, so that two of them fill a segment."""
+BATCH = 400
+"""Records a batch, so that one of them is larger than a first segment."""
 
 # One fault is over when the disk is tried again, some tenths of a second later.
 PATIENCE_SECONDS = 5.0
 
 
-def main(store: str, ledgers: Path) -> int:
+def main(store: str, ledgers: Path, method: SyncMethod) -> int:
     make_names_predictable()
     logging.disable()
     try:
-        with SavingsTracker(store) as tracker:
+        with SavingsTracker(store, sync_method=method) as tracker:
             record(tracker, ledgers)
-        with SavingsTracker(store) as tracker:
+        with SavingsTracker(store, sync_method=method) as tracker:
             send(tracker, Ledger(ledgers / LAST), LAST, 1)
     except StoreError as error:
         print(error, file=sys.stderr)
@@ -42,13 +45,17 @@ def main(store: str, ledgers: Path) -> int:
 
 
 def make_names_predictable() -> None:
-    """Give files the same names in each run: strace is told which ones to watch."""
-    numbers = count(1)
+    """Give files and writers the same names in each run: strace is told which ones to watch."""
+    files, writers = count(1), count(1)
 
-    def numbered(nbytes: int | None = None) -> str:
-        return f"{next(numbers):0{2 * (nbytes or 32)}x}"
+    def numbered_file(nbytes: int | None = None) -> str:
+        return f"{next(files):0{2 * (nbytes or 32)}x}"
 
-    secrets.token_hex = numbered
+    def numbered_writer(nbytes: int | None = None) -> bytes:
+        return next(writers).to_bytes(nbytes or 32, "big")
+
+    secrets.token_hex = numbered_file
+    secrets.token_bytes = numbered_writer
 
 
 def record(tracker: SavingsTracker, ledgers: Path) -> None:
@@ -59,8 +66,11 @@ def record(tracker: SavingsTracker, ledgers: Path) -> None:
         batched.attempt(number)
         receipt = tracker.record_many(batch_of(BATCHED, BATCH), **key(BATCHED, number))
         batched.answer(number, receipt, PATIENCE_SECONDS)
-    if tracker.save() and receipt.sequence is not None:
-        batched.saved(receipt.sequence)
+    # Twice, so that there is a document to keep as the previous one.
+    for _ in range(2):
+        durable = tracker.snapshot().sequence
+        if tracker.save():
+            batched.saved(durable)
     later.attempt(1)
     receipt = tracker.record_request(model=LATER, tokens_saved=1, wait=False, **key(LATER, 1))
     tracker.flush(PATIENCE_SECONDS)
@@ -75,4 +85,4 @@ def send(tracker: SavingsTracker, ledger: Ledger, model: str, number: int) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), cast("SyncMethod", sys.argv[3])))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 
@@ -14,6 +17,7 @@ from tests.crash.lab import FILESYSTEMS, Disk, ThinDisk, drop_caches, mounted, p
 pytestmark = pytest.mark.needs("linux", "root", "mount", "xfsprogs", "e2fsprogs")
 
 BLOCK = 64 * 1024
+PAGE = 4096
 
 
 @pytest.mark.parametrize("filesystem", FILESYSTEMS)
@@ -97,6 +101,83 @@ def test_a_sync_fails_once_then_succeeds_and_the_data_is_gone(
         assert file.read_bytes() != data
         # ext4 has given up, and says so to whoever asks for something new; XFS goes on as if nothing had happened.
         assert outcome((disk.mountpoint / "another").touch) == new_file
+
+
+@pytest.mark.parametrize("filesystem", FILESYSTEMS)
+@pytest.mark.parametrize("content", [b"", bytes(BLOCK)], ids=["append", "into-zeros"])
+def test_direct_synchronous_write_survives(tmp_path: Path, filesystem: str, content: bytes) -> None:
+    with mounted(Disk(filesystem, tmp_path)) as disk:
+        file = disk.mountpoint / "segment"
+        write(file, content, sync=True)
+        sync(disk.mountpoint)
+        with opened(file, os.O_WRONLY | os.O_DIRECT | os.O_DSYNC) as descriptor:
+            for number in range(4):
+                os.pwritev(descriptor, [page_of(number + 1)], number * PAGE)
+            disk.lose_power()
+        disk.unmount()
+        disk.mount()
+        assert [file.read_bytes()[number * PAGE] for number in range(4)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("filesystem", FILESYSTEMS)
+def test_direct_write_alone_is_lost(tmp_path: Path, filesystem: str) -> None:
+    """Without ``O_DSYNC``: what the file system knows of the blocks is not on the disk."""
+    with mounted(Disk(filesystem, tmp_path)) as disk:
+        file = disk.mountpoint / "segment"
+        write(file, b"", sync=True)
+        sync(disk.mountpoint)
+        with opened(file, os.O_WRONLY | os.O_DIRECT) as descriptor:
+            os.pwritev(descriptor, [page_of(1)], 0)
+            disk.lose_power()
+        disk.unmount()
+        disk.mount()
+        assert file.read_bytes() == b""
+
+
+@pytest.mark.parametrize("filesystem", FILESYSTEMS)
+def test_buffered_reads_are_coherent(tmp_path: Path, filesystem: str) -> None:
+    """A buffered read sees each direct write that has returned, and none of them disappears again."""
+    with mounted(Disk(filesystem, tmp_path)) as disk:
+        file = disk.mountpoint / "segment"
+        write(file, bytes(BLOCK), sync=True)
+        ended, seen = Event(), list[int]()
+
+        def read_on(descriptor: int) -> None:
+            while not ended.is_set():
+                seen.append(number_in(os.pread(descriptor, PAGE, 0)))
+
+        with opened(file, os.O_WRONLY | os.O_DIRECT | os.O_DSYNC) as writer, opened(file, os.O_RDONLY) as reader:
+            thread = Thread(target=read_on, args=(reader,))
+            thread.start()
+            try:
+                for number in range(1, 301):
+                    os.pwritev(writer, [page_of(number)], 0)
+                    assert number_in(os.pread(reader, PAGE, 0)) == number
+            finally:
+                ended.set()
+                thread.join()
+        assert seen == sorted(seen)
+
+
+def page_of(number: int) -> memoryview:
+    """An aligned page full of a number."""
+    page = mmap.mmap(-1, PAGE)
+    page[:] = number.to_bytes(2, "little") * (PAGE // 2)
+    return memoryview(page)
+
+
+def number_in(page: bytes) -> int:
+    """The number in the first place of a page."""
+    return int.from_bytes(page[:2], "little")
+
+
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def write(path: Path, data: bytes, *, sync: bool) -> None:

@@ -7,23 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.lab import Lab, reported, rounds
-from tests.support.wait import WAIT_SECONDS
+from savings_exporter.storage.segment import SyncMethod
+from tests.crash.lab import METHODS, Lab, reported, rounds
 
 pytestmark = pytest.mark.needs("linux")
 
-KINDS = ("alone", "alone", "alone", "alone", "threads", "threads", "batches", "batches")
+KINDS = ("alone", "alone", "threads", "batches", "batches", "visitors", "forks")
 
 
-def test_writers_go_on_when_others_are_killed_and_nothing_is_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_writers(tmp_path: Path, method: SyncMethod) -> None:
     kinds = {f"{kind}{n}": kind for n, kind in enumerate(KINDS)}
     store = tmp_path / "store" / "proxy_savings.json"
     store.parent.mkdir()
-    with Lab(store, tmp_path / "outside", reported("killed writers")) as lab:
+    with Lab(store, tmp_path / "outside", reported(f"killed writers, {method}"), method) as lab:
         for name, kind in kinds.items():
             lab.start(name, kind)
         lab.start("reader", "reader")
-        for number in range(rounds(30, 200)):
+        lab.start("watcher", "watcher")
+        for number in range(rounds(12, 200)):
             victim = random.choice(list(kinds))
             lab.kill(victim)
             # Killed from outside at any instant, and by itself where a part of its work is on the disk.
@@ -43,6 +45,5 @@ def test_writers_go_on_when_others_are_killed_and_nothing_is_lost(tmp_path: Path
 def die(lab: Lab, name: str, kind: str, how: str) -> None:
     """Run a writer that leaves work half done to those who still run."""
     lab.start(name, kind, how)
-    lab.running[name].join(WAIT_SECONDS)
-    assert not lab.running[name].is_alive()
+    lab.running[name].process.join()
     lab.kill(name)

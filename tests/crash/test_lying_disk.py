@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from savings_exporter.storage.segment import SyncMethod
 from tests.crash.lab import (
     FILESYSTEMS,
+    METHODS,
     Disk,
     Lab,
     LostError,
@@ -23,25 +25,27 @@ from tests.support.wait import eventually
 
 pytestmark = pytest.mark.needs("linux", "root", "mount", "xfsprogs", "e2fsprogs")
 
-WRITERS = ("alone", "threads", "batches", "reader")
+WRITERS = ("alone", "threads", "batches", "visitors", "forks", "reader", "watcher")
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("filesystem", FILESYSTEMS)
-def test_what_was_acknowledged_is_on_a_disk_that_ran_full(tmp_path: Path, filesystem: str) -> None:
+def test_full_disk_loses_nothing(tmp_path: Path, filesystem: str, method: SyncMethod) -> None:
     with pooled(tmp_path) as pool, mounted(ThinDisk(filesystem, pool.path)) as disk:
         store = disk.mountpoint / "proxy_savings.json"
-        with Lab(store, tmp_path / "outside", reported(f"full disk, {filesystem}")) as lab:
-            for _ in range(rounds(5, 30)):
+        with Lab(store, tmp_path / "outside", reported(f"full disk, {filesystem}, {method}"), method) as lab:
+            for _ in range(rounds(3, 30)):
                 run_full_while_recording(pool, disk, lab)
                 come_back(pool, disk, lab)
             lab.verify()
 
 
-def test_records_become_durable_when_xfs_has_room_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_room_again_on_xfs(tmp_path: Path, method: SyncMethod) -> None:
     with pooled(tmp_path) as pool, mounted(ThinDisk("xfs", pool.path)) as disk:
         store = disk.mountpoint / "proxy_savings.json"
-        with Lab(store, tmp_path / "outside", reported("room again, xfs")) as lab:
-            for _ in range(rounds(5, 30)):
+        with Lab(store, tmp_path / "outside", reported(f"room again, xfs, {method}"), method) as lab:
+            for _ in range(rounds(3, 30)):
                 run_full_while_recording(pool, disk, lab)
                 pool.enlarge()
                 lab.goes_on()
@@ -49,13 +53,14 @@ def test_records_become_durable_when_xfs_has_room_again(tmp_path: Path) -> None:
             lab.verify()
 
 
-def test_the_lab_sees_what_is_lost_when_a_failed_sync_is_tried_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_sync_again_loses_on_xfs(tmp_path: Path, method: SyncMethod) -> None:
     with pooled(tmp_path) as pool, mounted(ThinDisk("xfs", pool.path)) as disk:
         store = disk.mountpoint / "proxy_savings.json"
-        with Lab(store, tmp_path / "outside", reported("sync again, xfs (must lose)")) as lab:
+        with Lab(store, tmp_path / "outside", reported(f"sync again, xfs, {method} (must lose)"), method) as lab:
             for _ in range(rounds(20, 60)):
-                run_full_while_recording(pool, disk, lab, "sync again")
                 try:
+                    run_full_while_recording(pool, disk, lab, "sync again")
                     come_back(pool, disk, lab)
                 except LostError:
                     return

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from savings_exporter import SavingsRecord, SavingsTracker
-from savings_exporter.errors import CorruptStoreError
-from tests.crash.lab import FILESYSTEMS, Disk, Lab, LostError, mounted, reported, rounds
+from savings_exporter import CorruptStoreError, SavingsTracker
+from savings_exporter.storage.segment import SyncMethod
+from tests.crash.lab import FILESYSTEMS, METHODS, Disk, Lab, LostError, mounted, reported, rounds
 
 pytestmark = pytest.mark.needs("linux", "root", "mount", "xfsprogs", "e2fsprogs")
 
-WRITERS = ("alone", "threads", "batches", "reader")
-
-ONE = SavingsRecord(model="m", tokens_saved=1)
+WRITERS = ("alone", "threads", "batches", "visitors", "forks", "reader", "watcher")
 
 # From before the first process has opened the store until all have recorded for a while.
-LONGEST_LIFE_SECONDS = 0.3
+LONGEST_LIFE_SECONDS = 0.4
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("filesystem", FILESYSTEMS)
-def test_what_was_acknowledged_survives_a_power_loss_at_any_instant(tmp_path: Path, filesystem: str) -> None:
+def test_power_loss_at_any_instant(tmp_path: Path, filesystem: str, method: SyncMethod) -> None:
     with mounted(Disk(filesystem, tmp_path)) as disk:
         store = disk.mountpoint / "proxy_savings.json"
-        with Lab(store, tmp_path / "outside", reported(f"power loss, {filesystem}")) as lab:
-            for number in range(rounds(40, 300)):
+        figures = reported(f"power loss, {filesystem}, {method}")
+        with Lab(store, tmp_path / "outside", figures, method) as lab:
+            for number in range(rounds(20, 300)):
                 # Every second time the disk is slow, so that the power goes between a write and its sync.
                 lose_power_while_recording(disk, lab, "slow syncs" if number % 2 else None)
                 lab.check()
@@ -36,33 +37,42 @@ def test_what_was_acknowledged_survives_a_power_loss_at_any_instant(tmp_path: Pa
     assert 0 < lab.figures.acknowledged < lab.figures.attempted
 
 
+@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda _data: b"", lambda data: bytes(len(data))])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("filesystem", FILESYSTEMS)
-def test_what_only_a_document_had_is_missed_when_it_is_damaged_after_a_power_loss(
-    tmp_path: Path, filesystem: str
+def test_damage_after_power_loss(
+    tmp_path: Path, filesystem: str, method: SyncMethod, damage: Callable[[bytes], bytes]
 ) -> None:
+    """The previous document and the journals hold what was acknowledged; without the document before, it is missed."""
     with mounted(Disk(filesystem, tmp_path)) as disk:
         store = disk.mountpoint / "proxy_savings.json"
-        with SavingsTracker(store, save_interval=1000) as tracker:
-            assert tracker.record_many([ONE])
-            # So many go by the document.
-            assert tracker.record_many([ONE] * 10_001)
+        with SavingsTracker(store, save_interval=1000, sync_method=method) as tracker:
+            for number in range(1, 8):
+                assert tracker.record_request(model="m", tokens_saved=1)
+                assert number % 2 or tracker.save()
             disk.lose_power()
         disk.unmount()
         disk.mount()
-        store.write_bytes(store.read_bytes()[:-100])
-        with pytest.raises(CorruptStoreError, match="acknowledged records are lost: number 2 to 10002"):
+        store.write_bytes(damage(store.read_bytes()))
+        with SavingsTracker(store) as tracker:
+            assert tracker.snapshot().lifetime.requests == 7
+        for document in (store, store.with_name(store.name + ".previous")):
+            document.write_bytes(damage(document.read_bytes()))
+        with pytest.raises(CorruptStoreError, match="its totals are lost"):
             SavingsTracker(store)
 
 
 @pytest.mark.parametrize("sabotage", ["no directory fsync", "no data sync"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("filesystem", FILESYSTEMS)
-def test_the_lab_sees_what_is_lost_without_a_sync(tmp_path: Path, filesystem: str, sabotage: str) -> None:
+def test_without_a_sync_it_loses(tmp_path: Path, filesystem: str, method: SyncMethod, sabotage: str) -> None:
     with mounted(Disk(filesystem, tmp_path)) as disk:
         store = disk.mountpoint / "proxy_savings.json"
-        with Lab(store, tmp_path / "outside", reported(f"{sabotage}, {filesystem} (must lose)")) as lab:
+        figures = reported(f"{sabotage}, {filesystem}, {method} (must lose)")
+        with Lab(store, tmp_path / "outside", figures, method) as lab:
             for _ in range(rounds(60, 200)):
-                lose_power_while_recording(disk, lab, sabotage)
                 try:
+                    lose_power_while_recording(disk, lab, sabotage)
                     lab.check()
                 except LostError:
                     return

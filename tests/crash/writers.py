@@ -1,25 +1,29 @@
-"""What the lab's processes do until they are killed, and how some of them are broken on purpose."""
+"""What the lab's processes do until they are killed."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import random
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle, islice
+from contextlib import contextmanager
+from itertools import count, cycle, islice
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from savings_exporter import SavingsRecord, SavingsTracker, StoreError
-from savings_exporter.storage import filesystem
+from savings_exporter import CorruptStoreError, SavingsRecord, SavingsTracker, StoreError
+from savings_exporter.storage.filesystem import FileSystem
+from savings_exporter.storage.segment import SyncMethod
+from savings_exporter.watched import WatchedFile
 from tests.crash.ledger import Ledger, Stream, size_of
+from tests.crash.sabotage import filesystem
 
-BATCHES = (1, 200, 1, 3, 1, 1000, 1, 6000, 1, 30_000)
+BATCHES = (*(1, 50, 1, 3, 1, 200, 1, 20) * 4, 1500, 1, 10_000, 1)
 """Records a batch, in turn: large ones, so that whatever the engine fills with records is filled soon, small ones that
 fit where a large one did not, and one that is larger than a segment.
 """
@@ -27,70 +31,179 @@ fit where a large one did not, and one that is larger than a segment.
 BURST = 8
 """Records that are sent without waiting before their receipts are looked at."""
 
-THREADS = 4
-"""Streams of a writer with threads; every second one does not wait."""
+STREAMS = {"threads": 4, "forks": 3}
+"""How many streams a writer has, where it is not one: one a thread, of which every second one does not wait; one for
+the parent, and one for each of its children that live at the same time.
+"""
 
 SAVE_EVERY = 16
 """Who sends one record after the other asks for a save of the document after so many records."""
 
-LONGEST_SYNC_SECONDS = 0.01
-"""How long a slow disk takes for a sync at most."""
+LONGEST_STAY = 8
+"""How many records a visitor or a forked child sends at most before it ends."""
+
+PAUSE_SECONDS = 0.02
+"""How long a visitor that could not open the store waits before it tries again."""
 
 RAISED = ".raised"
 """What a writer's last traceback is called, after its ledger."""
 
-KEYED = "idempotency_key" in inspect.signature(SavingsTracker.record_request).parameters
-"""Whether this engine knows idempotency keys."""
+
+class Store(NamedTuple):
+    """A store as a process of the lab uses it."""
+
+    path: Path
+    method: SyncMethod
+    disk: FileSystem
+
+    def open(self) -> SavingsTracker:
+        """A tracker on it."""
+        return SavingsTracker(self.path, sync_method=self.method, filesystem=self.disk)
 
 
-DATA_SYNCS = [name for name in ("fsync_file", "sync_data") if hasattr(filesystem, name)]
-"""How this engine has a file's data on the disk."""
+def run(
+    kind: str, path: Path, streams: list[Stream], sabotage: str | None, method: SyncMethod, _alive: Connection
+) -> None:
+    """Be a process of the lab.
 
-
-def run(kind: str, store: Path, streams: list[Stream], sabotage: str | None) -> None:
-    """Be a process of the lab. What it raises is left beside its ledger, for the judge."""
+    Each process that comes from this one has a copy of the connection: when all have ended, its other end is told.
+    """
+    os.setsid()  # so that all of them are killed together
     logging.disable()
+    with left_behind(streams[0]):
+        try:
+            KINDS[kind](Store(path, method, filesystem(sabotage, Ledger(streams[0].ledger))), streams)
+        except StoreError as error:
+            refuse_damage(error)
+
+
+@contextmanager
+def left_behind(stream: Stream) -> Iterator[None]:
+    """What is raised is left beside the stream's ledger, for the judge."""
     try:
-        if sabotage is not None:
-            SABOTAGES[sabotage](store.parent, Ledger(streams[0].ledger))
-        with SavingsTracker(store) as tracker:
-            KINDS[kind](tracker, streams)
-    except StoreError:
-        pass  # the disk failed while the store was being opened
+        yield
     except BaseException:
-        streams[0].ledger.with_suffix(RAISED).write_text(traceback.format_exc())
+        stream.ledger.with_suffix(RAISED).write_text(traceback.format_exc())
         raise
 
 
-def alone(tracker: SavingsTracker, streams: list[Stream]) -> None:
+def refuse_damage(error: StoreError) -> None:
+    """A store cannot be opened on a disk that has failed; it is never found to be damaged.
+
+    Raises:
+        CorruptStoreError: it is.
+    """
+    if isinstance(error, CorruptStoreError):
+        raise error
+
+
+def alone(store: Store, streams: list[Stream]) -> None:
     """Send one record after the other."""
-    _send_each(tracker, streams[0])
+    with store.open() as tracker:
+        _send_each(tracker, streams[0], streams[0].numbers())
 
 
-def threads(tracker: SavingsTracker, streams: list[Stream]) -> None:
+def threads(store: Store, streams: list[Stream]) -> None:
     """Send from several threads at once; every second one does not wait for each record."""
     senders = islice(cycle((_send_each, _send_bursts)), len(streams))
-    with ThreadPoolExecutor(len(streams)) as pool:
-        for done in [pool.submit(send, tracker, stream) for send, stream in zip(senders, streams, strict=True)]:
+    with store.open() as tracker, ThreadPoolExecutor(len(streams)) as pool:
+        sent = [
+            pool.submit(send, tracker, stream, stream.numbers()) for send, stream in zip(senders, streams, strict=True)
+        ]
+        for done in sent:
             done.result()
 
 
-def batches(tracker: SavingsTracker, streams: list[Stream]) -> None:
+def batches(store: Store, streams: list[Stream]) -> None:
     """Send batches."""
     ledger = Ledger(streams[0].ledger)
     records = batch_of(streams[0].name, max(BATCHES))
-    for number in streams[0].numbers():
-        batch = records[: size_of(number, BATCHES)]
-        ledger.attempt(number)
-        ledger.answer(number, tracker.record_many(batch, **key(streams[0].name, number)))
+    with store.open() as tracker:
+        for number in streams[0].numbers():
+            batch = records[: size_of(number, BATCHES)]
+            ledger.attempt(number)
+            ledger.answer(number, tracker.record_many(batch, **key(streams[0].name, number)))
 
 
-def reader(tracker: SavingsTracker, streams: list[Stream]) -> None:
+def visitors(store: Store, streams: list[Stream]) -> None:
+    """Open the store, send some records, close it, again and again."""
+    ledger, numbers = Ledger(streams[0].ledger), streams[0].numbers()
+    while True:
+        try:
+            with store.open() as tracker:
+                _send_each(tracker, streams[0], islice(numbers, random.randint(0, LONGEST_STAY)))
+        except StoreError as error:
+            refuse_damage(error)
+            ledger.failed()
+            time.sleep(PAUSE_SECONDS)
+
+
+def forks(store: Store, streams: list[Stream]) -> None:
+    """Fork children that send some records and end in one way or another; send records meanwhile."""
+    own, *of_children = [stream.numbers() for stream in streams]
+    with store.open() as tracker:
+        for round_ in count():
+            children: list[int] = []
+            for stream, numbers in zip(streams[1:], of_children, strict=True):
+                part = list(islice(numbers, random.randint(0, LONGEST_STAY)))
+                end = ENDS[(round_ + len(children)) % len(ENDS)]
+                children.append(_forked(tracker, stream, part, end))
+            _send_each(tracker, streams[0], islice(own, LONGEST_STAY))
+            for child in children:
+                os.waitpid(child, 0)
+
+
+def _forked(tracker: SavingsTracker, stream: Stream, numbers: list[int], end: Callable[[SavingsTracker], None]) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            with left_behind(stream):
+                _send_each(tracker, stream, numbers)
+                end(tracker)
+        finally:
+            os._exit(0)
+    return child
+
+
+def _close(tracker: SavingsTracker) -> None:
+    tracker.close()
+
+
+def _only_exit(_tracker: SavingsTracker) -> None:
+    pass
+
+
+def _kill_oneself(_tracker: SavingsTracker) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+ENDS = (_close, _only_exit, _kill_oneself)
+
+
+def reader(store: Store, streams: list[Stream]) -> None:
     """Note every lifetime total that a scrape would have shown."""
-    ledger = Ledger(streams[0].ledger)
+    with store.open() as tracker:
+        _note_totals(tracker, streams[0])
+
+
+def watcher(store: Store, streams: list[Stream]) -> None:
+    """Note every lifetime total that a watching process would have shown."""
+    while True:
+        try:
+            watched = WatchedFile(store.path, store.disk)
+        except StoreError as error:
+            # There is no document before the first save.
+            refuse_damage(error)
+            time.sleep(PAUSE_SECONDS)
+        else:
+            _note_totals(watched, streams[0])
+
+
+def _note_totals(source: SavingsTracker | WatchedFile, stream: Stream) -> None:
+    ledger = Ledger(stream.ledger)
     shown = -1
     while True:
-        tokens = tracker.snapshot().lifetime.tokens_saved
+        tokens = source.snapshot().lifetime.tokens_saved
         if tokens != shown:
             ledger.seen(tokens)
             shown = tokens
@@ -98,31 +211,35 @@ def reader(tracker: SavingsTracker, streams: list[Stream]) -> None:
 
 
 def key(name: str, number: int) -> dict[str, Any]:
-    """The idempotency key of a stream's record, where the engine knows such keys."""
-    return {"idempotency_key": f"{name}-{number}"} if KEYED else {}
+    """The idempotency key of a stream's record."""
+    return {"idempotency_key": f"{name}-{number}"}
 
 
 def batch_of(model: str, size: int) -> list[SavingsRecord]:
-    """As many large records."""
-    return [SavingsRecord(model=model, tokens_saved=1, project=f"{n % 100:0128}") for n in range(size)]
+    """As many large records, of some 450 bytes each."""
+    return [
+        SavingsRecord(model=model, tokens_saved=1, project=f"{n % 100:0128}", provider="p" * 128, agent="a" * 128)
+        for n in range(size)
+    ]
 
 
-def _send_each(tracker: SavingsTracker, stream: Stream) -> None:
+def _send_each(tracker: SavingsTracker, stream: Stream, numbers: Iterable[int]) -> None:
     """Send one record after the other, and now and then have the document saved."""
     ledger = Ledger(stream.ledger)
-    for number in stream.numbers():
+    for number in numbers:
         ledger.attempt(number)
         receipt = tracker.record_request(model=stream.name, tokens_saved=1, **key(stream.name, number))
         ledger.answer(number, receipt)
-        if number % SAVE_EVERY == 0 and receipt.sequence is not None and tracker.save():
-            ledger.saved(receipt.sequence)
+        if number % SAVE_EVERY == 0 and receipt.durable:
+            durable = tracker.snapshot().sequence
+            if tracker.save():
+                ledger.saved(durable)
 
 
-def _send_bursts(tracker: SavingsTracker, stream: Stream) -> None:
+def _send_bursts(tracker: SavingsTracker, stream: Stream, numbers: Iterable[int]) -> None:
     """Send several records without waiting, then look at their receipts."""
-    ledger = Ledger(stream.ledger)
-    numbers = stream.numbers()
-    while burst := list(islice(numbers, BURST)):
+    ledger, left = Ledger(stream.ledger), iter(numbers)
+    while burst := list(islice(left, BURST)):
         receipts = []
         for number in burst:
             ledger.attempt(number)
@@ -133,104 +250,12 @@ def _send_bursts(tracker: SavingsTracker, stream: Stream) -> None:
             ledger.answer(number, receipt)
 
 
-def _skip_directory_fsync(_directory: Path, _ledger: Ledger) -> None:
-    filesystem.fsync_directory = lambda path: None
-
-
-def _skip_data_sync(_directory: Path, _ledger: Ledger) -> None:
-    for name in DATA_SYNCS:
-        setattr(filesystem, name, lambda descriptor: None)
-
-
-def _sync_slowly(_directory: Path, _ledger: Ledger) -> None:
-    """Be a slow disk: what is written and visible to others is not durable for a while."""
-
-    def slow(sync: Callable[[Any], None]) -> Callable[[Any], None]:
-        def sync_slowly(file: Any) -> None:
-            time.sleep(random.uniform(0, LONGEST_SYNC_SECONDS))
-            sync(file)
-
-        return sync_slowly
-
-    for name in ("fsync_directory", *DATA_SYNCS):
-        setattr(filesystem, name, slow(getattr(filesystem, name)))
-
-
-def _sync_again(_directory: Path, ledger: Ledger) -> None:
-    """Believe the second sync of a file whose first one failed."""
-
-    def believing(sync: Callable[[int], None]) -> Callable[[int], None]:
-        def sync_again(descriptor: int) -> None:
-            try:
-                sync(descriptor)
-            except OSError:
-                ledger.failed()
-                sync(descriptor)
-
-        return sync_again
-
-    for name in DATA_SYNCS:
-        setattr(filesystem, name, believing(getattr(filesystem, name)))
-
-
-def _die_in_a_write(directory: Path, ledger: Ledger) -> None:
-    """At some write into the directory, let a part of the bytes through and end by SIGKILL."""
-    life = random.randint(1, 20)
-
-    def torn(descriptor: int, data: Any, write: Callable[[Any], int]) -> int:
-        nonlocal life
-        if _is_in(directory, descriptor) and len(data) > 1:
-            life -= 1
-            if life == 0:
-                ledger.torn(write(data[: random.randrange(1, len(data))]))
-                os.kill(os.getpid(), signal.SIGKILL)
-        return write(data)
-
-    real_write, real_pwrite = os.write, os.pwrite
-    os.write = lambda descriptor, data: torn(descriptor, data, lambda part: real_write(descriptor, part))
-    os.pwrite = lambda descriptor, data, offset: torn(
-        descriptor, data, lambda part: real_pwrite(descriptor, part, offset)
-    )
-
-
-def _die_after_a_call(directory: Path, _ledger: Ledger) -> None:
-    """End by SIGKILL right after some call that changes a file: what would have come next never does.
-
-    Which one is counted from the first call of some kind, because those that matter most are rare.
-    """
-    calls = ("replace", "write", "pwrite", "fsync", "fdatasync", "unlink")
-    first, life = random.choice(calls[:2]), random.randint(1, 10)
-    is_dying = False
-
-    def deadly(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def die_after(*arguments: Any, **options: Any) -> Any:
-            nonlocal is_dying, life
-            result = call(*arguments, **options)
-            if _is_in(directory, arguments[0]):
-                is_dying = is_dying or name == first
-                life -= is_dying
-                if life == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return die_after
-
-    for name in calls:
-        setattr(os, name, deadly(name, getattr(os, name)))
-
-
-def _is_in(directory: Path, file: int | str) -> bool:
-    """Whether a path or a descriptor is one of a file in a directory, or of the directory."""
-    path = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else os.fspath(file)
-    return Path(path) == directory or directory in Path(path).parents
-
-
-SABOTAGES = {
-    "no directory fsync": _skip_directory_fsync,
-    "no data sync": _skip_data_sync,
-    "slow syncs": _sync_slowly,
-    "sync again": _sync_again,
-    "torn write": _die_in_a_write,
-    "sudden death": _die_after_a_call,
+KINDS: dict[str, Callable[[Store, list[Stream]], None]] = {
+    "alone": alone,
+    "threads": threads,
+    "batches": batches,
+    "visitors": visitors,
+    "forks": forks,
+    "reader": reader,
+    "watcher": watcher,
 }
-KINDS = {"alone": alone, "threads": threads, "batches": batches, "reader": reader}
