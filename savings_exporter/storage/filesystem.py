@@ -471,15 +471,22 @@ class WindowsFileSystem(FileSystem):
 
     def _lock(self, descriptor: int, shared: bool) -> None:
         if sys.platform == "win32" and not shared:
-            with self._seeking:
-                os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
-                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            self._locking(descriptor, msvcrt.LK_NBLCK)
 
     def _unlock(self, descriptor: int) -> None:
         if sys.platform == "win32":
+            self._locking(descriptor, msvcrt.LK_UNLCK)
+
+    def _locking(self, descriptor: int, mode: int) -> None:
+        if sys.platform == "win32":
             with self._seeking:
+                # write_all goes on where the last write ended.
+                position = os.lseek(descriptor, 0, os.SEEK_CUR)
                 os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
-                msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+                try:
+                    msvcrt.locking(descriptor, mode, 1)
+                finally:
+                    os.lseek(descriptor, position, os.SEEK_SET)
 
     def _make_like(self, descriptor: int, like: str) -> None:
         """Files get their rights from the directory there."""
