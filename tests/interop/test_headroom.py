@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from savings_exporter import SavingsTracker, Snapshot
-from savings_exporter.totals import AMOUNTS, COUNTS, Totals
+from savings_exporter.model.totals import AMOUNTS, COUNTS, Totals
 from tests.support.paths import DATA, HEADROOM_PYTHON
 from tests.support.wait import WAIT_SECONDS
 
@@ -108,7 +108,7 @@ def assert_totals(ours: Totals, theirs: dict[str, Any]) -> None:
     assert {name: round(getattr(ours, name), 6) for name in shared} == shared
 
 
-def test_headroom_reads_a_store_of_ours(store_path: Path) -> None:
+def test_headroom_reads_our_store(store_path: Path) -> None:
     ours = recorded(store_path, AWKWARD)
     written = store_path.read_bytes()
     theirs = headroom(store_path)
@@ -119,13 +119,13 @@ def test_headroom_reads_a_store_of_ours(store_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", HEADROOM_FILES, ids=lambda path: path.parent.name)
-def test_headroom_reads_a_file_of_its_own_that_we_went_on_with(path: Path, store_path: Path) -> None:
+def test_headroom_reads_its_own_file_again(path: Path, store_path: Path) -> None:
     store_path.write_bytes(path.read_bytes())
     ours = recorded(store_path, AWKWARD)
     assert_same(ours, headroom(store_path))
 
 
-def test_headroom_keeps_the_fifty_largest_of_our_projects(store_path: Path) -> None:
+def test_headroom_keeps_fifty_projects(store_path: Path) -> None:
     ours = recorded(store_path, [{"model": "m", "project": f"project {number}"} for number in range(60)])
     theirs = headroom(store_path)
     assert_totals(ours.lifetime, theirs["lifetime"])
@@ -134,7 +134,7 @@ def test_headroom_keeps_the_fifty_largest_of_our_projects(store_path: Path) -> N
         assert_totals(ours.projects[name], reported)
 
 
-def test_we_read_what_headroom_recorded(store_path: Path) -> None:
+def test_we_read_headrooms_file(store_path: Path) -> None:
     theirs = headroom(store_path, *REQUESTS)
     ours = read(store_path)
     assert ours.lifetime.requests == len(REQUESTS)
@@ -143,7 +143,7 @@ def test_we_read_what_headroom_recorded(store_path: Path) -> None:
     assert ours.history[-1] == theirs["history"][-1]
 
 
-def test_a_store_that_headroom_rewrote_has_lost_no_totals(store_path: Path) -> None:
+def test_store_that_headroom_rewrote(store_path: Path) -> None:
     before = recorded(store_path, AWKWARD)
     theirs = headroom(store_path, *REQUESTS)
     after = read(store_path)

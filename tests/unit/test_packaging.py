@@ -43,36 +43,36 @@ def metadata(wheel: zipfile.ZipFile) -> Message:
     return message_from_bytes(wheel.read(name))
 
 
-def test_the_wheel_holds_every_module_and_says_that_they_are_typed(wheel: zipfile.ZipFile) -> None:
+def test_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
     package = ROOT / "savings_exporter"
     modules = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py")}
     assert modules | {"savings_exporter/py.typed"} <= set(wheel.namelist())
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert tops == {"savings_exporter", next(top for top in tops if top.endswith(".dist-info"))}
 
 
-def test_the_license_travels_with_the_wheel(wheel: zipfile.ZipFile, metadata: Message) -> None:
+def test_wheel_holds_the_license(wheel: zipfile.ZipFile, metadata: Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     name = next(name for name in wheel.namelist() if name.endswith(".dist-info/licenses/LICENSE"))
     assert wheel.read(name) == (ROOT / "LICENSE").read_bytes()
 
 
-def test_the_wheel_runs_on_each_supported_python_and_on_no_older_one(metadata: Message) -> None:
+def test_supported_pythons(metadata: Message) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     classifiers = metadata.get_all("Classifier", [])
     assert {f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)} <= set(classifiers)
 
 
-def test_the_development_tools_are_nobody_elses_dependencies(metadata: Message) -> None:
+def test_no_development_tools_required(metadata: Message) -> None:
     required = " ".join(metadata.get_all("Requires-Dist", []))
     assert "prometheus-client" in required
     assert not [tool for tool in ("pytest", "mypy", "ruff", "hatchling", "headroom") if tool in required]
 
 
-def test_the_sdist_holds_what_building_and_testing_need(built: Path) -> None:
+def test_sdist_is_enough_to_build_and_test(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames()}
     needed = {
@@ -88,14 +88,14 @@ def test_the_sdist_holds_what_building_and_testing_need(built: Path) -> None:
     assert not [name for name in names if name.startswith(".venv") or "__pycache__" in name]
 
 
-def test_the_command_is_installed_and_knows_its_version(metadata: Message) -> None:
+def test_command_and_its_version(metadata: Message) -> None:
     command = Path(sysconfig.get_path("scripts")) / "savings-exporter"
     done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=WAIT_SECONDS)
     assert (done.returncode, done.stderr) == (0, "")
     assert metadata["Version"] in done.stdout.split()
 
 
-def test_importing_the_package_brings_in_no_web_server() -> None:
+def test_import_without_web_server() -> None:
     """A proxy that embeds the tracker does not pay for the service."""
     heavy = {"uvicorn", "starlette", "typer"}
     code = f"import sys, savings_exporter; print(sorted({heavy} & sys.modules.keys()))"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import subprocess
 import sys
 from importlib.metadata import distribution
 from importlib.resources import files
@@ -15,6 +16,7 @@ import pytest
 
 import savings_exporter
 from savings_exporter import SavingsRecord, SavingsTracker
+from savings_exporter.tracker import RecordArguments
 
 MODULES = sorted(
     module.name
@@ -23,36 +25,43 @@ MODULES = sorted(
 )
 
 
-def test_the_public_names_are_these() -> None:
+def test_public_names() -> None:
     assert savings_exporter.__all__ == [
         "CorruptStoreError",
+        "Health",
+        "KeyConflictError",
         "NewerSchemaError",
         "Receipt",
+        "SavingsCollector",
+        "SavingsError",
         "SavingsRecord",
         "SavingsTracker",
         "Snapshot",
         "StoreError",
+        "Totals",
     ]
     assert all(hasattr(savings_exporter, name) for name in savings_exporter.__all__)
 
 
-def test_damage_and_newer_schemas_are_caught_as_store_errors() -> None:
+def test_tree_of_errors() -> None:
     assert issubclass(savings_exporter.CorruptStoreError, savings_exporter.StoreError)
     assert issubclass(savings_exporter.NewerSchemaError, savings_exporter.StoreError)
+    assert issubclass(savings_exporter.StoreError, savings_exporter.SavingsError)
+    assert issubclass(savings_exporter.KeyConflictError, (savings_exporter.SavingsError, ValueError))
 
 
-def test_the_package_says_that_it_is_typed() -> None:
+def test_package_is_typed() -> None:
     assert files("savings_exporter").joinpath("py.typed").is_file()
 
 
-def test_the_distribution_supports_the_running_python() -> None:
+def test_distribution_and_this_python() -> None:
     metadata = distribution("savings-exporter").metadata
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert sys.version_info >= (3, 10)
 
 
-def test_record_request_takes_a_records_fields_by_name_only() -> None:
+def test_arguments_of_record_request() -> None:
     parameters = inspect.signature(SavingsTracker.record_request).parameters
     assert {name for name in parameters if name not in ("self", "wait", "idempotency_key")} == set(
         SavingsRecord.__struct_fields__
@@ -60,8 +69,47 @@ def test_record_request_takes_a_records_fields_by_name_only() -> None:
     assert all(parameter.kind is parameter.KEYWORD_ONLY for name, parameter in parameters.items() if name != "self")
 
 
+def test_async_face_takes_the_same() -> None:
+    arguments = get_type_hints(RecordArguments)
+    hints = get_type_hints(SavingsTracker.record_request)
+    assert arguments == {name: hint for name, hint in hints.items() if name != "return"}
+
+
+SAMPLE = """
+from savings_exporter import Receipt, SavingsTracker
+
+async def record(tracker: SavingsTracker) -> Receipt:
+    tracker.record_request(model="m", tokens_saved=1, project=None)
+    return await tracker.record_request_async(model="m", tokens_saved=1, {argument})
+"""
+
+
+@pytest.mark.slow
+def test_mypy_knows_the_arguments(tmp_path: Path) -> None:
+    arguments = {
+        "right": 'project="p", wait=False',
+        "misspelt": "token_saved=1",
+        "mistyped": 'input_tokens="1"',
+    }
+    for name, argument in arguments.items():
+        (tmp_path / f"{name}.py").write_text(SAMPLE.format(argument=argument))
+    (tmp_path / "missing.py").write_text(SAMPLE.format(argument="").replace("tokens_saved=1, )", ")"))
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "--no-error-summary", "."],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    lines = [line for line in checked.stdout.splitlines() if " error: " in line]
+    errors = {line.partition(":")[0]: line.partition(" error: ")[2] for line in lines}
+    assert errors.keys() == {"misspelt.py", "mistyped.py", "missing.py"}, checked.stdout + checked.stderr
+    assert 'Unexpected keyword argument "token_saved"' in errors["misspelt.py"]
+    assert '"input_tokens"' in errors["mistyped.py"]
+    assert 'Missing named argument "tokens_saved"' in errors["missing.py"]
+
+
 @pytest.mark.parametrize("name", MODULES)
-def test_every_public_thing_has_a_docstring(name: str) -> None:
+def test_docstrings(name: str) -> None:
     module = importlib.import_module(name)
     undocumented = [
         f"{name}.{thing}"
@@ -76,7 +124,7 @@ def test_every_public_thing_has_a_docstring(name: str) -> None:
     assert module.__doc__ or is_empty
 
 
-def test_public_annotations_can_be_resolved() -> None:
+def test_annotations_resolve() -> None:
     hints = get_type_hints(SavingsTracker.record_request)
     assert hints["return"] is savings_exporter.Receipt
     assert hints["model"] is str
