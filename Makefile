@@ -8,7 +8,7 @@ ARGS ?=
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast crash mutants bench lint layers format dashboards headroom clean
+.PHONY: help run test test-fast crash mutants bench lint format dashboards headroom clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -35,12 +35,10 @@ crash: .venv/.dev ## lose power, fill disks, fail and kill for half an hour (roo
 mutants: .venv/.dev ## take each rule of the storage out of the code: a test must fail (ARGS="gap key")
 	@.venv/bin/python -m tests.mutants $(ARGS)
 
-lint: .venv/.dev ## check style, format and types
+lint: .venv/.dev ## check style, format, types, and that modules import only layers below them
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-
-layers: .venv/.dev ## check that each module imports only layers below it (pyproject.toml)
 	.venv/bin/lint-imports --no-cache --no-logo
 
 format: .venv/.dev ## put code in the project's format

@@ -163,7 +163,7 @@ def serve(
     log_level: LogLevel = "info",
     log_format: LogFormat = "logfmt",
     demo: Annotated[
-        bool, typer.Option("--demo", help="Feed made-up traffic; without --store, into one that is thrown away.")
+        bool, typer.Option("--demo", help="Record made-up traffic; without --store, in a temporary store.")
     ] = False,
     enable_drill: Annotated[
         bool,
@@ -188,7 +188,7 @@ def serve(
             store = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), DOCUMENT_NAME)
         elif demo and store is not None and os.path.isfile(store):
             # Asked before the tracker opens it, because opening saves it.
-            raise WrongUsageError(f"{store} exists already: --demo makes numbers up, which would spoil its totals.")
+            raise WrongUsageError(f"{store} exists already: --demo would add made-up savings to its totals.")
         tracker = SavingsTracker(store, tracer_provider=provider, sync_method=sync_method)
         stack.callback(tracker.close)
         if enable_drill:
@@ -276,7 +276,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
 ) -> None:
-    """Print a store's totals. Only reads; a document of Headroom's will do."""
+    """Print a store's totals. Only reads; also reads a document that Headroom wrote."""
     settings.be_quiet()
     if as_json and as_csv:
         raise WrongUsageError("give --json or --csv, not both")
@@ -336,7 +336,7 @@ def verify(
 def drill(
     name: Annotated[
         Literal["dir-fsync", "file-fsync", "journal-fsync", "save-latency"],
-        typer.Argument(metavar="|".join(KINDS), help="What seems to fail, or with save-latency to be slow."),
+        typer.Argument(metavar="|".join(KINDS), help="What is simulated to fail, or with save-latency to be slow."),
     ],
     seconds: Annotated[
         float | None,
@@ -354,7 +354,7 @@ def drill(
     kind, path = KINDS[name], store if store is not None else default_path()
     lasts = kind.usual_seconds if seconds is None else seconds
     ask_for_drill(path, name, lasts)
-    print(f"{path}: drill {name} has begun and lasts {lasts:g} s; {kind.alert} should call somebody")
+    print(f"{path}: drill {name} has begun and lasts {lasts:g} s; {kind.alert} should fire")
 
 
 @app.command()
@@ -386,7 +386,7 @@ def doctor(
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
     if sys.stdout is None:  # Python's word for one that was closed before the start
-        _exit(1, "standard output is closed; send it to /dev/null if nobody is to read it")
+        _exit(1, "standard output is closed; redirect it to /dev/null if it is not needed")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names and paths may hold what the output's encoding does not.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -411,7 +411,7 @@ def main() -> NoReturn:
 
 
 def _end_at_once(tracker: SavingsTracker) -> NoReturn:
-    """End although the last save has not: whoever presses Ctrl-C again does not wait for a disk that hangs."""
+    """End before the last save has ended: a second Ctrl-C does not wait for a disk that hangs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     health = tracker.health()
     lost = "nothing is lost, the next start saves what is in the journal"

@@ -313,7 +313,7 @@ def _warnings(found: FilesystemType, steps: dict[str, Timing | None]) -> Iterato
 
 
 def readable(seconds: float) -> str:
-    """A duration for people: three digits, in µs, ms or s."""
+    """A duration to be read by people: three digits, in µs, ms or s."""
     for unit, factor in (("µs", 1e6), ("ms", 1e3)):
         value = float(f"{seconds * factor:.3g}")
         if value < 1000:

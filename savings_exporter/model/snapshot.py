@@ -1,4 +1,4 @@
-"""What a store holds and how it fares, at one moment."""
+"""What a store holds, and whether it works, at one moment."""
 
 from __future__ import annotations
 

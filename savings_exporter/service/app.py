@@ -100,7 +100,7 @@ class Service:
             exception_handlers={
                 HTTPException: _http_problem,
                 _RefusedError: _refused_problem,
-                ClientDisconnect: _nobody_there,
+                ClientDisconnect: _client_disconnected,
                 Exception: _unexpected_problem,
             },
         )
@@ -176,7 +176,7 @@ class Service:
         return _json_response(answer, HTTPStatus.OK if answer["durable"] else HTTPStatus.ACCEPTED)
 
     async def _read(self, request: Request, body: bytearray) -> None:
-        """Read a body; whoever sends it slowly does not hold its place for ever."""
+        """Read a body. A slow sender is cut off after some time."""
         try:
             size = await asyncio.wait_for(self._read_all(request, body), BODY_TIMEOUT_SECONDS)
         except asyncio.TimeoutError:
@@ -324,7 +324,7 @@ async def _http_problem(_request: Request, error: Exception) -> Response:
     return response
 
 
-async def _nobody_there(_request: Request, _error: Exception) -> Response:
+async def _client_disconnected(_request: Request, _error: Exception) -> Response:
     return Response(status_code=HTTPStatus.BAD_REQUEST)
 
 

@@ -1,8 +1,8 @@
 """Fire drills: for a while, a store's observers are told of failures that are simulated, to test alerting.
 
-The store itself is not touched: what is recorded meanwhile is as durable as ever. Simulated failures are counted like
-real ones, for good, because a counter must not go back. A service accepts drills over a socket beside its document,
-which only processes of its own user and root on the same host can reach.
+The store itself is not touched: records that are acknowledged meanwhile are durable. Simulated failures are counted
+like real ones, for good, because a counter must not go back. A service accepts drills over a socket beside its
+document, which only processes of its own user and root on the same host can reach.
 """
 
 from __future__ import annotations

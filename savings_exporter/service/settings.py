@@ -125,12 +125,12 @@ def tracer_provider() -> TracerProvider | None:
             complaints.lines.append(str(error))
     if complaints.lines:
         said = " ".join(complaints.lines[0].split())
-        raise SettingsError(f'tracing cannot be set up: OpenTelemetry says "{said}"; mend or unset {names}')
+        raise SettingsError(f'tracing cannot be set up: OpenTelemetry says "{said}"; correct or unset {names}')
     return provider
 
 
 def flush_spans(provider: TracerProvider) -> None:
-    """Send what is left and stop; a collector that does not answer holds nobody up for more than 5 seconds."""
+    """Send what is left and stop; this takes at most 5 seconds when the collector does not answer."""
     # The provider's own shutdown waits 30 s for its exporter, and takes no timeout.
     flush = threading.Thread(target=provider.shutdown, daemon=True)
     flush.start()
@@ -173,7 +173,7 @@ def _span_exporter(wanted: str) -> SpanExporter:
 
 
 class _Complaints(logging.Handler):
-    """What OpenTelemetry says meanwhile: with most of what it does not understand, it would go on by its defaults."""
+    """What OpenTelemetry logs in the block: it replaces most values that it does not understand by its defaults."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -18,7 +18,7 @@ import msgspec
 
 from savings_exporter.errors import StoreError
 from savings_exporter.formats.document import Document, WriterState, encode
-from savings_exporter.formats.frame import HEADER_BYTES, Frame, next_block, scan, size_at_start
+from savings_exporter.formats.frame import next_block
 from savings_exporter.storage.atomic_file import AtomicFile
 from savings_exporter.storage.filesystem import DirectoryFsyncUnsupportedError, unused_name
 from savings_exporter.storage.journal import segment_path
@@ -57,7 +57,6 @@ def save(
     # Before anything is counted: a writer that dies after that may have committed more.
     dead = dead_writers(reader, view, listing)
     view = adopt(reader, file, _refreshed(reader, view), dead, observer)
-    view = _after_last_copies(reader, view)
     gone = _gone(reader, view, listing)
     if gone:
         # Their segments were removed by an earlier save. Should one come back after a power loss, it would be
@@ -140,32 +139,6 @@ def _refreshed(reader: Reader, view: View) -> View:
     if reader.has_refused_document():
         raise OSError(errno.ESTALE, reader.refusal(), reader.path)
     return view
-
-
-def _after_last_copies(reader: Reader, view: View) -> View:
-    """The view in which reading goes on after the last copy of each writer's last counted frame.
-
-    A frame whose sync failed was written again, first in a later segment. After a power loss, the copy that was counted
-    may be gone, and then a document that points to it looks like one whose journal was cut off.
-    """
-    positions = dict(view.positions)
-    for writer, numbers in reader.listing().segments.items():
-        for number in numbers:
-            position = view.position_of(writer)
-            if number > position.segment and position.sequence:
-                frame = _first_frame(reader, view, writer, number)
-                if frame is not None and frame.last == position.sequence:
-                    positions[writer] = Position(frame.last, number, frame.end)
-    return msgspec.structs.replace(view, positions=positions)
-
-
-def _first_frame(reader: Reader, view: View, writer: bytes, number: int) -> Frame | None:
-    # Its writer may remove a segment that holds nothing.
-    with suppress(FileNotFoundError), reader.fs.opened(segment_path(reader.path, writer, number)) as descriptor:
-        size = size_at_start(reader.fs.read_at(descriptor, HEADER_BYTES, 0))
-        for item in scan(reader.fs.read_at(descriptor, size, 0), view.store, writer):
-            return item if isinstance(item, Frame) else None
-    return None
 
 
 def _gone(reader: Reader, view: View, listing: Listing) -> list[bytes]:

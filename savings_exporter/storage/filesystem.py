@@ -396,7 +396,7 @@ class FileSystem:
         return True
 
     def unlock(self, descriptor: int) -> None:
-        """Let go of the lock of an open file."""
+        """Release the lock of an open file."""
         with suppress(OSError):
             self._unlock(descriptor)
 

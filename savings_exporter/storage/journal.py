@@ -128,11 +128,11 @@ class Journal:
             OSError: it failed; the next save tries again.
         """
         if not self.writer.is_in_place():
-            logger.error("%s: was removed; it is made again", self.writer.path)
+            logger.error("%s: was removed; making it again", self.writer.path)
             self.writer.make_again()
         segment = self._segment
         if segment is not None and not segment.is_in_place():
-            logger.error("%s: was removed; what it held is written again", segment.path)
+            logger.error("%s: was removed; writing its content again", segment.path)
             content = segment.content()
             self._segment = self._made(content, operation)
             segment.close()

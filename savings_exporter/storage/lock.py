@@ -51,7 +51,7 @@ def content_of(data: bytes) -> LockContent:
 
 
 def read_lock(fs: FileSystem, document: str) -> LockContent:
-    """What the lock file of a store says, for those who only read.
+    """What the lock file of a store says, for a process that only reads.
 
     Raises:
         OSError: it cannot be read.
@@ -100,13 +100,13 @@ class StoreLock:
         return self.held or self._take_if_free()
 
     def release(self) -> None:
-        """Let go of the lock, also when an interrupt came before this object knew that it held it."""
+        """Release the lock, also when an interrupt came before this object knew that it held it."""
         self.held = False
         if self._descriptor >= 0:
             self._fs.unlock(self._descriptor)
 
     def close(self) -> None:
-        """Let go of the lock and its file."""
+        """Release the lock and its file."""
         self.release()
         self._close_file()
 

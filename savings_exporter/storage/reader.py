@@ -67,7 +67,7 @@ class Reader:
     def refresh(self, view: View) -> View:
         """The view with all that is durable by now, what other processes wrote included.
 
-        While the document at the path cannot be used, or is another program's, the one before it is gone on with.
+        While the document at the path cannot be used, or is another program's, the last one is used.
 
         Raises:
             OSError: it cannot be read.

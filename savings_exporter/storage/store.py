@@ -24,7 +24,7 @@ from savings_exporter.storage.observers import Observer
 from savings_exporter.storage.operation import COMMIT, PREPARE, ROTATE, SAVE, Operation, error_symbol
 from savings_exporter.storage.reader import Reader
 from savings_exporter.storage.recovery import earlier_segments, examine, refuse_losses
-from savings_exporter.storage.segment import SyncMethod
+from savings_exporter.storage.segment import NO_DIRECT_IO, SyncMethod
 from savings_exporter.storage.view import View
 from savings_exporter.storage.writers import Writer
 
@@ -243,7 +243,7 @@ class Store:
         return child
 
     def close(self) -> None:
-        """Close all files and let go of the locks. Saves nothing."""
+        """Close all files and release the locks. Saves nothing."""
         if self.journal is not None:
             self.journal.close()
         self._lock.close()
@@ -297,6 +297,11 @@ def _recovered(
     fs, path = reader.fs, reader.path
     is_exclusive = not fs.is_shared or fs.is_network(os.path.dirname(path))
     _take_to_open(lock, path, is_exclusive)
+    if method == "direct":
+        _refuse_without_direct_io(fs, lock)
+    elif is_exclusive:
+        # Whether direct writes of such a file system reach the disk is for its server to say.
+        method = "fdatasync"
     if lock.held:
         _discard_temporaries(fs, path)
     found = examine(reader, lock.content() if lock.held else read_lock(fs, path))
@@ -316,6 +321,24 @@ def _recovered(
         _adopt(store, found.view.document.is_ours)
         store._let_go()
     return store
+
+
+def _refuse_without_direct_io(fs: FileSystem, lock: StoreLock) -> None:
+    """Raise where the journal cannot be written directly, rather than let every commit fail.
+
+    Raises:
+        StoreError: this file system has no direct I/O.
+    """
+    try:
+        fs.close(fs.open_direct(lock.path))
+    except OSError as error:
+        if error.errno not in NO_DIRECT_IO:
+            raise
+        raise StoreError(
+            f"{lock.path}: cannot be written directly: this file system has no direct I/O; use the sync method auto or "
+            "fdatasync",
+            path=lock.path,
+        ) from None
 
 
 def _take_to_open(lock: StoreLock, path: str, is_exclusive: bool) -> None:

@@ -86,7 +86,7 @@ class Writer:
         self.watermark = sequence
 
     def publish(self, counts: OperationCounts) -> None:
-        """Write the operation counters, for the other processes and for those who come after this one.
+        """Write the operation counters, for other processes, now and after this one has ended.
 
         Raises:
             OSError: they were not written; the version before them is still there.
@@ -113,7 +113,7 @@ class Writer:
         self._fs.close(old)
 
     def close(self) -> None:
-        """Let go of the lock. The file stays until a save has taken in its counters."""
+        """Release the lock. The file stays until a save has taken in its counters."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             self._fs.close(descriptor)

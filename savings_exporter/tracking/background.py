@@ -44,7 +44,7 @@ class Background:
         self.group = GroupCommit(store, self.wake, self.note_commit)
         self._store = store
         self._save_interval = save_interval
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         # The first one does the work. A call that was interrupted while it started a thread may start another.
         self._running: list[threading.Thread] = []
@@ -54,9 +54,9 @@ class Background:
         self._is_ended = False
 
     def wake(self) -> None:
-        """Have the thread look what is due. A signal handler may call this at any moment."""
-        if self._bell.empty():
-            self._bell.put(None)
+        """Wake the thread to do what is due. A signal handler may call this at any moment."""
+        if self._wakeups.empty():
+            self._wakeups.put(None)
 
     def note_commit(self) -> None:
         """Have the document saved after the interval: a commit may be led by any thread."""
@@ -119,13 +119,13 @@ class Background:
             pause = self._due() - time.monotonic()
             if pause > 0:
                 with suppress(queue.Empty):
-                    self._bell.get(timeout=pause if pause < math.inf else None)
+                    self._wakeups.get(timeout=pause if pause < math.inf else None)
                     self._has_news = True
             try:
                 self._do_what_is_due()
             except Exception:
                 # Such as no memory. A thread that ended would leave records pending for ever.
-                logger.exception("%s: the background thread failed and goes on", self._store.path)
+                logger.exception("%s: the background thread failed; it continues", self._store.path)
                 time.sleep(FIRST_SECONDS)
 
     def _due(self) -> float:

@@ -105,7 +105,7 @@ class Batch:
         return last
 
     def link(self, span: Span) -> None:
-        """Have the commit linked to a record's span."""
+        """Link the commit to a record's span."""
         if len(self.links) < MOST_LINKS:
             self.links.append(span.get_span_context())
 

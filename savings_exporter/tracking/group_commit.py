@@ -156,9 +156,7 @@ class GroupCommit:
             waiting, sealed = self._batches
             is_led = waiting.is_led or not waiting.count
         return self.failure is None and (
-            bool(self._nested)
-            or not is_led
-            or (sealed is not None and self._was_interrupted)
+            bool(self._nested) or not is_led or (sealed is not None and self._was_interrupted)
         )
 
     def last(self) -> Batch | None:
