@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import re
 import signal
 import socket
 import struct
@@ -49,21 +50,48 @@ REFUSED = [
 ]
 
 
-def test_a_repeat_with_the_same_idempotency_key_counts_once_also_after_a_kill(store_path: Path) -> None:
+def test_repeat_of_a_key_counts_once(store_path: Path) -> None:
+    """Also after a kill: the answer names the first one's place, and says that it is a duplicate."""
     key = {"Idempotency-Key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
+    batch = {"records": [RECORD] * 3}
     with running("serve", "--store", str(store_path)) as service:
-        first = service.post({"records": [RECORD] * 3}, headers=key)
-        assert first == (200, {"sequence": 3, "accepted": 3, "durable": True})
-        assert service.post(RECORD)[1]["sequence"] == 4
-        assert service.post({"records": [RECORD] * 3}, headers=key) == first
+        status, first = service.post(batch, headers=key)
+        writer = first["writer"]
+        assert (status, first) == (200, {"sequence": 3, "writer": writer, "accepted": 3, "durable": True})
+        assert re.fullmatch("[0-9a-f]{16}", writer)
+        assert service.post(RECORD) == (200, {"sequence": 4, "writer": writer, "accepted": 1, "durable": True})
+        repeated = (200, {**first, "duplicate": True})
+        assert service.post(batch, headers=key) == repeated
         service.process.kill()
         service.process.wait()
     with running("serve", "--store", str(store_path)) as service:
-        assert service.post({"records": [RECORD] * 3}, headers=key) == first
-        assert json.loads(service.get("/v1/savings")[1])["lifetime"]["requests"] == 4
+        assert service.post(batch, headers=key) == repeated
+        assert service.post(RECORD)[1]["writer"] != writer
+        assert json.loads(service.get("/v1/savings")[1])["lifetime"]["requests"] == 5
 
 
-def test_what_is_wrong_is_refused_with_the_field_and_nothing_is_recorded(store_path: Path) -> None:
+def test_key_with_other_content_is_refused(store_path: Path) -> None:
+    """Also while the first one is pending, and by another service on the store."""
+    with (
+        running("serve", "--store", str(store_path), faulty=True) as service,
+        running("serve", "--store", str(store_path)) as other,
+    ):
+        durable, pending = {"Idempotency-Key": "durable"}, {"Idempotency-Key": "pending"}
+        assert service.post(RECORD, headers=durable)[0] == 200
+        service.tell("fail fsync_journal")
+        assert service.post(RECORD, headers=pending)[0] == 202
+        assert service.post(RECORD, headers=pending)[1]["duplicate"] is True
+        for asked, key in ((service, durable), (service, pending), (other, durable)):
+            answered, problem = asked.post({**RECORD, "tokens_saved": 1}, headers=key)
+            assert (answered, problem["field"], problem["status"]) == (422, "Idempotency-Key", 422)
+            assert "other content" in problem["detail"]
+        service.tell("mend")
+        eventually(lambda: service.post(RECORD, headers=pending)[0] == 200, "the pending record to be durable")
+        assert other.post({**RECORD, "tokens_saved": 1}, headers=pending)[0] == 422
+        assert json.loads(other.get("/v1/savings")[1])["lifetime"]["requests"] == 2
+
+
+def test_wrong_savings_are_refused(store_path: Path) -> None:
     with running("serve", "--store", str(store_path)) as service:
         for body, status, field in REFUSED:
             answered, problem = service.post(body)
@@ -76,11 +104,12 @@ def test_what_is_wrong_is_refused_with_the_field_and_nothing_is_recorded(store_p
         assert service.post(b" " * 100_000_000)[0] == 413
         assert json.loads(service.get("/nowhere")[1])["status"] == 404
         assert json.loads(service.get("/v1/savings")[1])["sequence"] == 0
-        assert service.post({"records": [RECORD, RECORD]}) == (200, {"sequence": 2, "accepted": 2, "durable": True})
+        _, both = service.post({"records": [RECORD, RECORD]})
+        assert (both["sequence"], both["accepted"], both["durable"]) == (2, 2, True)
         assert service.metrics()["savings_requests_total" + '{model="claude-sonnet-4-5",provider="unknown"}'] == 2
 
 
-def test_a_key_made_to_be_slow_is_refused_like_any_other(store_path: Path) -> None:
+def test_key_made_to_be_slow(store_path: Path) -> None:
     body = json.dumps({**RECORD, " - at `$" * 500_000 + "\nx": 1}).encode()
     with running("serve", "--store", str(store_path)) as service:
         status, problem = service.post(body)
@@ -90,13 +119,13 @@ def test_a_key_made_to_be_slow_is_refused_like_any_other(store_path: Path) -> No
 
 
 @pytest.mark.parametrize("accept", ["application/openmetrics-text; version=abc", "text/plain;version=1.x", ",;,=;="])
-def test_a_strange_accept_header_gets_metrics(store_path: Path, accept: str) -> None:
+def test_strange_accept_header(store_path: Path, accept: str) -> None:
     with running("serve", "--store", str(store_path)) as service:
         status, text = service.get("/metrics", {"Accept": accept})
         assert (status, "savings_tokens_saved_total" in text) == (200, True)
 
 
-def test_an_answered_saving_survives_kill_9(store_path: Path) -> None:
+def test_answered_saving_survives_a_kill(store_path: Path) -> None:
     with running("serve", "--store", str(store_path)) as service:
         assert service.post(RECORD)[1]["durable"] is True
         service.stop(signal.SIGKILL)
@@ -105,7 +134,7 @@ def test_an_answered_saving_survives_kill_9(store_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_request_in_flight_at_the_stop_is_saved_and_answered(store_path: Path, number: int) -> None:
+def test_request_in_flight_at_the_stop(store_path: Path, number: int) -> None:
     with running("serve", "--store", str(store_path)) as service:
         body = json.dumps(RECORD).encode()
         connection = in_flight(service, len(body))
@@ -122,13 +151,17 @@ def test_a_request_in_flight_at_the_stop_is_saved_and_answered(store_path: Path,
         assert tracker.snapshot().lifetime.tokens_saved == 4096
 
 
-def test_a_second_sigterm_does_not_cut_the_last_save_short(store_path: Path) -> None:
+@pytest.mark.parametrize("step", ["fsync_journal", "fsync_file"])
+def test_second_sigterm_waits_for_the_end(store_path: Path, step: str) -> None:
+    """Of the last commit, or of the last save."""
     with running("serve", "--store", str(store_path), faulty=True) as service:
         assert service.post(RECORD)[0] == 200
-        service.tell("fail fsync_journal")
-        service.tell("fail fsync_file")
-        assert service.post(RECORD)[0] == 202
-        service.tell("hang fsync_file")
+        if step == "fsync_journal":
+            service.tell("fail fsync_journal")
+            assert service.post(RECORD)[0] == 202
+        else:
+            assert service.post(RECORD)[0] == 200
+        service.tell(f"hang {step}")
         service.process.send_signal(signal.SIGTERM)
         service.tell("closing")
         service.process.send_signal(signal.SIGTERM)
@@ -146,15 +179,13 @@ def test_a_second_sigterm_does_not_cut_the_last_save_short(store_path: Path) -> 
         (False, 200, "; nothing is lost"),
     ],
 )
-def test_ctrl_c_again_ends_a_last_save_that_hangs_and_says_what_that_costs(
-    store_path: Path, is_failing: bool, status: int, said: str
-) -> None:
+def test_second_ctrl_c_ends_at_once(store_path: Path, is_failing: bool, status: int, said: str) -> None:
+    """A last commit or save that hangs is not waited for, and what that costs is said."""
     with running("serve", "--store", str(store_path), faulty=True) as service:
         if is_failing:
             service.tell("fail fsync_journal")
-            service.tell("fail fsync_file")
         assert service.post(RECORD)[0] == status
-        service.tell("hang fsync_file")
+        service.tell("hang fsync_journal" if is_failing else "hang fsync_file")
         service.process.send_signal(signal.SIGINT)
         service.tell("closing")
         ended, _, err = service.stop(signal.SIGINT)
@@ -169,7 +200,7 @@ def test_ctrl_c_again_ends_a_last_save_that_hangs_and_says_what_that_costs(
             assert tracker.snapshot().lifetime.tokens_saved == 4096
 
 
-def test_the_status_page_shows_names_as_text(store_path: Path) -> None:
+def test_status_page_escapes_names(store_path: Path) -> None:
     with running("serve", "--store", str(store_path)) as service:
         service.post({**RECORD, "model": "<script>alert(1)</script>"})
         status, page = service.get("/")
@@ -178,7 +209,7 @@ def test_the_status_page_shows_names_as_text(store_path: Path) -> None:
         assert "<script" not in page
 
 
-def test_a_token_is_asked_for_everywhere_but_at_the_probes(tmp_path: Path, store_path: Path) -> None:
+def test_token_is_asked_for(tmp_path: Path, store_path: Path) -> None:
     (tmp_path / "token").write_text("s3cret\n")
     (tmp_path / "web.yml").write_text("authorization:\n  credentials_file: token\n")
     with running("serve", "--store", str(store_path), "--web.config.file", str(tmp_path / "web.yml")) as service:
@@ -190,7 +221,7 @@ def test_a_token_is_asked_for_everywhere_but_at_the_probes(tmp_path: Path, store
         assert service.get("/-/healthy")[0] == service.get("/-/ready")[0] == 200
 
 
-def test_record_and_a_running_service_share_a_store(store_path: Path) -> None:
+def test_record_beside_a_service(store_path: Path) -> None:
     with running("serve", "--store", str(store_path)) as service:
         service.post(RECORD)
         done = run_cli("record", "--store", str(store_path), "--model", "gpt-5", "--tokens-saved", "4")
@@ -199,7 +230,7 @@ def test_record_and_a_running_service_share_a_store(store_path: Path) -> None:
         assert json.loads(service.get("/v1/savings")[1])["lifetime"]["tokens_saved"] == 2 * 4096 + 4
 
 
-def test_demo_numbers_move_and_are_thrown_away(tmp_path: Path) -> None:
+def test_demo_leaves_nothing(tmp_path: Path) -> None:
     with running("serve", "--demo", env={"TMPDIR": str(tmp_path)}) as service:
         eventually(lambda: json.loads(service.get("/v1/savings")[1])["sequence"] > 2, "made-up savings")
         assert "made-up" in service.first_line
@@ -207,7 +238,7 @@ def test_demo_numbers_move_and_are_thrown_away(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_demo_never_touches_a_store_that_is_there(store_path: Path) -> None:
+def test_demo_beside_a_store(store_path: Path) -> None:
     with SavingsTracker(store_path) as tracker:
         tracker.record_request(model="a", tokens_saved=1)
     before = store_path.read_bytes()
@@ -217,11 +248,13 @@ def test_demo_never_touches_a_store_that_is_there(store_path: Path) -> None:
 
 
 @pytest.mark.needs("strace")
-def test_while_the_disk_fails_savings_are_accepted_and_the_health_says_why(store_path: Path) -> None:
+def test_savings_while_the_disk_fails(store_path: Path) -> None:
+    """They are accepted, and the health says why they are pending."""
     with running("serve", "--store", str(store_path)) as service:
-        assert service.post(RECORD)[0] == 200
         with failing_directory_fsync(service, store_path.parent):
-            assert service.post(RECORD) == (202, {"sequence": None, "accepted": 1, "durable": False})
+            # The first commit makes a segment, whose name has to be durable.
+            pending = {"sequence": None, "writer": None, "accepted": 1, "durable": False}
+            assert service.post(RECORD) == (202, pending)
             status, problem = service.get("/-/healthy")
             assert status == 503
             assert "fsync_dir failed: Input/output error (EIO)" in json.loads(problem)["detail"]
@@ -229,13 +262,28 @@ def test_while_the_disk_fails_savings_are_accepted_and_the_health_says_why(store
             assert service.metrics()["savings_store_healthy"] == 0
             assert service.metrics()["savings_tokens_pending"] == 4096
             assert 'role="alert"' in service.get("/")[1]
+        eventually(lambda: service.get("/-/healthy")[0] == 200, "the next good commit")
+        assert json.loads(service.get("/v1/savings")[1])["sequence"] == 1
+
+
+@pytest.mark.needs("strace")
+def test_savings_while_only_saves_fail(store_path: Path) -> None:
+    """They are durable in the journal, and the health says what fails."""
+    with running("serve", "--store", str(store_path)) as service:
+        assert service.post(RECORD)[0] == 200
+        with failing_directory_fsync(service, store_path.parent):
+            eventually(lambda: service.get("/-/healthy")[0] == 503, "a save that fails")
+            problem = json.loads(service.get("/-/healthy")[1])
+            assert "the document could not be saved: fsync_dir failed: Input/output error (EIO)" in problem["detail"]
+            assert service.post(RECORD)[1]["durable"] is True
+            assert service.metrics()["savings_tokens_pending"] == 0
+            assert service.metrics()["savings_store_healthy"] == 0
+            assert service.metrics()['savings_fsync_failures_total{target="directory"}'] >= 1
         eventually(lambda: service.get("/-/healthy")[0] == 200, "the next good save")
         assert json.loads(service.get("/v1/savings")[1])["sequence"] == 2
 
 
-def test_what_cannot_be_taken_on_is_refused_for_a_while(
-    tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_requests_are_refused(tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch) -> None:
     service = Application(tracker, SavingsCollector(tracker))
     with monkeypatch.context() as patch:
         patch.setattr(app, "MAX_POSTS_IN_FLIGHT", 0)
@@ -281,9 +329,7 @@ async def chunks(*data: bytes) -> AsyncIterator[bytes]:
         yield chunk
 
 
-def test_bodies_beyond_the_memory_for_them_are_refused_for_a_while(
-    tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_large_bodies_are_refused(tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch) -> None:
     body = json.dumps(RECORD).encode()
     monkeypatch.setattr(app, "MAX_BODY_BYTES_IN_FLIGHT", len(body) * 3 // 2)
     monkeypatch.setattr(app, "MAX_BODY_BYTES", len(body))
@@ -318,9 +364,7 @@ def test_bodies_beyond_the_memory_for_them_are_refused_for_a_while(
     assert tracker.snapshot().sequence == 3
 
 
-def test_a_body_that_does_not_come_gives_its_place_back(
-    tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_body_that_does_not_come(tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "MAX_POSTS_IN_FLIGHT", 1)
     monkeypatch.setattr(app, "BODY_TIMEOUT_SECONDS", 0.01)
     service = Application(tracker, SavingsCollector(tracker))
@@ -339,7 +383,7 @@ def test_a_body_that_does_not_come_gives_its_place_back(
 
 
 @pytest.mark.parametrize("how", ["closed", "reset"])
-def test_a_client_that_goes_away_in_its_body_is_no_error(store_path: Path, how: str) -> None:
+def test_client_goes_away_in_its_body(store_path: Path, how: str) -> None:
     with running("serve", "--store", str(store_path)) as service:
         for sent in (b"{", json.dumps(RECORD).encode(), b" " * 200_000, b" " * 9_000_000):
             connection = in_flight(service, len(sent) + 1)
@@ -367,7 +411,7 @@ def in_flight(service: Service, size: int) -> socket.socket:
     return connection
 
 
-def test_a_collector_that_never_answers_costs_neither_savings_nor_the_stop(store_path: Path) -> None:
+def test_collector_never_answers(store_path: Path) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
