@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from savings_exporter.formats.frame import BLOCK_BYTES
-from savings_exporter.storage.filesystem import FileSystem
+from savings_exporter.storage.filesystem import DirectoryFsyncUnsupportedError, FileSystem
 from tests.support.service import Service
 from tests.support.wait import WAIT_SECONDS
 
@@ -25,14 +25,16 @@ class FaultyFileSystem(FileSystem):
 
     ``calls`` lists what was called, each call by the name of the step that it is: ``write``, ``fsync_file``,
     ``replace``, ``fsync_dir`` of a save; ``append``, ``fsync_journal`` of a commit (a direct, synchronous write is one
-    ``fsync_journal``); ``watermark``; ``counters``. ``has_direct_io`` says whether direct writes are supported.
+    ``fsync_journal``); ``watermark``; ``counters``. ``has_direct_io`` says whether direct writes are supported,
+    ``has_directory_fsync`` whether a directory can be synced.
     ``before`` is called with each step's name before the step.
     """
 
-    def __init__(self, *, has_direct_io: bool = True) -> None:
+    def __init__(self, *, has_direct_io: bool = True, has_directory_fsync: bool = True) -> None:
         self.calls: list[str] = []
         self.reached = threading.Event()
         self.has_direct_io = has_direct_io
+        self.has_directory_fsync = has_directory_fsync
         self.before: Callable[[str], None] = lambda _step: None
         self._failing: dict[str, tuple[int, float]] = {}
         self._gates: dict[str, threading.Event] = {}
@@ -90,6 +92,8 @@ class FaultyFileSystem(FileSystem):
 
     def fsync_directory(self, path: str) -> None:
         self._call("fsync_dir")
+        if not self.has_directory_fsync:
+            raise DirectoryFsyncUnsupportedError(os.strerror(errno.EINVAL))
         super().fsync_directory(path)
 
     def replace(self, temporary: str, path: str) -> None:
