@@ -223,8 +223,8 @@ MUTANTS = [
     mutant(
         "Dead writers are determined before anything is counted",
         "storage/checkpoint.py",
-        "view = _after_last_copies(reader, view)",
-        "view = _after_last_copies(reader, view); dead = dead_writers(reader, view, listing)",
+        "gone = _gone(reader, view, listing)",
+        "gone = _gone(reader, view, listing); dead = dead_writers(reader, view, listing)",
         f"{RULES}::test_writer_dies_within_a_save",
     ),
     mutant(
@@ -302,11 +302,18 @@ MUTANTS = [
         f"{RULES}::test_kill_between_names",
     ),
     mutant(
-        "A document points to the last copy of a frame",
-        "storage/checkpoint.py",
-        "view = _after_last_copies(reader, view)",
-        "pass",
-        f"{RULES}::test_last_copy_is_noted",
+        "A document notes no place to read on for writers that record no more",
+        "storage/view.py",
+        "if is_ended or (closing is not None and writer == closing.hex()):",
+        "if False:",
+        f"{RULES}::test_removed_segment_comes_back",
+    ),
+    mutant(
+        "A frame that is missing where reading goes on may stand in a later segment",
+        "storage/reader.py",
+        "if not is_known and replay.last_seen < start.sequence:",
+        "if not is_known:",
+        f"{RULES}::test_first_copy_is_gone",
     ),
     mutant(
         "A damaged document is kept aside before it is replaced",

@@ -13,6 +13,7 @@ that a disk, a kernel or an operator may do to it, and visits every state that c
 What is modelled
 ----------------
 * A file has two contents: what processes read now (the page cache), and what a power loss may leave (the disk).
+* A segment that was removed and that a power loss brings back may have lost what it held.
 * A name that was made, replaced or removed without a directory fsync may or may not survive a power loss, each name on
   its own. A directory fsync that fails leaves that open.
 * A frame that was written and not synced may or may not survive. A failed sync may leave the frame nowhere, on the
@@ -77,8 +78,8 @@ class Rules:
     dead_first: bool = True
     # A save notes for each writer how far its journal is counted.
     through: bool = True
-    # A document says that reading goes on after the last copy of a frame: an earlier one may not be on the disk.
-    last_copy: bool = True
+    # A document notes where reading goes on only of writers that may record more: segments of the others are removed.
+    place_of_living: bool = True
     # A save keeps the document that it replaces.
     previous: bool = True
     # A save at close gives the new document both names.
@@ -116,7 +117,7 @@ DURABLE, UNSYNCED, DOUBTFUL = 1, 2, 3  # A frame: on the disk | on its way | its
 
 class Doc(NamedTuple):
     """A document: how often each record is counted, and for each writer how far its journal is, and in which segment
-    the last counted frame was found.
+    the last counted frame was found (NO_ENTRY: not noted).
     """
 
     counts: tuple[int, ...]
@@ -253,7 +254,7 @@ class Model:
         self.c = config
         self.r = config.rules
         self.groups = [config.group(record) for record in range(config.count)]
-        self.empty = Doc((0,) * config.count, (NO_ENTRY,) * config.writers, (0,) * config.writers)
+        self.empty = Doc((0,) * config.count, (NO_ENTRY,) * config.writers, (NO_ENTRY,) * config.writers)
         self._good: dict[Any, str | None] = {}
         self._seen: dict[Any, tuple[int, ...]] = {}
 
@@ -334,20 +335,22 @@ class Model:
     def broken(self, s: State) -> str | None:
         """The first invariant that does not hold in this state."""
         for name, what in ((s.doc, "document"), (s.previous, "previous document")):
-            if fault := self._check(name.now, s.journals, s.acked, now=True):
+            is_previous = name is s.previous
+            if fault := self._check(name.now, s.journals, s.acked, "now"):
                 return f"{fault} ({what}, now)"
             for doc in name.after:
-                if fault := self._check(doc, s.journals, s.acked, now=False):
+                if fault := self._check(doc, s.journals, s.acked, "previous" if is_previous else "document"):
                     return f"{fault} ({what}, if the power is lost now)"
         return None
 
-    def _check(self, doc: Doc, journals: Journals, acked: int, *, now: bool) -> str | None:
-        key = (doc, journals, acked, now)
+    def _check(self, doc: Doc, journals: Journals, acked: int, what: str) -> str | None:
+        key = (doc, journals, acked, what)
         if key not in self._good:
-            self._good[key] = self._examined(doc, journals, acked, now=now)
+            self._good[key] = self._examined(doc, journals, acked, what)
         return self._good[key]
 
-    def _examined(self, doc: Doc, journals: Journals, acked: int, *, now: bool) -> str | None:
+    def _examined(self, doc: Doc, journals: Journals, acked: int, what: str) -> str | None:
+        now = what == "now"
         count = self.c.count
         certain, possible = [0] * count, [0] * count
         for record in range(count):
@@ -365,7 +368,8 @@ class Model:
                     frames[number] = (record, sure or (number in frames and frames[number][1]))
             at = max(doc.through[writer], 0)
             end = max(frames, default=0)
-            if not now and at and self._is_doubtful(segments, at, doc.place[writer], frames):
+            # To need the previous document after a power loss is one fault more.
+            if what == "document" and at and self._is_doubtful(segments, at, doc.place[writer], frames):
                 return "doubt: the journal may end before what the document holds of it"
             while at < end:
                 at += 1
@@ -392,8 +396,10 @@ class Model:
         segments: Sequence[Segment], through: int, place: int, frames: Mapping[int, tuple[int, bool]]
     ) -> bool:
         """Whether a power loss may leave the segment of the last counted frame without it, and no later frame."""
+        if place == NO_ENTRY or not segments[place].after & HERE:
+            return False
         segment = segments[place]
-        if not segment.after & HERE or any(n == through and state == DURABLE for n, _, state in segment.frames):
+        if segment.now and any(n == through and state == DURABLE for n, _, state in segment.frames):
             return False
         return not any(number >= through and sure for number, (_, sure) in frames.items())
 
@@ -597,16 +603,11 @@ class Model:
         through, place = list(p.new.through), list(p.new.place)
         for w in p.dead:
             through[w] = max(through[w], 0)
-        if self.r.last_copy:
-            for w, segments in enumerate(s.journals):
-                copies = (
-                    n
-                    for n, some in enumerate(segments)
-                    if some.now and some.frames[:1] and some.frames[0][0] == through[w]
-                )
-                place[w] = max((place[w], *copies))
+        if self.r.place_of_living:
+            for w in p.dead | ({p.writer} if p.back == "close" else set()):
+                place[w] = NO_ENTRY
         for w in gone:
-            through[w], place[w] = NO_ENTRY, 0
+            through[w], place[w] = NO_ENTRY, NO_ENTRY
         new = Doc(p.new.counts, tuple(through), tuple(place))
         if self.r.drop == "same":
             old = new if self.is_both(s, p) else s.doc.now
@@ -697,7 +698,7 @@ class Model:
             old = new
         if is_finished and old.through[w] >= new.through[w]:
             return listed
-        first = min(new.place[w], old.place[w] if old.through[w] > 0 else 0)
+        first = min(new.place[w], old.place[w])
         return [n for n in listed if n < first]
 
     def leave(self, s: State, i: int, p: Process) -> State:
@@ -787,6 +788,8 @@ class Model:
         if segment.after & HERE:
             sure = tuple(frame for frame in segment.frames if frame[2] == DURABLE)
             yield Segment(now=True, after=HERE, frames=sure)
+            if not segment.now and sure:
+                yield Segment(now=True, after=HERE, frames=())
             if len(sure) < len(segment.frames):
                 yield Segment(now=True, after=HERE, frames=tuple((n, r, DURABLE) for n, r, _ in segment.frames))
 
@@ -979,7 +982,7 @@ MUTANTS: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "no store lock": ({"store_lock": False}, "plain-long"),
     "dead writers determined last": ({"dead_first": False}, "kill"),
     "no counting rule": ({"through": False}, "plain"),
-    "first copy of a frame": ({"last_copy": False}, "write-fault"),
+    "place of an ended writer": ({"place_of_living": False}, "close"),
     "no previous document": ({"previous": False, "retire": "new"}, "kill"),
     "new document alone at close": ({"both_at_close": False}, "close"),
     "retire what one document covers": ({"retire": "new"}, "kill"),

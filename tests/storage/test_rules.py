@@ -19,6 +19,7 @@ import pytest
 from savings_exporter import CorruptStoreError, SavingsRecord, SavingsTracker
 from savings_exporter.storage.filesystem import DirectoryFsyncUnsupportedError, FileSystem
 from savings_exporter.storage.repair import inspect
+from savings_exporter.storage.writers import is_alive
 from tests.support.faults import FaultyFileSystem
 from tests.support.spans import Traced
 from tests.support.wait import WAIT_SECONDS
@@ -41,6 +42,11 @@ def requests(path: Path, filesystem: FileSystem | None = None) -> int:
 
 def segments(path: Path) -> list[Path]:
     return sorted(path.parent.glob("*.journal.*"))
+
+
+def cut_after_first_frame(segment: Path) -> None:
+    data = segment.read_bytes()
+    segment.write_bytes(data[: data.index(b"SXJ2", 4)].ljust(len(data), b"\0"))
 
 
 class AnotherBoot(FileSystem):
@@ -95,12 +101,12 @@ def test_lock_of_new_writer(store_path: Path) -> None:
     with SavingsTracker(store_path, filesystem=looked, save_interval=NEVER) as tracker:
         record(tracker)
         os.close(looked.looking)
-        with SavingsTracker(store_path, save_interval=NEVER) as other:
-            assert other.snapshot().writers == 1
+        (file,) = store_path.parent.glob("*.writer.*")
+        assert is_alive(FileSystem(), str(file))
 
 
-def test_last_copy_is_noted(store_path: Path) -> None:
-    """A document points to the copy of a frame that is on the disk, not to one whose sync failed."""
+def test_first_copy_is_gone(store_path: Path) -> None:
+    """A frame whose first copy was never on the disk, where a document says that reading goes on, has another copy."""
     faults = FaultyFileSystem(has_direct_io=False)
     with SavingsTracker(store_path, filesystem=faults, save_interval=NEVER) as tracker:
         record(tracker)
@@ -108,14 +114,20 @@ def test_last_copy_is_noted(store_path: Path) -> None:
         faults.fail("fsync_journal", errno.EIO, 1)
         record(tracker)
         assert tracker.save()
-        first, second = segments(store_path)
-        lost = shutil.copytree(store_path.parent, store_path.parent / "lost")
-    # The first copy was never on the disk, and the segment of the second one was removed at the end of its writer.
-    held = (lost / first.name).read_bytes()
-    end = held.index(b"SXJ2", 4)
-    (lost / first.name).write_bytes(held[:end].ljust(len(held), b"\0"))
-    (lost / second.name).unlink()
-    assert requests(lost / store_path.name, AnotherBoot()) == 2
+        copy = copied(store_path, "copy")
+    cut_after_first_frame(segments(copy)[0])
+    assert requests(copy, AnotherBoot()) == 2
+
+
+def test_removed_segment_comes_back(store_path: Path) -> None:
+    """After a power loss a segment that was removed may be there without what it held."""
+    with SavingsTracker(store_path, save_interval=NEVER) as tracker:
+        record(tracker)
+        record(tracker)
+        (segment,) = segments(store_path)
+        size = segment.stat().st_size
+    segment.write_bytes(bytes(size))
+    assert requests(store_path, AnotherBoot()) == 2
 
 
 def test_kill_between_names(store_path: Path, faults: FaultyFileSystem) -> None:
@@ -280,9 +292,7 @@ def test_end_before_the_watermark(store_path: Path) -> None:
         record(tracker)
         record(tracker)
         copy = copied(store_path, "copy")
-    segment = segments(copy)[0]
-    data = segment.read_bytes()
-    segment.write_bytes(data[: data.index(b"SXJ2", 4)].ljust(len(data), b"\0"))
+    cut_after_first_frame(segments(copy)[0])
     with pytest.raises(CorruptStoreError, match="number 2 of writer"):
         requests(copy)
 
@@ -294,9 +304,7 @@ def test_end_before_the_document(store_path: Path) -> None:
         record(tracker)
         assert tracker.save()
         copy = copied(store_path, "copy")
-    segment = segments(copy)[0]
-    data = segment.read_bytes()
-    segment.write_bytes(data[: data.index(b"SXJ2", 4)].ljust(len(data), b"\0"))
+    cut_after_first_frame(segments(copy)[0])
     with pytest.raises(CorruptStoreError, match="cannot be determined"):
         requests(copy, AnotherBoot())
 
@@ -394,7 +402,7 @@ def test_living_writer_keeps_its_files(store_path: Path) -> None:
         assert saver.snapshot().lifetime.requests == 4
 
 
-@pytest.mark.parametrize("nth", range(1, 6))
+@pytest.mark.parametrize("nth", range(1, 5))
 def test_writer_dies_within_a_save(store_path: Path, nth: int) -> None:
     """What a writer commits before it dies is not removed by a save that counted it before."""
     between = Between()
@@ -410,7 +418,7 @@ def test_writer_dies_within_a_save(store_path: Path, nth: int) -> None:
 
         between.nth, between.do = nth, commit_and_die
         saver.save()
-        assert between.nth <= 0
+        assert between.nth <= 0, "a save lists the files so often"
         assert saver.snapshot().lifetime.requests == 3
     assert requests(store_path) == 3
 
@@ -427,9 +435,7 @@ def test_adopted_frame_is_on_disk(store_path: Path) -> None:
     with SavingsTracker(copy, save_interval=NEVER) as adopter:
         assert adopter.snapshot().lifetime.requests == 2
         lost = copied(copy, "lost")
-    segment = segments(lost)[0]
-    data = segment.read_bytes()
-    segment.write_bytes(data[: data.index(b"SXJ2", 4)].ljust(len(data), b"\0"))
+    cut_after_first_frame(segments(lost)[0])
     assert requests(lost, AnotherBoot()) == 2
 
 
@@ -469,10 +475,11 @@ def test_previous_keeps_its_segment(store_path: Path) -> None:
         record(tracker)
         faults.fail("fsync_journal", errno.EIO, 1)
         record(tracker)
+        record(tracker)
         assert tracker.save()
         copy = copied(store_path, "copy")
     Path(f"{copy}.previous").replace(copy)
-    assert requests(copy) == 3
+    assert requests(copy) == 4
 
 
 def test_both_names_at_close(store_path: Path) -> None:
