@@ -70,8 +70,10 @@ def examine(reader: Reader, lock: LockContent) -> Findings:
         identity = reader.fs.identity(reader.path)
         try:
             found = _examined(reader, lock)
-        except (FileNotFoundError, CorruptStoreError):
-            if attempt == _ATTEMPTS or reader.fs.identity(reader.path) == identity:
+        except (FileNotFoundError, CorruptStoreError) as error:
+            # A writer may also remove a segment that it does not need, while the document stays the same.
+            is_damage = isinstance(error, CorruptStoreError) and reader.fs.identity(reader.path) == identity
+            if attempt == _ATTEMPTS or is_damage:
                 raise
             continue
         if reader.fs.identity(reader.path) == identity:

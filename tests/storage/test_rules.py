@@ -592,3 +592,16 @@ def test_segment_made_meanwhile(store_path: Path, nth: int) -> None:
         between.nth, between.do = nth, lambda: record(writer, 3000)
         with SavingsTracker(store_path, filesystem=between, save_interval=NEVER) as other:
             assert other.snapshot().lifetime.requests == 3001
+
+
+@pytest.mark.parametrize("nth", range(1, 5))
+def test_segment_gone_meanwhile(store_path: Path, nth: int) -> None:
+    """A segment that its writer removes while a store is opened does not keep it from being opened."""
+    between = Between()
+    with SavingsTracker(store_path, save_interval=NEVER) as writer:
+        record(writer)
+        needless = segments(store_path)[0].with_suffix(".00000000")
+        needless.write_bytes(bytes(4096))
+        between.nth, between.do = nth, needless.unlink
+        with SavingsTracker(store_path, filesystem=between, save_interval=NEVER) as other:
+            assert other.snapshot().lifetime.requests == 1
