@@ -39,6 +39,10 @@ class Conflict(NamedTuple):
     ours: Totals
 
 
+class BusyStoreError(StoreError):
+    """Other processes saved the document each time it was read."""
+
+
 class Findings(NamedTuple):
     """What was found.
 
@@ -64,7 +68,8 @@ def examine(reader: Reader, lock: LockContent) -> Findings:
 
     Raises:
         OSError: it cannot be read.
-        StoreError: what it holds cannot be determined; NewerSchemaError: a newer program wrote it.
+        StoreError: what it holds cannot be determined; NewerSchemaError: a newer program wrote it; BusyStoreError:
+            others save it all the time.
     """
     for attempt in range(1, _ATTEMPTS + 1):
         identity = reader.fs.identity(reader.path)
@@ -78,7 +83,7 @@ def examine(reader: Reader, lock: LockContent) -> Findings:
             continue
         if reader.fs.identity(reader.path) == identity:
             return found
-    raise StoreError(f"{reader.path}: is being saved too often to be read; try again", path=reader.path)
+    raise BusyStoreError(f"{reader.path}: is being saved too often to be read; try again", path=reader.path)
 
 
 def _examined(reader: Reader, lock: LockContent) -> Findings:

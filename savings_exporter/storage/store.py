@@ -23,12 +23,14 @@ from savings_exporter.storage.lock import StoreLock, read_lock
 from savings_exporter.storage.observers import Observer
 from savings_exporter.storage.operation import COMMIT, PREPARE, ROTATE, SAVE, Operation, error_symbol
 from savings_exporter.storage.reader import Reader
-from savings_exporter.storage.recovery import earlier_segments, examine, refuse_losses
+from savings_exporter.storage.recovery import BusyStoreError, Findings, earlier_segments, examine, refuse_losses
 from savings_exporter.storage.segment import NO_DIRECT_IO, SyncMethod
 from savings_exporter.storage.view import View
 from savings_exporter.storage.writers import Writer
 
 logger = logging.getLogger(__name__)
+
+_ATTEMPTS_TO_OPEN = 10
 
 
 _ATTEMPTS = 5
@@ -304,7 +306,7 @@ def _recovered(
         method = "fdatasync"
     if lock.held:
         _discard_temporaries(fs, path)
-    found = examine(reader, lock.content() if lock.held else read_lock(fs, path))
+    found = _examined(reader, lock)
     refuse_losses(path, found)
     for problem in (*found.view.document.problems, *found.harmless):
         logger.warning("%s: %s", path, problem)
@@ -339,6 +341,16 @@ def _refuse_without_direct_io(fs: FileSystem, lock: StoreLock) -> None:
             "fdatasync",
             path=lock.path,
         ) from None
+
+
+def _examined(reader: Reader, lock: StoreLock) -> Findings:
+    """What the store holds. While others save it all the time, the lock is free now and then: wait for that."""
+    for _ in range(_ATTEMPTS_TO_OPEN):
+        with suppress(BusyStoreError):
+            return examine(reader, lock.content() if lock.held else read_lock(reader.fs, reader.path))
+        with suppress(BlockingIOError):
+            lock.take()
+    return examine(reader, lock.content() if lock.held else read_lock(reader.fs, reader.path))
 
 
 def _take_to_open(lock: StoreLock, path: str, is_exclusive: bool) -> None:
