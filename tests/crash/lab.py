@@ -281,8 +281,19 @@ class Lab:
 
     def goes_on(self) -> None:
         """Wait until every process that runs has been told of something durable that it was not told of before."""
-        before = {name: self._told(name) for name in self.running}
-        eventually(lambda: all(self._told(name) > told for name, told in before.items()), "all writers to go on")
+        waiting = {name: self._told(name) for name in self.running}
+
+        def all_went_on() -> bool:
+            for name in [name for name, told in waiting.items() if self._told(name) > told]:
+                del waiting[name]
+            ended = [name for name in waiting if not self.running[name].process.is_alive()]
+            assert not ended, f"ended by themselves: {ended}; {self._left_behind(writers.REFUSED)}"
+            return not waiting
+
+        try:
+            eventually(all_went_on, "all writers to go on")
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {sorted(waiting)} do not") from error
 
     def failures(self) -> int:
         """How often a writer has met a failing disk until now."""
@@ -300,14 +311,24 @@ class Lab:
         """Kill these processes (all, when none is named), and see that they had ended in no other way."""
         for name in names or tuple(self.running):
             self.running.pop(name).kill()
-        for raised in sorted(self._outside.glob(f"*{writers.RAISED}")):
-            text = raised.read_text()
-            raise (LostError if "CorruptStoreError" in text else AssertionError)(f"a writer raised:\n{text}")
+        raised = self._left_behind(writers.RAISED)
+        if "CorruptStoreError" in raised:
+            self._read()
+            self._count_streams({})
+            raise LostError(f"a writer could not open the store: {raised}")
+        assert not raised, f"a writer raised: {raised}"
+
+    def _left_behind(self, suffix: str) -> str:
+        """What processes left beside their ledgers when they ended by themselves."""
+        return "\n".join(path.read_text() for path in sorted(self._outside.glob(f"*{suffix}")))
+
+    def _read(self) -> None:
+        for account in self.accounts.values():
+            account.read()
 
     def check(self) -> Snapshot:
         """Open the store again, and see that nothing is lost, nothing counted twice, and nothing left behind."""
-        for account in self.accounts.values():
-            account.read()
+        self._read()
         try:
             held = _records_in(self.store)
             with self._opened() as tracker:

@@ -25,7 +25,7 @@ def test_killed_writers(tmp_path: Path, method: SyncMethod) -> None:
             lab.start(name, kind)
         lab.start("reader", "reader")
         lab.start("watcher", "watcher")
-        for number in range(rounds(12, 200)):
+        for number in range(rounds(8, 200)):
             victim = random.choice(list(kinds))
             lab.kill(victim)
             # Killed from outside at any instant, and by itself where a part of its work is on the disk.

@@ -45,8 +45,8 @@ LONGEST_STAY = 8
 PAUSE_SECONDS = 0.02
 """How long a visitor that could not open the store waits before it tries again."""
 
-RAISED = ".raised"
-"""What a writer's last traceback is called, after its ledger."""
+RAISED, REFUSED = ".raised", ".refused"
+"""What is left beside a writer's ledger: the traceback of what it raised, and why it could not open the store."""
 
 
 class Store(NamedTuple):
@@ -75,6 +75,7 @@ def run(
             KINDS[kind](Store(path, method, filesystem(sabotage, Ledger(streams[0].ledger))), streams)
         except StoreError as error:
             refuse_damage(error)
+            streams[0].ledger.with_suffix(REFUSED).write_text(str(error))
 
 
 @contextmanager
