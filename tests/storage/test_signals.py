@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -73,13 +74,57 @@ def test_an_interrupt_in_a_step(store_path: Path, step: str, has_direct_io: bool
                 tracker.record_request(**ONE)
                 tracker.save()
             except KeyboardInterrupt:
-                pass
-        # What was accepted before the interrupt is still committed.
-        assert tracker.flush(WAIT_SECONDS)
+                # What was accepted before is still committed, without another call that does it.
+                assert tracker.flush(WAIT_SECONDS)
+                assert tracker.snapshot().lifetime.requests == recorded
         assert tracker.snapshot().lifetime.requests == recorded
         assert tracker.record_request(**ONE).durable
         assert tracker.save()
     assert reopened(store_path) == recorded + 1
+
+
+def test_an_interrupt_of_unlocking(store_path: Path) -> None:
+    """The store's lock does not stay taken: other processes can save."""
+
+    class Interrupted(FaultyFileSystem):
+        interrupts = 0
+
+        def unlock(self, descriptor: int) -> None:
+            if self.interrupts and threading.current_thread() is threading.main_thread():
+                self.interrupts -= 1
+                raise KeyboardInterrupt
+            super().unlock(descriptor)
+
+    faults = Interrupted()
+    with SavingsTracker(store_path, filesystem=faults) as tracker, SavingsTracker(store_path) as other:
+        assert tracker.record_request(**ONE)
+        faults.interrupts = 1
+        with pytest.raises(KeyboardInterrupt):
+            tracker.save()
+        assert other.record_request(**ONE)
+        eventually(other.save, "another process to save")
+    assert reopened(store_path) == 2
+
+
+def test_a_wait_without_timeout(store_path: Path) -> None:
+    """It ends when the record is durable, and when it is given up."""
+    faults = FaultyFileSystem()
+    for is_given_up in (False, True):
+        with SavingsTracker(store_path, filesystem=faults) as tracker:
+            assert tracker.record_request(**ONE)
+            faults.fail("fsync_journal", errno.EIO)
+            receipt = tracker.record_request(**ONE)
+            waiting = [threading.Thread(target=receipt.wait, daemon=True) for _ in range(3)]
+            for thread in waiting:
+                thread.start()
+            assert not receipt.wait(0)
+            if not is_given_up:
+                faults.mend()
+        for thread in waiting:
+            thread.join(WAIT_SECONDS)
+        assert not any(thread.is_alive() for thread in waiting)
+        assert receipt.durable != is_given_up
+        faults.mend()
 
 
 @pytest.mark.parametrize("step", STEPS)
