@@ -252,15 +252,15 @@ class Reader:
     def limit_of(self, store: bytes, writer: bytes, boot: bytes) -> int | None:
         """Up to which sequence number a journal counts; None when all that can be read is on stable storage.
 
-        A watermark is valid in its own boot of the machine only. After another boot, what can be read was written.
+        A watermark is valid in its own boot of the machine only. After another boot, what can be read was written. Of a
+        living writer without a watermark (its file was removed by hand, or is being written) nothing new counts yet.
 
         Raises:
             OSError: the writer's file cannot be read.
         """
-        path = writer_path(self.path, writer)
-        facts = read_facts(self.fs, path)
+        facts = read_facts(self.fs, writer_path(self.path, writer))
         if facts is None or facts.store != store:
-            return None
+            return 0 if facts is None and self.is_alive(writer) else None
         if any(boot):
             return facts.watermark if facts.boot == boot else None
         return facts.watermark if self.is_alive(writer) else None

@@ -154,11 +154,11 @@ def test_store_of_a_tracker(store_path: Path) -> None:
             assert tracker.record_many([SavingsRecord(model="m", tokens_saved=1)] * (number % 5 * 500 + 1))
             for _ in range(number % 4):
                 assert tracker.save()
-            before = sorted(entry.name for entry in store_path.parent.iterdir())
             assert file.snapshot().lifetime == tracker.snapshot().lifetime
             assert file.health().healthy
-            assert sorted(entry.name for entry in store_path.parent.iterdir()) == before
+    before = {entry.name: entry.stat().st_mtime_ns for entry in store_path.parent.iterdir()}
     assert file.snapshot().lifetime == WatchedFile(store_path).snapshot().lifetime
+    assert {entry.name: entry.stat().st_mtime_ns for entry in store_path.parent.iterdir()} == before
 
 
 def test_tracker_then_headroom(store_path: Path) -> None:

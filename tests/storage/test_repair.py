@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,7 +236,7 @@ def test_keep_theirs(kept: Kept, tmp_path: Path) -> None:
     path = kept.put(document=FOREIGN)
     for file in path.parent.iterdir():
         if file != path:
-            file.rename(tmp_path / file.name)
+            shutil.move(file, tmp_path / file.name)
     assert opened(path)[0] == FOREIGN_TOTAL
 
 
