@@ -25,10 +25,11 @@ from savings_exporter.errors import StoreError
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.snapshot import Snapshot
 from savings_exporter.service import server, settings, views
-from savings_exporter.service.app import HEALTHY_PATH, READY_PATH, SAVINGS_PATH, Service
+from savings_exporter.service.app import Service
 from savings_exporter.service.demo import DemoTraffic
 from savings_exporter.service.drill import KINDS, LONGEST_SECONDS, DrillError, taking_drills
 from savings_exporter.service.drill import ask as ask_for_drill
+from savings_exporter.service.paths import HEALTHY_PATH, READY_PATH, SAVINGS_PATH
 from savings_exporter.storage.observers import Observers
 from savings_exporter.storage.repair import inspect, is_begun, repair
 from savings_exporter.telemetry.metrics import SavingsCollector, WatchCollector

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from savings_exporter import SavingsTracker
-from savings_exporter.service import app
 from savings_exporter.service.app import Service as Application
+from savings_exporter.service.intake import IntakeLimits
 from savings_exporter.telemetry.metrics import SavingsCollector
 from tests.support.faults import failing_directory_fsync
 from tests.support.service import Service, run_cli, running
@@ -283,15 +283,18 @@ def test_savings_while_only_saves_fail(store_path: Path) -> None:
         assert json.loads(service.get("/v1/savings")[1])["sequence"] == 2
 
 
-def test_too_many_requests_are_refused(tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = Application(tracker, SavingsCollector(tracker))
-    with monkeypatch.context() as patch:
-        patch.setattr(app, "MAX_POSTS_IN_FLIGHT", 0)
-        assert answer(service, "POST", "/v1/savings")[:2] == (503, "5")
+def test_too_many_requests_are_refused(tracker: SavingsTracker) -> None:
+    service = Application(tracker, SavingsCollector(tracker), limits=IntakeLimits(posts_in_flight=0))
+    assert answer(service, "POST", "/v1/savings") == (503, "5")
     assert answer(service, "GET", "/-/ready")[0] == 200
+    assert tracker.snapshot().sequence == 0
+
+
+def test_requests_during_the_stop(tracker: SavingsTracker) -> None:
+    service = Application(tracker, SavingsCollector(tracker))
     service.stopping = True
-    assert answer(service, "POST", "/v1/savings")[:2] == (503, "5")
-    assert answer(service, "GET", "/-/ready")[:2] == (503, "5")
+    assert answer(service, "POST", "/v1/savings") == (503, "5")
+    assert answer(service, "GET", "/-/ready") == (503, "5")
     assert answer(service, "GET", "/metrics")[0] == 200
     assert tracker.snapshot().sequence == 0
 
@@ -329,11 +332,10 @@ async def chunks(*data: bytes) -> AsyncIterator[bytes]:
         yield chunk
 
 
-def test_too_large_bodies_are_refused(tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_bodies_are_refused(tracker: SavingsTracker) -> None:
     body = json.dumps(RECORD).encode()
-    monkeypatch.setattr(app, "MAX_BODY_BYTES_IN_FLIGHT", len(body) * 3 // 2)
-    monkeypatch.setattr(app, "MAX_BODY_BYTES", len(body))
-    service = Application(tracker, SavingsCollector(tracker))
+    limits = IntakeLimits(body_bytes=len(body), body_bytes_in_flight=len(body) * 3 // 2)
+    service = Application(tracker, SavingsCollector(tracker), limits=limits)
 
     async def post(*data: bytes) -> tuple[int, str | None]:
         status, headers, _ = await exchange(service, "POST", "/v1/savings", chunks(*data))
@@ -364,10 +366,9 @@ def test_too_large_bodies_are_refused(tracker: SavingsTracker, monkeypatch: pyte
     assert tracker.snapshot().sequence == 3
 
 
-def test_body_that_does_not_come(tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "MAX_POSTS_IN_FLIGHT", 1)
-    monkeypatch.setattr(app, "BODY_TIMEOUT_SECONDS", 0.01)
-    service = Application(tracker, SavingsCollector(tracker))
+def test_body_that_does_not_come(tracker: SavingsTracker) -> None:
+    limits = IntakeLimits(posts_in_flight=1, body_seconds=0.01)
+    service = Application(tracker, SavingsCollector(tracker), limits=limits)
 
     async def never_whole() -> AsyncIterator[bytes]:
         yield b"{"
@@ -376,7 +377,7 @@ def test_body_that_does_not_come(tracker: SavingsTracker, monkeypatch: pytest.Mo
     status, headers, problem = asyncio.run(exchange(service, "POST", "/v1/savings", never_whole()))
     assert (status, headers["content-type"], headers["connection"]) == (408, "application/problem+json", "close")
     assert "0.01 seconds" in json.loads(problem)["detail"]
-    monkeypatch.setattr(app, "BODY_TIMEOUT_SECONDS", 30.0)
+    # A body that is there at once is read without waiting for anything.
     body = json.dumps(RECORD).encode()
     assert asyncio.run(exchange(service, "POST", "/v1/savings", chunks(body)))[0] == 200
     assert tracker.snapshot().sequence == 1

@@ -1,0 +1,34 @@
+"""The bearer token (RFC 6750) that callers of the service must send."""
+
+from __future__ import annotations
+
+import hmac
+from http import HTTPStatus
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from savings_exporter.service.paths import HEALTHY_PATH, READY_PATH
+from savings_exporter.service.problems import problem
+
+_WITHOUT_TOKEN = (HEALTHY_PATH, READY_PATH)
+
+
+class BearerToken:
+    """Middleware that refuses requests without the token; the liveness and readiness checks need none."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._token = token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with 401."""
+        if scope["type"] == "http" and scope["path"] not in _WITHOUT_TOKEN and not self._is_shown(scope):
+            response = problem(HTTPStatus.UNAUTHORIZED, "a bearer token is needed, and this is not the one")
+            response.headers["WWW-Authenticate"] = "Bearer"
+            await response(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_shown(self, scope: Scope) -> bool:
+        scheme, _, shown = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(shown.strip(), self._token)

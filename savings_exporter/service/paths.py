@@ -1,0 +1,5 @@
+"""The paths of the service that other modules and the command line name, too."""
+
+SAVINGS_PATH = "/v1/savings"
+HEALTHY_PATH = "/-/healthy"
+READY_PATH = "/-/ready"

@@ -1,0 +1,87 @@
+"""Errors of the service as ``application/problem+json`` (RFC 9457)."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ExceptionHandler
+
+from savings_exporter.service.views import printable
+
+# An answer repeats no more than this of what a client sent.
+_MAX_SHOWN = 500
+
+_RETRY_AFTER_SECONDS = "5"
+
+
+class RefusedError(Exception):
+    """A request that is refused.
+
+    Attributes:
+        status: the status of the answer.
+        detail: the reason, for people.
+        field: the field of the request that is wrong, None when it is not one field.
+        retry: whether the client may try again soon.
+        close: whether the connection is closed, because the rest of the request is not read.
+    """
+
+    def __init__(
+        self, status: HTTPStatus, detail: str, *, field: str | None = None, retry: bool = False, close: bool = False
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.field = field
+        self.retry = retry
+        self.close = close
+
+
+def problem(status: HTTPStatus, detail: str, field: str | None = None) -> Response:
+    """The answer for an error."""
+    body = {"title": status.phrase, "status": int(status), "detail": printable(_cut(detail))}
+    if field is not None:
+        body["field"] = _cut(field)
+    return Response(msgspec.json.encode(body), status, media_type="application/problem+json")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)
+    response = problem(error.status, error.detail, error.field)
+    if error.retry:
+        response.headers["Retry-After"] = _RETRY_AFTER_SECONDS
+    if error.close:
+        response.headers["Connection"] = "close"
+    return response
+
+
+async def _http_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    response = problem(HTTPStatus(error.status_code), error.detail)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _client_disconnected(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=HTTPStatus.BAD_REQUEST)
+
+
+async def _unexpected(_request: Request, _error: Exception) -> Response:
+    # Starlette raises the error again after this answer, and the server logs it.
+    return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "the request failed; the service's log says why")
+
+
+HANDLERS: dict[type[Exception], ExceptionHandler] = {
+    HTTPException: _http_error,
+    RefusedError: _refused,
+    ClientDisconnect: _client_disconnected,
+    Exception: _unexpected,
+}
+"""What answers each kind of error, for Starlette."""
