@@ -19,6 +19,7 @@ from savings_exporter import SavingsTracker, cli, tracker
 from tests.support.faults import FaultyFileSystem
 from tests.support.paths import DATA
 from tests.support.service import run_cli, running
+from tests.support.wait import WAIT_SECONDS
 
 HEADROOM = DATA / "headroom" / "v6-latest" / "proxy_savings.json"
 
@@ -90,7 +91,7 @@ def test_wrong_web_config(tmp_path: Path, store_path: Path, content: str) -> Non
 
 def test_version_and_help() -> None:
     assert re.fullmatch(r"savings-exporter \d+\.\d+\.\d+\n", run_cli("--version").stdout)
-    for command in ([], ["serve"], ["watch"], ["record"], ["show"], ["verify"], ["doctor"]):
+    for command in ([], *([name] for name in cli.COMMANDS)):
         done = run_cli(*command, "--help")
         assert (done.returncode, done.stderr) == (0, "")
         assert "Usage" in done.stdout
@@ -318,6 +319,21 @@ def test_show_and_verify_of_lost_documents(killed: Path) -> None:
     for said in (shown.stderr, verified.stderr):
         assert f"verify --repair --store {killed}" in said
     assert shown.stderr.split(". ")[0] == verified.stderr.split(". ")[0]
+
+
+def test_record_imports_no_web_server(store_path: Path) -> None:
+    """A command imports its own module, not those of the others."""
+    code = """
+import sys
+from savings_exporter import cli
+try:
+    cli.main()
+finally:
+    print(sorted({"rich", "starlette", "uvicorn"} & sys.modules.keys()))
+"""
+    command = ["record", "--store", str(store_path), "--model", "m", "--tokens-saved", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=WAIT_SECONDS)
+    assert done.stdout.splitlines() == ["record 1: 1 tokens saved so far", "[]"], done.stderr
 
 
 def test_record_that_cannot_be_saved(

@@ -1,0 +1,68 @@
+"""``savings-exporter doctor``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+from savings_exporter.cli.options import AsJson, expanded
+from savings_exporter.cli.output import print_json
+from savings_exporter.cli.tables import stdout_console, table
+from savings_exporter.doctor import Report, directory_of, examine, readable
+from savings_exporter.service import settings
+
+
+def doctor(
+    path: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PATH",
+            envvar="SAVINGS_EXPORTER_STORE",
+            callback=expanded,
+            help="A directory, or a document in one. Default: the default store's directory.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a saving costs on a disk, for some seconds; say what is wrong with that disk for a store."""
+    settings.be_quiet()
+    directory = directory_of(path)
+    # An exception in the main thread, so that temporary files are removed on the way out.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    with Console(stderr=True).status(f"measuring {escape(directory)}"):
+        report = examine(directory)
+    if as_json:
+        print_json(report)
+    else:
+        _print_report(report)
+
+
+def _print_report(report: Report) -> None:
+    console = stdout_console()
+    found = report.filesystem
+    where = f", mounted on {found.mount_point} from {found.device}" if found.mount_point else ""
+    network = ", a network filesystem" if found.is_network else ""
+    console.print(Text(f"{report.directory}: {found.type}{network}{where}"), soft_wrap=True)
+    steps = table("step", "median", "worst", "runs")
+    for name, timing in report.steps.items():
+        if timing is None:
+            steps.add_row(name, "not supported")
+        else:
+            median, worst = readable(timing.median_seconds), readable(timing.worst_seconds)
+            steps.add_row(name, median, worst, f"{timing.runs:,}")
+    commits = table("threads", "savings a second")
+    for threads, rate in report.commits_per_second.items():
+        commits.add_row(str(threads), f"{rate:,.0f}")
+    for part in (steps, commits):
+        console.print()
+        console.print(part)
+    console.print()
+    console.print(Text(report.verdict))
+    for warning in report.warnings:
+        console.print(Text(f"Warning: {warning}", style="yellow"))

@@ -1,0 +1,27 @@
+"""What several commands print alike."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+
+
+def print_json(content: Any) -> None:
+    """Print anything that msgspec encodes, indented."""
+    # JSON is UTF-8 (RFC 8259), whatever the output's encoding is.
+    sys.stdout.flush()
+    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
+
+
+def saved(moment: datetime | None) -> str:
+    """When a document was saved, to be put after what it holds; nothing when it never was."""
+    return f", saved {moment:%Y-%m-%d %H:%M:%S} UTC" if moment else ""
+
+
+def announcement(what: str, path: str, url: str, more: str) -> str:
+    """The line that a service prints when it answers requests."""
+    return f"savings-exporter {version('savings-exporter')} {what} {path}, on {url}; {more}"

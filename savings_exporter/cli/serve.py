@@ -1,0 +1,106 @@
+"""``savings-exporter serve``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from contextlib import ExitStack
+from typing import Annotated, NoReturn
+
+import typer
+
+from savings_exporter.cli.errors import INTERRUPTED, CommandError, WrongUsageError
+from savings_exporter.cli.options import (
+    ListenAddress,
+    LogFormat,
+    LogLevel,
+    Store,
+    SyncMethodOption,
+    TelemetryPath,
+    WebConfigFile,
+)
+from savings_exporter.cli.output import announcement
+from savings_exporter.service import server, settings
+from savings_exporter.service.app import Service
+from savings_exporter.service.demo import DemoTraffic
+from savings_exporter.service.drill import taking_drills
+from savings_exporter.service.paths import SAVINGS_PATH
+from savings_exporter.telemetry.metrics import SavingsCollector
+from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker
+
+
+def serve(
+    store: Store = None,
+    sync_method: SyncMethodOption = "auto",
+    listen_address: ListenAddress = "127.0.0.1:9478",
+    telemetry_path: TelemetryPath = "/metrics",
+    web_config_file: WebConfigFile = None,
+    log_level: LogLevel = "info",
+    log_format: LogFormat = "logfmt",
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Record made-up traffic; without --store, in a temporary store.")
+    ] = False,
+    enable_drill: Annotated[
+        bool,
+        typer.Option(
+            "--enable-drill",
+            envvar="SAVINGS_EXPORTER_ENABLE_DRILL",
+            help="Take fire drills from this user on this host.",
+        ),
+    ] = False,
+) -> None:
+    """Keep the savings that proxies POST, and show them to Prometheus."""
+    settings.configure_logging(log_level, log_format)
+    config = settings.web_config(web_config_file)
+    token = config.token()
+    with ExitStack() as stack:
+        listener = stack.enter_context(server.listen(*settings.listen_address(listen_address)))
+        url = server.url_of(listener, tls=config.tls_server_config is not None)
+        provider = settings.tracer_provider()
+        if provider is not None:
+            stack.callback(settings.flush_spans, provider)
+        if demo and store is None:
+            store = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), DOCUMENT_NAME)
+        elif demo and store is not None and os.path.isfile(store):
+            # Checked before the tracker opens the store, because opening saves it.
+            raise WrongUsageError(f"{store} exists already: --demo would add made-up savings to its totals.")
+        tracker = SavingsTracker(store, tracer_provider=provider, sync_method=sync_method)
+        stack.callback(tracker.close)
+        if enable_drill:
+            stack.enter_context(taking_drills(tracker))
+        if demo:
+            stack.enter_context(DemoTraffic(tracker))
+        service = Service(tracker, SavingsCollector(tracker), telemetry_path=telemetry_path, token=token)
+        what = "keeps made-up savings in" if demo else "keeps savings in"
+        line = announcement(what, tracker.storage_path, url, _first_saving(url, config))
+        try:
+            server.run(service, listener, config.tls_server_config, started=lambda: print(line, flush=True))
+            is_saved = tracker.close()
+        except KeyboardInterrupt:
+            _end_at_once(tracker)
+        if not is_saved:
+            raise CommandError(f"stopped, but {tracker.health().reason}")
+
+
+def _first_saving(url: str, config: settings.WebConfig) -> str:
+    body = '{"model": "claude-sonnet-4-5", "input_tokens": 12000, "tokens_saved": 4096}'
+    trust = f" --cacert {config.tls_server_config.cert_file}" if config.tls_server_config else ""
+    show = " -H 'Authorization: Bearer TOKEN'" if config.authorization else ""
+    return f"record one: curl{trust}{show} -H 'Content-Type: application/json' -d '{body}' {url}{SAVINGS_PATH}"
+
+
+def _end_at_once(tracker: SavingsTracker) -> NoReturn:
+    """End before the last save has ended: a second Ctrl-C does not wait for a disk that hangs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    health = tracker.health()
+    lost = "nothing is lost, the next start saves what is in the journal"
+    if health.pending_records:
+        lost = (
+            f"{health.pending_records} records ({health.pending_tokens} tokens saved) were not durable and may be lost"
+        )
+    line = f"savings-exporter: {tracker.storage_path}: interrupted before the last save had ended; {lost}"
+    print(line, file=sys.stderr, flush=True)
+    # Any other way to exit waits for that save again.
+    os._exit(INTERRUPTED)

@@ -1,0 +1,84 @@
+"""``savings-exporter show``."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from savings_exporter.cli.errors import CommandError, WrongUsageError
+from savings_exporter.cli.options import AsJson, Store
+from savings_exporter.cli.output import print_json, saved
+from savings_exporter.cli.tables import stdout_console, table
+from savings_exporter.model.snapshot import Snapshot
+from savings_exporter.service import settings, views
+from savings_exporter.storage.repair import is_begun
+from savings_exporter.tracker import default_path
+from savings_exporter.watched import WatchedFile
+
+_BAR_WIDTH = 16
+
+
+def show(
+    store: Store = None,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+) -> None:
+    """Print a store's totals. Only reads; also reads a document that Headroom wrote."""
+    settings.be_quiet()
+    if as_json and as_csv:
+        raise WrongUsageError("give --json or --csv, not both")
+    path = store if store is not None else default_path()
+    if not is_begun(path):
+        given = f" --store {store}" if store is not None else ""
+        raise CommandError(
+            f"{path}: there are no savings yet; record the first with: savings-exporter record --model NAME "
+            f"--tokens-saved N{given}"
+        )
+    watched = WatchedFile(path)
+    snapshot = watched.snapshot()
+    if as_json:
+        print_json(views.as_json(snapshot, watched.health(), watched.storage_path))
+    elif as_csv:
+        rows = list(views.as_rows(snapshot))
+        writer = csv.DictWriter(sys.stdout, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        _print_tables(snapshot, watched.storage_path)
+
+
+def _print_tables(snapshot: Snapshot, path: str) -> None:
+    console = stdout_console()
+    lifetime = snapshot.lifetime
+    console.print(
+        Text(
+            f"{lifetime.tokens_saved:,} tokens saved in {lifetime.requests:,} requests, "
+            f"{lifetime.tool_tokens_saved:,} more by deferred tool schemas: {lifetime.savings_percent} % of the input, "
+            f"{lifetime.compression_savings_usd:,.2f} US dollars"
+        )
+    )
+    for kind, rows in views.breakdowns(snapshot):
+        if not rows:
+            continue
+        largest = rows[0][1].tokens_saved
+        shown = table(kind, "tokens saved", "tool tokens", "of input", "requests", "US dollars")
+        shown.add_column("", no_wrap=True, width=_BAR_WIDTH)
+        for name, totals in rows:
+            bar = views.bar(totals.tokens_saved, largest, _BAR_WIDTH)
+            shown.add_row(
+                Text(name),
+                f"{totals.tokens_saved:,}",
+                f"{totals.tool_tokens_saved:,}",
+                f"{totals.savings_percent} %",
+                f"{totals.requests:,}",
+                f"{totals.compression_savings_usd:,.2f}",
+                Text("#" * len(bar) if console.options.ascii_only else bar, style="green"),
+            )
+        console.print()
+        console.print(shown)
+    console.print()
+    console.print(Text(f"{path}{saved(snapshot.saved_at)}", style="dim"), soft_wrap=True)

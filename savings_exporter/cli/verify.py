@@ -1,0 +1,45 @@
+"""``savings-exporter verify``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from savings_exporter.cli.errors import CommandError
+from savings_exporter.cli.options import Store
+from savings_exporter.cli.output import saved
+from savings_exporter.service import settings
+from savings_exporter.storage.observers import Observers
+from savings_exporter.storage.repair import inspect, repair
+from savings_exporter.tracker import default_path
+
+
+def verify(
+    store: Store = None,
+    repair_store: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="Save what is whole, keep damaged files aside, and report what is lost. Exits with 0 when the store "
+            "can be opened again, with 1 when it left out records that another program's document holds.",
+        ),
+    ] = False,
+) -> None:
+    """Report what a store holds and what is wrong with it; exit 1 when something has to be done."""
+    settings.be_quiet()
+    path = store if store is not None else default_path()
+    if repair_store:
+        repaired = repair(path, Observers())
+        if repaired.leaves_out:
+            raise CommandError(repaired.text)
+        print(repaired.text)
+        return
+    found = inspect(path)
+    if found.ledger is not None:
+        lifetime = found.ledger.lifetime
+        print(f"{path}: {lifetime.tokens_saved} tokens saved in {lifetime.requests} records{saved(found.saved_at)}")
+    for note in found.notes:
+        print(note)
+    if found.problems:
+        raise CommandError("; ".join(found.problems))
