@@ -134,7 +134,9 @@ def examine(directory: str) -> Report:
             commits = _commits_per_second(os.path.join(scratch, DOCUMENT_NAME))
     except OSError as error:
         reason = f"{error.strerror or error} ({error_symbol(error)})"
-        raise StoreError(f"{directory}: a store cannot be kept here: {reason}; mend that or name another") from None
+        raise StoreError(
+            f"{directory}: a store cannot be kept here: {reason}; fix that or name another directory"
+        ) from None
     return Report(
         directory=_text(directory),
         filesystem=Filesystem(

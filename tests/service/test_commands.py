@@ -302,9 +302,9 @@ def test_verify_and_repair(killed: Path) -> None:
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
     assert "verify --repair" in refused.stderr
     assert killed.read_bytes() == damaged
-    mended = run_cli("verify", "--repair", "--store", str(killed))
-    assert (mended.returncode, mended.stderr) == (0, "")
-    assert re.search("acknowledged records are lost: number 1 to [0-9]+ of writer [0-9a-f]{16}", mended.stdout)
+    repaired = run_cli("verify", "--repair", "--store", str(killed))
+    assert (repaired.returncode, repaired.stderr) == (0, "")
+    assert re.search("acknowledged records are lost: number 1 to [0-9]+ of writer [0-9a-f]{16}", repaired.stdout)
     assert damaged in [file.read_bytes() for file in killed.parent.glob("*.corrupt-*")]
     assert run_cli("verify", "--store", str(killed)).returncode == 0
 

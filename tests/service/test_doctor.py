@@ -163,8 +163,11 @@ def test_failing_step_gets_one_line(
     assert err.startswith("savings-exporter: ")
     assert err.count("\n") == 1
     # This one fails in the store that is tried out.
-    failed = "append failed" if step == "append" else f"{tmp_path}: a store cannot be kept here"
-    assert f"{failed}: Input/output error (EIO)" in err
+    if step == "append":
+        assert "append failed: Input/output error (EIO)" in err
+    else:
+        remedy = "fix that or name another directory"
+        assert f"{tmp_path}: a store cannot be kept here: Input/output error (EIO); {remedy}\n" in err
     assert list(tmp_path.iterdir()) == []
 
 
