@@ -96,7 +96,10 @@ def test_an_interrupt_of_unlocking(store_path: Path) -> None:
             super().unlock(descriptor)
 
     faults = Interrupted()
-    with SavingsTracker(store_path, filesystem=faults) as tracker, SavingsTracker(store_path) as other:
+    with (
+        SavingsTracker(store_path, filesystem=faults, save_interval=3600) as tracker,
+        SavingsTracker(store_path, save_interval=3600) as other,
+    ):
         assert tracker.record_request(**ONE)
         faults.interrupts = 1
         with pytest.raises(KeyboardInterrupt):
