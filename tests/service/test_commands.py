@@ -297,7 +297,7 @@ def test_verify_and_repair(killed: Path) -> None:
     assert "nothing is lost" in found.stderr
     previous = killed.with_name(killed.name + ".previous")
     previous.write_bytes(previous.read_bytes()[:-100])
-    refused = run_cli("serve", "--store", str(killed))
+    refused = run_cli("serve", "--store", str(killed), "--web.listen-address", "127.0.0.1:0")
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
     assert "verify --repair" in refused.stderr
     assert killed.read_bytes() == damaged
