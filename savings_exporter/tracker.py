@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import platformdirs
@@ -22,12 +22,11 @@ from savings_exporter.errors import StoreError
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Limits
-from savings_exporter.storage.filesystem import LOCAL, FileSystem, place
+from savings_exporter.storage.filesystem import LOCAL, FileSystem
 from savings_exporter.storage.observers import Observers
 from savings_exporter.storage.operation import error_symbol
 from savings_exporter.storage.segment import SyncMethod
 from savings_exporter.storage.store import Store
-from savings_exporter.storage.view import View
 from savings_exporter.telemetry.counters import OperationCounters
 from savings_exporter.telemetry.tracing import StoreTracing
 from savings_exporter.tracking.background import Background
@@ -218,7 +217,8 @@ class SavingsTracker:
         with group.entered.lock:
             view = self._store.refresh()
             records, tokens = group.pending()
-            return _snapshot(view, self._store, records, tokens)
+            operations = self._store.operations()
+            return self._store.reader.snapshot(view, operations, pending_records=records, pending_tokens=tokens)
 
     def health(self) -> Health:
         """Whether commits and saves work, and if not, why."""
@@ -351,23 +351,6 @@ class SavingsTracker:
         self._closing = threading.RLock()
         self._store = self._store.forked(observers, self._counters.counts)
         self._background = Background(self._store, self._save_interval)
-
-
-def _snapshot(view: View, store: Store, records: int, tokens: int) -> Snapshot:
-    saved_at, identity = view.document.saved_at, view.identity
-    if saved_at is None and identity is not None:
-        saved_at = datetime.fromtimestamp(identity.modified_ns / 1e9, timezone.utc)
-    return Snapshot(
-        ledger=view.ledger,
-        store_id=view.document.store or place(store.path),
-        saved_at=saved_at,
-        document_bytes=identity.size if identity else 0,
-        journal_bytes=store.reader.journal_bytes(view),
-        pending_records=records,
-        pending_tokens=tokens,
-        operations=store.operations(),
-        writers=store.reader.living(),
-    )
 
 
 _trackers: weakref.WeakSet[SavingsTracker] = weakref.WeakSet()

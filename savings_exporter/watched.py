@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from datetime import datetime, timezone
 
 from savings_exporter.errors import StoreError
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Limits
-from savings_exporter.storage.filesystem import LOCAL, FileSystem, place
+from savings_exporter.storage.filesystem import LOCAL, FileSystem
 from savings_exporter.storage.lock import read_lock
 from savings_exporter.storage.operation import error_symbol
 from savings_exporter.storage.reader import Reader
@@ -53,7 +52,7 @@ class WatchedFile:
                 self._note_unreadable(error)
             finally:
                 self._reading.release()
-        return self._snapshot(self._view)
+        return self._reader.snapshot(self._view, self._view.document.operations)
 
     def health(self) -> Health:
         """Whether the document could be read when it was last looked at, and if not, why."""
@@ -85,18 +84,6 @@ class WatchedFile:
         for problem in found.view.document.problems:
             logger.warning("%s: %s", path, problem)
         return found.view
-
-    def _snapshot(self, view: View) -> Snapshot:
-        identity = view.identity
-        modified = datetime.fromtimestamp(identity.modified_ns / 1e9, timezone.utc) if identity else None
-        return Snapshot(
-            ledger=view.ledger,
-            store_id=view.document.store or place(self._reader.path),
-            saved_at=view.document.saved_at or modified,
-            document_bytes=identity.size if identity else 0,
-            journal_bytes=self._reader.journal_bytes(view),
-            operations=view.document.operations,
-        )
 
     def _note_unreadable(self, error: Exception) -> None:
         reason = str(error)

@@ -30,8 +30,9 @@ from savings_exporter.formats.frame import (
     store_of,
 )
 from savings_exporter.model.operations import OperationCounts
+from savings_exporter.model.snapshot import Snapshot
 from savings_exporter.model.totals import Limits
-from savings_exporter.storage.filesystem import FileSystem, Identity
+from savings_exporter.storage.filesystem import FileSystem, Identity, place
 from savings_exporter.storage.journal import segment_path
 from savings_exporter.storage.view import Counted, Position, Reading, View, counted, view_of
 from savings_exporter.storage.writers import is_alive, read_counts, read_facts, writer_of, writer_path
@@ -237,6 +238,25 @@ class Reader:
         full = (segment_path(self.path, writer, number) for number in numbers if number < position.segment)
         sizes = sum(identity.size for path in full if (identity := self.fs.identity(path)) is not None)
         return sizes + (position.offset if position.segment in numbers else 0)
+
+    def snapshot(
+        self, view: View, operations: OperationCounts, *, pending_records: int = 0, pending_tokens: int = 0
+    ) -> Snapshot:
+        """What a view says, for the users of the package. The one builder of snapshots."""
+        saved_at, identity = view.document.saved_at, view.identity
+        if saved_at is None and identity is not None:
+            saved_at = datetime.fromtimestamp(identity.modified_ns / 1e9, timezone.utc)
+        return Snapshot(
+            ledger=view.ledger,
+            store_id=view.document.store or place(self.path),
+            saved_at=saved_at,
+            document_bytes=identity.size if identity else 0,
+            journal_bytes=self.journal_bytes(view),
+            pending_records=pending_records,
+            pending_tokens=pending_tokens,
+            operations=operations,
+            writers=self.living(),
+        )
 
     def has_refused_document(self) -> bool:
         """Whether the document at the path is one that another program wrote."""

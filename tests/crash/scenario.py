@@ -61,7 +61,9 @@ def make_names_predictable() -> None:
 def record(tracker: SavingsTracker, ledgers: Path) -> None:
     """Commit, fill what can be filled, save, commit in the background."""
     single, batched, later = (Ledger(ledgers / name) for name in (SINGLE, BATCHED, LATER))
+    # The second one goes into the segment that the first one made.
     send(tracker, single, SINGLE, 1)
+    send(tracker, single, SINGLE, 2)
     for number in (1, 2):
         batched.attempt(number)
         receipt = tracker.record_many(batch_of(BATCHED, BATCH), **key(BATCHED, number))
@@ -75,7 +77,7 @@ def record(tracker: SavingsTracker, ledgers: Path) -> None:
     receipt = tracker.record_request(model=LATER, tokens_saved=1, wait=False, **key(LATER, 1))
     tracker.flush(PATIENCE_SECONDS)
     later.answer(1, receipt, PATIENCE_SECONDS)
-    send(tracker, single, SINGLE, 2)
+    send(tracker, single, SINGLE, 3)
 
 
 def send(tracker: SavingsTracker, ledger: Ledger, model: str, number: int) -> None:

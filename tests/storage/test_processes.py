@@ -474,7 +474,7 @@ def test_a_moved_directory(store_path: Path) -> None:
     with SavingsTracker(store_path) as tracker:
         for _ in range(2):
             assert tracker.record_request(model="m", tokens_saved=1)
-        directory.rename(directory.with_name("moved"))
+        directory.rename(directory.with_name(f"{directory.name}-moved"))
         assert not tracker.save()
         assert not tracker.health().healthy
         directory.mkdir()
@@ -720,7 +720,7 @@ def test_a_fork_that_cannot_make_files(store_path: Path) -> None:
         from pathlib import Path
         from savings_exporter import SavingsTracker
         directory = Path(sys.argv[1]).parent
-        moved = directory.with_name("moved")
+        moved = directory.with_name(f"{directory.name}-moved")
         with SavingsTracker(sys.argv[1]) as tracker:
             assert tracker.record_request(model="parent", tokens_saved=1)
             directory.rename(moved)
