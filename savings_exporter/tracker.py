@@ -87,7 +87,8 @@ class SavingsTracker:
 
     Raises:
         StoreError: the store cannot be used (CorruptStoreError: it is damaged; NewerSchemaError: a newer program
-            wrote it). A disk that only fails to write does not raise: the tracker starts degraded and goes on trying.
+            wrote it), or its directory cannot be written to. A disk that is full or fails does not raise: the tracker
+            starts degraded and goes on trying.
     """
 
     def __init__(

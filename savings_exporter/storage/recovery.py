@@ -147,7 +147,8 @@ def described_conflict(path: str, conflict: Conflict) -> str:
         "another program rewrote the document while this store's journal held records that its document did not. The "
         f"document at the path holds {described_totals(theirs)}; this store holds {described_totals(ours)}. "
         f"{described_overlap(conflict)}, and this store holds at most {described_difference(ours, base)} that it "
-        f"lacks. To continue with this store's totals: savings-exporter verify --repair --store {path} "
+        "lacks. Stop every process that uses the store first. To continue with this store's totals: savings-exporter "
+        f"verify --repair --store {path} "
         f"(the other document is kept beside it). To continue with the other program's document: move {path}.previous, "
         f"{path}.lock and all files {path}.journal.* and {path}.writer.* away"
     )
@@ -292,8 +293,8 @@ def _refuse_open_journal_of_earlier_version(reader: Reader, document: Document, 
 def _not_closed(path: str) -> StoreError:
     return StoreError(
         f"{path}: was written by an earlier version of savings-exporter that did not close it: its journal holds "
-        "records that the document does not. Start and stop that version once (savings-exporter serve --store "
-        f"{path}), then use this one",
+        "records that the document does not. If that version still runs, stop it; otherwise start and stop it once, "
+        f"with its own command (serve --store {path}). Then use this version",
         path=path,
     )
 

@@ -400,6 +400,11 @@ def _convert(store: Store) -> None:
             path=path,
             step=failure.step,
         )
+    logger.warning(
+        "%s: was converted from the format of an earlier version of savings-exporter. A process of that version that "
+        "still has it open cannot record any more: stop it",
+        path,
+    )
     for segment in earlier_segments(store.reader).values():
         # All of it is in the document, and in the one before it.
         store.reader.fs.discard(segment)
@@ -429,10 +434,17 @@ def _opened_lock(path: str, fs: FileSystem) -> StoreLock:
         raise _cannot("use", path, error) from None
 
 
+def _remedy(error: OSError) -> str:
+    """What to do about an error, where that is clear."""
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "; make its directory writable for this user, or name another store with --store PATH"
+    return ""
+
+
 def _cannot(do: str, path: str, error: OSError) -> StoreError:
     reason = error.strerror or str(error)
     return StoreError(
-        f"{path}: cannot {do} the store: {reason} ({error_symbol(error)}) on {error.filename or path}",
+        f"{path}: cannot {do} the store: {reason} ({error_symbol(error)}) on {error.filename or path}{_remedy(error)}",
         path=path,
         errno=error.errno,
     )

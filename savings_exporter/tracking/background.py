@@ -1,14 +1,11 @@
-"""The background thread: commits what no thread leads, retries, saves the document, makes segments ahead of need."""
+"""The background threads: they commit what no thread leads, retry, save the document, make segments ahead of need."""
 
 from __future__ import annotations
 
 import logging
 import math
-import queue
-import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import datetime, timezone
 from typing import NamedTuple
 
@@ -16,7 +13,8 @@ from opentelemetry.trace import Span
 
 from savings_exporter.storage.store import Failed, Store
 from savings_exporter.tracking.group_commit import GroupCommit, described
-from savings_exporter.tracking.retry import FIRST_SECONDS, Retry
+from savings_exporter.tracking.retry import Retry
+from savings_exporter.tracking.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -37,51 +35,44 @@ class Saves(NamedTuple):
 
 
 class Background:
-    """Does what is due for one tracker. ``save_interval`` is in seconds."""
+    """Does what is due for one tracker. ``save_interval`` is in seconds.
+
+    Two threads: one commits, the other saves. A save may wait for another process's save or for a slow disk, and must
+    not keep records waiting meanwhile.
+    """
 
     def __init__(self, store: Store, save_interval: float) -> None:
         self.saves = Saves()
-        self.group = GroupCommit(store, self.wake, self.note_commit)
+        self._committer = Worker("savings-commit", self._commit_due, self._commit)
+        self._saver = Worker("savings-save", self._save_due, self._keep_saved)
+        self.group = GroupCommit(store, self._committer.wake, self._note_commit)
         self._store = store
         self._save_interval = save_interval
-        self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        # The first one does the work. A call that was interrupted while it started a thread may start another.
-        self._running: list[threading.Thread] = []
+        self._has_started = False
         self._counts_published_at = 0.0
         self._has_news = False
         self._was_interrupted = False
-        self._is_ended = False
 
     def wake(self) -> None:
-        """Wake the thread to do what is due. A signal handler may call this at any moment."""
-        if self._wakeups.empty():
-            self._wakeups.put(None)
-
-    def note_commit(self) -> None:
-        """Have the document saved after the interval: a commit may be led by any thread."""
-        if self.saves.due == math.inf:
-            self.wake()
+        """Have the records that wait committed."""
+        self._committer.wake()
 
     def start(self, started: Callable[[], None]) -> None:
-        """Start the thread, unless it runs.
+        """Start the threads, unless they run; ``started`` is called the first time.
 
         Raises:
             RuntimeError: no thread can be started now.
         """
-        if self._thread is None:
-            thread = threading.Thread(target=self._run, name="savings-exporter", daemon=True)
-            thread.start()
+        if not self._has_started:
+            self._saver.start()
+            self._committer.start()
             started()
-            self._thread = thread
+            self._has_started = True
 
     def stop(self) -> None:
-        """End the thread. What waits is not committed any more."""
-        self._is_ended = True
-        self.wake()
-        for thread in self._running[:1]:
-            if thread is not threading.current_thread():
-                thread.join()
+        """End the threads. What waits is not committed any more."""
+        self._committer.stop()
+        self._saver.stop()
 
     def save(self, span: Span | None = None, *, closing: bool = False) -> bool:
         """Save the document now; whether that worked."""
@@ -91,12 +82,14 @@ class Background:
         except BaseException:
             # An interrupt: the thread saves again, so that files and lock are as a whole save leaves them.
             self._was_interrupted = True
-            self.wake()
+            self._saver.wake()
             raise
+        self._has_news = True
         if failure is not None:
             self.saves = self.saves.failed(failure, time.monotonic())
-            self.wake()
-            logger.error("%s; trying again in %.1f s", self.reason(), self.saves.retry.delay)
+            self._saver.wake()
+            retry = "" if closing else f"; trying again in {self.saves.retry.delay:.1f} s"
+            logger.error("%s%s", self.reason(), retry)
             return False
         if self.saves.failure is not None:
             logger.info("%s: saves work again", self._store.path)
@@ -108,41 +101,29 @@ class Background:
         what = described(self._store.path, "the document could not be saved", self.saves.failure)
         return f"{what}; what was recorded is durable in the journal"
 
-    def schedule_save(self) -> None:
-        """Have the document saved after the interval, if there is something to save."""
-        if self.saves.due == math.inf and not self._store.is_saved():
-            self.saves = self.saves._replace(due=time.monotonic() + self._save_interval)
+    def _note_commit(self) -> None:
+        """After a commit, which any thread may lead: have the document saved after the interval."""
+        if not self._has_news or self._store.wants_segment():
+            self._has_news = True
+            self._saver.wake()
 
-    def _run(self) -> None:
-        self._running.append(threading.current_thread())
-        while not self._is_ended and self._running[0] is threading.current_thread():
-            pause = self._due() - time.monotonic()
-            if pause > 0:
-                with suppress(queue.Empty):
-                    self._wakeups.get(timeout=pause if pause < math.inf else None)
-                    self._has_news = True
-            try:
-                self._do_what_is_due()
-            except Exception:
-                # Such as no memory. A thread that ended would leave records pending for ever.
-                logger.exception("%s: the background thread failed; it continues", self._store.path)
-                time.sleep(FIRST_SECONDS)
+    def _commit_due(self) -> float:
+        """When the committing thread has something to do next, on the monotonic clock."""
+        return 0.0 if self.group.is_waiting() else self.group.retry.at
 
-    def _due(self) -> float:
-        """When something is due next, on the monotonic clock."""
-        if self.group.is_waiting():
-            return 0.0
-        publish = self._counts_published_at + _PUBLISH_SECONDS if self._has_news else math.inf
-        return min(self.group.retry.at, self.saves.due, publish)
-
-    def _do_what_is_due(self) -> None:
-        if self._is_ended:
-            return
-        now = time.monotonic()
-        if self.group.is_waiting() or self.group.retry.at <= now:
+    def _commit(self) -> None:
+        if self._commit_due() <= time.monotonic():
             self.group.commit()
+
+    def _save_due(self) -> float:
+        """When the saving thread has something to do next, on the monotonic clock."""
+        publish = self._counts_published_at + _PUBLISH_SECONDS if self._has_news else math.inf
+        return min(self.saves.due, publish)
+
+    def _keep_saved(self) -> None:
+        now = time.monotonic()
         self._store.make_segment()
-        self.schedule_save()
+        self._schedule_save()
         if self._has_news and self._counts_published_at + _PUBLISH_SECONDS <= now:
             self._has_news, self._counts_published_at = False, now
             self.group.repair_names()
@@ -152,6 +133,11 @@ class Background:
             self.save()
         elif self.saves.due <= time.monotonic():
             self._save_if_needed()
+
+    def _schedule_save(self) -> None:
+        """Have the document saved after the interval, if there is something to save."""
+        if self.saves.due == math.inf and not self._store.is_saved():
+            self.saves = self.saves._replace(due=time.monotonic() + self._save_interval)
 
     def _save_if_needed(self) -> None:
         # Another process may have saved meanwhile; one save in the interval is enough for all of them.
@@ -165,4 +151,4 @@ class Background:
             self.saves = Saves(due=time.monotonic() + self._save_interval - age)
         else:
             self.save()
-            self.schedule_save()
+            self._schedule_save()

@@ -62,7 +62,7 @@ class GroupCommit:
     """Commits the records of one tracker's threads and tasks.
 
     ``failure`` is why the last commit failed, None when it did not, and ``retry`` when the next attempt is due.
-    ``wake`` wakes the background thread; ``committed`` is called after each commit. ``entered`` says whether this
+    ``wake`` wakes the committing thread; ``committed`` is called after each commit. ``entered`` says whether this
     thread is in a call of the tracker.
     """
 
@@ -107,7 +107,7 @@ class GroupCommit:
                 raise
 
     def accept(self, records: Sequence[SavingsRecord], key: Any, ended: asyncio.Future[None] | None) -> Receipt:
-        """Accept records for the background thread; ``ended`` is set when a commit that carried them has ended."""
+        """Accept records for the committing thread; ``ended`` is set when a commit that carried them has ended."""
         is_nested = self.entered.is_here()
         with self.entered.lock:
             keyed = None if key is None else self._looked_up(records, key)
@@ -151,7 +151,7 @@ class GroupCommit:
             self._store.repair_names()
 
     def is_waiting(self) -> bool:
-        """Whether there are records that only the background thread commits."""
+        """Whether there are records that only the committing thread commits."""
         with self._mutex:
             waiting, sealed = self._batches
             is_led = waiting.is_led or not waiting.count
@@ -231,7 +231,7 @@ class GroupCommit:
         return Receipt(batch, place), batch
 
     def _accept_nested(self, records: Sequence[SavingsRecord], keyed: _Keyed | None, span: Span) -> Receipt:
-        """Accept what a signal handler records in the middle of a call of its thread, for the background thread."""
+        """Accept what a signal handler records in the middle of a call of its thread, for the committing thread."""
         repeat = self._refused_or_repeat(keyed)
         if repeat is not None:
             return repeat[0]
@@ -333,8 +333,6 @@ class GroupCommit:
         batch.first = frame.first
         if was_failing:
             logger.info("%s: commits work again; %d records are durable now", self._store.path, batch.count)
-        if self._store.wants_segment():
-            self._wake()
         self._committed()
 
     def _note_failure(self, batch: Batch, failure: Failed) -> None:
@@ -346,13 +344,13 @@ class GroupCommit:
         self._wake()
 
     def _note_interrupt(self) -> None:
-        """After an interrupt or an error anywhere: the background thread commits what waits."""
+        """After an interrupt or an error anywhere: the committing thread commits what waits."""
         self._was_interrupted = True
         self._batches.open.is_led = False
         self._wake()
 
     def _leave_to_background(self, batch: Batch | None) -> None:
-        """Have the background thread commit a batch, unless a thread leads it."""
+        """Have the committing thread commit a batch, unless a thread leads it."""
         if batch is not None and not batch.is_led:
             self._wake()
 

@@ -89,4 +89,5 @@ class Receipt:
         return self.durable
 
     def __repr__(self) -> str:
-        return f"Receipt(durable={self.durable}, sequence={self.sequence}, writer={self.writer!r})"
+        more = ", duplicate=True" if self.duplicate else ""
+        return f"Receipt(durable={self.durable}, sequence={self.sequence}, writer={self.writer!r}{more})"

@@ -544,7 +544,7 @@ def test_next_segment_is_made_ahead(store_path: Path) -> None:
             eventually(is_made_ahead, "the next segment")
         sizes = [segment.stat().st_size for segment in segments(store_path)]
         assert sizes == [64 * 1024, 512 * 1024, 4 * 1024 * 1024]
-        assert faults.makers == ["MainThread", "savings-exporter", "savings-exporter"]
+        assert faults.makers == ["MainThread", "savings-save", "savings-save"]
     with SavingsTracker(store_path) as reopened:
         assert reopened.snapshot().lifetime.requests == 250 * 20
 

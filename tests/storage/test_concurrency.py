@@ -504,3 +504,32 @@ def test_thread_that_could_not_start(tracker: SavingsTracker, monkeypatch: pytes
             tracker.record_request(**ONE)
     assert tracker.record_request(**ONE, wait=False).wait(WAIT_SECONDS)
     assert tracker.snapshot().sequence == 1
+
+
+def test_tasks_commit_during_a_save(tracker: SavingsTracker, faults: FaultyFileSystem) -> None:
+    """A save that waits for the disk keeps neither tasks nor records waiting that no thread waits for."""
+    assert tracker.record_request(model="m", tokens_saved=1).durable
+    faults.hang("fsync_file")
+    with ThreadPoolExecutor(1) as pool:
+        saving = pool.submit(tracker.save)
+        assert faults.reached.wait(WAIT_SECONDS)
+
+        async def record() -> bool:
+            receipt = await asyncio.wait_for(tracker.record_request_async(model="m", tokens_saved=1), WAIT_SECONDS)
+            return receipt.durable
+
+        assert asyncio.run(record())
+        assert tracker.record_request(model="m", tokens_saved=1, wait=False).wait(WAIT_SECONDS)
+        assert not saving.done()
+        faults.mend()
+        assert saving.result()
+
+
+def test_background_save_hangs(store_path: Path, faults: FaultyFileSystem) -> None:
+    """Neither does one of the tracker's own."""
+    with SavingsTracker(store_path, filesystem=faults, save_interval=0.01) as tracker:
+        faults.hang("fsync_file")
+        assert tracker.record_request(model="m", tokens_saved=1).durable
+        assert faults.reached.wait(WAIT_SECONDS)
+        assert tracker.record_request(model="m", tokens_saved=1, wait=False).wait(WAIT_SECONDS)
+        faults.mend()

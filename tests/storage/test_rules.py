@@ -62,7 +62,7 @@ def test_segment_order(store_path: Path, faults: FaultyFileSystem) -> None:
 
     class Slow(FaultyFileSystem):
         def write_zeros(self, descriptor: int, size: int) -> None:
-            if threading.current_thread().name == "savings-exporter":
+            if threading.current_thread().name == "savings-save":
                 made.set()
                 go_on.wait(WAIT_SECONDS)
             super().write_zeros(descriptor, size)

@@ -111,11 +111,11 @@ def test_store_not_closed(tmp_path: Path, *, has_lock: bool) -> None:
             attempt()
         message = str(refused.value)
         assert "\n" not in message
-        assert f"Start and stop that version once (savings-exporter serve --store {path})" in message
+        assert f"start and stop it once, with its own command (serve --store {path})" in message
     for options in ([], ["--repair"]):
         done = run_cli("verify", *options, "--store", str(path))
         assert (done.returncode, done.stdout) == (1, "")
-        assert "Start and stop that version once" in done.stderr
+        assert "start and stop it once" in done.stderr
     after = contents(path)
     # The lock file may be made; nothing else is touched.
     assert {name: after[name] for name in before} == before
