@@ -217,6 +217,9 @@ class SavingsTracker:
         group = self._background.group
         with group.entered.lock:
             view = self._store.refresh()
+            if not self._is_closed and not self._store.is_saved():
+                # Also what other processes recorded that have ended since.
+                self._background.keep_saved(self._close_with_process)
             records, tokens = group.pending()
             operations = self._store.operations()
             return self._store.reader.snapshot(view, operations, pending_records=records, pending_tokens=tokens)

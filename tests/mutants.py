@@ -26,6 +26,7 @@ MOST_SECONDS = 180
 """How long the tests of one mutant may take; longer ones count as failed."""
 
 RULES = "tests/storage/test_rules.py"
+NAMES = "tests/storage/test_store_names.py"
 RETIRING = "tests/storage/test_retiring.py"
 COMMIT = "tests/storage/test_commit.py"
 RECOVERY = "tests/storage/test_recovery.py"
@@ -59,8 +60,8 @@ MUTANTS = [
     mutant(
         "The watermark is raised after the frame is durable",
         "storage/journal.py",
-        "            self._write(frame, operation)\n            self.writer.raise_watermark(frame.last)\n",
-        "            self.writer.raise_watermark(frame.last)\n            self._write(frame, operation)\n",
+        "        if frame.last > self._written:\n",
+        "        self.writer.raise_watermark(frame.last)\n        if frame.last > self._written:\n",
         f"{RULES}::test_watermark_comes_last",
     ),
     mutant(
@@ -87,15 +88,18 @@ MUTANTS = [
     mutant(
         "After any error a segment is never written again",
         "storage/journal.py",
-        "        except BaseException:\n            self._poison()\n            raise\n        self.sequence",
-        "        except BaseException:\n            raise\n        self.sequence",
+        "            except BaseException:\n                self._poison()\n                raise\n"
+        "            self._written",
+        "            except BaseException:\n                raise\n            self._written",
         f"{RULES}::test_poisoned_segment",
     ),
     mutant(
         "An interrupt poisons the segment, too",
         "storage/journal.py",
-        "        except BaseException:\n            self._poison()\n            raise\n        self.sequence",
-        "        except Exception:\n            self._poison()\n            raise\n        self.sequence",
+        "            except BaseException:\n                self._poison()\n                raise\n"
+        "            self._written",
+        "            except Exception:\n                self._poison()\n                raise\n"
+        "            self._written",
         f"{COMMIT}::test_interrupted_write",
     ),
     Mutant(
@@ -151,7 +155,7 @@ MUTANTS = [
     mutant(
         "A journal that ends before its watermark is refused",
         "storage/reader.py",
-        "        if limit is not None and not replay.is_complete:\n",
+        "        if replay.position.sequence < least:\n",
         "        if False:\n",
         f"{RULES}::test_end_before_the_watermark",
     ),
@@ -175,6 +179,42 @@ MUTANTS = [
         "            return facts.watermark if facts.boot == boot else None\n",
         "            return facts.watermark\n",
         f"{RULES}::test_watermark_of_earlier_boot",
+    ),
+    mutant(
+        "What a watermark of an earlier boot names was durable",
+        "storage/reader.py",
+        "else self._watermark_of(view.store, writer)",
+        "else 0",
+        f"{RECOVERY}::test_watermark_of_other_boot",
+    ),
+    mutant(
+        "Records go only under the name that the lock file holds",
+        "storage/store.py",
+        "        self._name_store()\n",
+        "",
+        f"{NAMES}::test_two_agree_on_a_name",
+        f"{NAMES}::test_takeover_without_a_name",
+    ),
+    mutant(
+        "A document with less than the previous one is not taken over",
+        "storage/recovery.py",
+        "if adds_nothing and (previous is None or not _has_less(document, previous)):",
+        "if adds_nothing:",
+        f"{NAMES}::test_document_with_less",
+    ),
+    mutant(
+        "A document is not taken over beside a journal of which it may hold records",
+        "storage/reader.py",
+        "if view.document.is_ours or view.positions or self.own is not None:",
+        "if view.document.is_ours or view.positions:",
+        f"{NAMES}::test_first_save_in_doubt",
+    ),
+    mutant(
+        "A frame of which only the watermark failed is not written again",
+        "storage/journal.py",
+        "            self._written = frame.last\n",
+        "",
+        f"{NAMES}::test_watermark_fails",
     ),
     mutant(
         "A key is counted once, whichever journals it stands in",
@@ -216,7 +256,7 @@ MUTANTS = [
     mutant(
         "Only a writer whose lock is free is dead",
         "storage/checkpoint.py",
-        "if not reader.is_alive(writer) and not",
+        "if not reader.is_alive(writer, listing) and not",
         "if not",
         f"{RULES}::test_living_writer_keeps_its_files",
     ),
@@ -246,7 +286,7 @@ MUTANTS = [
     mutant(
         "A writer's file stays until its counters are in a document",
         "storage/checkpoint.py",
-        "        if after.ended and len(needless) == len(numbers):\n",
+        "        if after.ended and before is not None and before.ended and len(needless) == len(numbers):\n",
         "        if len(needless) == len(numbers):\n",
         f"{RULES}::test_counters_survive_close",
     ),
@@ -254,8 +294,8 @@ MUTANTS = [
     mutant(
         "One save at a time",
         "storage/store.py",
-        "self._lock.take()\n",
-        "pass\n",
+        "self._lock.take()\n                    self._agree_on_store()\n",
+        "self._agree_on_store()\n",
         f"{COMMIT}::test_held_lock_delays_saves_only",
     ),
     mutant(
@@ -386,13 +426,13 @@ MUTANTS = [
         [
             Edit(
                 "storage/reader.py",
-                "        numbers = self.listing().segments.get(writer, ())\n",
-                "        numbers = self._listed.segments.get(writer, ())\n",
+                "        limits = self._limits_of_writers(view.store)\n",
+                "        segments = self.listing().segments\n        limits = self._limits_of_writers(view.store)\n",
             ),
             Edit(
                 "storage/reader.py",
-                "        boot, listing = self.fs.boot_id(), self.listing()\n",
-                "        boot, listing = self.fs.boot_id(), self.listing()\n        self._listed = listing\n",
+                "        segments = self.listing().segments\n        for writer, limit in limits",
+                "        for writer, limit in limits",
             ),
         ],
         [f"{RULES}::test_segment_made_meanwhile"],

@@ -32,7 +32,7 @@ def saving(setup: Setup) -> Result:
     points = setup.count(5_000)
     decode, encode = document_format()
     foreign = _document_with_history(setup, _hourly(points))
-    document = encode(decode(foreign))
+    document = encode(msgspec.structs.replace(decode(foreign), store="0123456789abcdef"))
     content = json.loads(document)
     if len(content["history"]) != points:
         raise RuntimeError(f"the document holds {len(content['history'])} of {points} points of history")

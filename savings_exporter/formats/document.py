@@ -41,6 +41,7 @@ FORMAT = 2
 """The format of our block that is written."""
 
 _NO_CHECKSUM = b"sha256:" + b"0" * 64
+_ID = re.compile("[0-9a-f]{16}")
 # The checksum stands before every name, so the first match is the checksum itself.
 _CHECKSUM = re.compile(rb'"checksum": ?"(sha256:[0-9a-f]{64})"')
 
@@ -202,12 +203,15 @@ def _decode_checked(
         by_provider_model=dict(map(_read_pair, _items(block["totals"]))),
         history=History.of_lines(_items(members["history"])),
     )
+    store, writers = _typed(block["store"], str), {} if is_old else _typed(block["writers"], dict[str, WriterState])
+    if not all(map(_ID.fullmatch, (store, *writers))):
+        raise ValueError("a store or a writer is not named by 16 hexadecimal digits")
     unknown = {key: _value(value) for key, value in members.items() if key not in KNOWN_MEMBERS}
     unpacked = KeyTable.unpack_format_1 if is_old else KeyTable.unpack
     return Document(
         ledger=ledger,
-        store=_typed(block["store"], str),
-        writers={} if is_old else _typed(block["writers"], dict[str, WriterState]),
+        store=store,
+        writers=writers,
         keys=unpacked(_typed(block["idempotency_keys"], str), max_keys),
         operations=OperationCounts() if is_old else _typed(block["operations"], OperationCounts),
         saved_at=datetime.fromisoformat(saved_at) if saved_at else None,

@@ -11,7 +11,6 @@ import logging
 import os
 import zlib
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
 
 import msgspec
@@ -20,10 +19,11 @@ from savings_exporter.errors import StoreError
 from savings_exporter.formats.document import Document, WriterState, encode
 from savings_exporter.formats.frame import next_block
 from savings_exporter.storage.atomic_file import AtomicFile
-from savings_exporter.storage.filesystem import DirectoryFsyncUnsupportedError, unused_name
+from savings_exporter.storage.filesystem import unused_name
 from savings_exporter.storage.journal import segment_path
+from savings_exporter.storage.lock import lock_path
 from savings_exporter.storage.observers import Observer
-from savings_exporter.storage.operation import ROTATE, Operation
+from savings_exporter.storage.operation import FSYNC_DIR, ROTATE, Operation
 from savings_exporter.storage.reader import Listing, Reader, described_losses
 from savings_exporter.storage.segment import make_segment
 from savings_exporter.storage.view import Position, View, composed, counted
@@ -61,8 +61,8 @@ def save(
     if gone:
         # Their segments were removed by an earlier save. Should one come back after a power loss, it would be
         # counted twice.
-        with suppress(DirectoryFsyncUnsupportedError):
-            reader.fs.fsync_directory(file.directory.path)
+        with operation.step(FSYNC_DIR, "directory") as step:
+            file.directory.sync(step, reader.path if view.identity is not None else lock_path(reader.path))
     document = _next_document(reader, view, gone, dead, reader.own if closing else None)
     data = encode(document)
     operation.sequence, operation.size = document.ledger.records, len(data)
@@ -89,7 +89,7 @@ def adopt(reader: Reader, file: AtomicFile, view: View, dead: Iterable[bytes], o
     """
     segments = reader.listing().segments
     for writer in dead:
-        reading = reader.read_journal(view, writer, None)
+        reading = reader.read_journal(view, writer, None, segments.get(writer, ()))
         if reading.lost:
             raise OSError(errno.EIO, described_losses(reading), reader.path)
         if reading.frames:
@@ -118,7 +118,7 @@ def dead_writers(reader: Reader, view: View, listing: Listing) -> set[bytes]:
     return {
         writer
         for writer in listing.segments.keys() | listing.writers
-        if not reader.is_alive(writer) and not reader.is_of_another_store(view, writer, listing)
+        if not reader.is_alive(writer, listing) and not reader.is_of_another_store(view, writer, listing)
     }
 
 
@@ -184,7 +184,8 @@ def _retire(reader: Reader, new: Document, old: Document, listing: Listing, fini
         needless = _needless(numbers, after, before, is_finished=writer in finished)
         for number in needless:
             reader.fs.discard(segment_path(reader.path, writer, number))
-        if after.ended and len(needless) == len(numbers):
+        # Not before both documents hold its operation counters.
+        if after.ended and before is not None and before.ended and len(needless) == len(numbers):
             reader.fs.discard(writer_path(reader.path, writer))
 
 
@@ -210,6 +211,8 @@ def _keep_torn_tail(reader: Reader, segment: str, data: bytes, observer: Observe
         "%s: ends with %d bytes of a write that was never acknowledged; kept as %s", segment, len(data), aside
     )
     directory = os.path.dirname(reader.path)
-    tails = [os.path.join(directory, name) for name in reader.fs.names_beside(reader.path) if ".torn-" in name]
+    start = os.path.basename(reader.path) + ".journal."
+    names = (name for name in reader.fs.names_beside(reader.path) if name.startswith(start) and ".torn-" in name)
+    tails = [os.path.join(directory, name) for name in names]
     for name in sorted(tails, key=reader.fs.modified_ns)[:-MOST_TORN_TAILS]:
         reader.fs.discard(name)

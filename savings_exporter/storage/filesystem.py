@@ -137,8 +137,12 @@ class FileSystem:
         """
         if sys.platform != "linux":
             return bytes(_BOOT_ID_BYTES)
-        with open(_BOOT_ID, encoding="ascii") as file:
-            return bytes.fromhex(file.read().strip().replace("-", ""))
+        try:
+            with open(_BOOT_ID, encoding="ascii") as file:
+                return bytes.fromhex(file.read().strip().replace("-", ""))
+        except FileNotFoundError:
+            # Without /proc, such as in a chroot.
+            return bytes(_BOOT_ID_BYTES)
 
     # Reading.
 

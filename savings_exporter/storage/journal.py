@@ -60,6 +60,7 @@ class Journal:
     ) -> None:
         self.writer = writer
         self.sequence = 0
+        self._written = 0
         self._fs = fs
         self._path = path
         self._directory = directory
@@ -85,12 +86,15 @@ class Journal:
         if frame.last <= self.sequence:
             # An interrupt came between the last attempt's success and its acknowledgement.
             return
-        try:
-            self._write(frame, operation)
-            self.writer.raise_watermark(frame.last)
-        except BaseException:
-            self._poison()
-            raise
+        if frame.last > self._written:
+            try:
+                self._write(frame, operation)
+            except BaseException:
+                self._poison()
+                raise
+            self._written = frame.last
+        # When only this fails, the frame is durable, and is not written again.
+        self.writer.raise_watermark(frame.last)
         self.sequence = frame.last
 
     def wants_segment(self) -> bool:
@@ -177,7 +181,6 @@ class Journal:
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise
-            operation.steps.clear()
             return self._make(least, data, operation)
 
     def _make(self, size: int, data: bytes, operation: Operation) -> BufferedSegment:

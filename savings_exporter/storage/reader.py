@@ -11,6 +11,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ class Reader:
             try:
                 current = self._with_document(view)
                 followed = self.follow(current)
-                if current.document.is_ours and followed.ledger.records < view.ledger.records:
+                if self._is_older(current, view) and followed.ledger.records < view.ledger.records:
                     raise CorruptStoreError(f"{self.path}: was replaced by an older document")
                 if self.is_current(current):
                     return followed
@@ -100,11 +101,11 @@ class Reader:
             OSError: something cannot be read.
             CorruptStoreError: acknowledged records are missing.
         """
-        readings = list(self._new_readings(view))
+        readings = list(self.read_journals(view))
         for reading in readings:
             if reading.lost or reading.doubt:
                 raise CorruptStoreError(f"{self.path}: {described_losses(reading)}")
-        if not readings:
+        if not any(reading.frames for reading in readings):
             return view
         return counted(view, readings, self.limits, datetime.now(timezone.utc))
 
@@ -124,15 +125,27 @@ class Reader:
                 writers.add(writer)
         return Listing({writer: sorted(numbers) for writer, numbers in segments.items()}, frozenset(writers))
 
-    def read_journal(self, view: View, writer: bytes, limit: int | None) -> Reading:
+    def read_journals(self, view: View) -> Iterator[Reading]:
+        """What each journal holds after what is counted, up to its watermark.
+
+        Raises:
+            OSError: a file cannot be read.
+            CorruptStoreError: a frame's content cannot be read.
+        """
+        limits = self._limits_of_writers(view.store)
+        # Listed after the watermarks were read: the frames up to them are in segments that are there by now.
+        segments = self.listing().segments
+        for writer, limit in limits.items():
+            if limit is None or limit > view.position_of(writer).sequence:
+                yield self.read_journal(view, writer, limit, segments.get(writer, ()))
+
+    def read_journal(self, view: View, writer: bytes, limit: int | None, numbers: Sequence[int]) -> Reading:
         """What a writer's journal holds after what is counted, up to a sequence number (None: to its last good frame).
 
         Raises:
             OSError: a segment cannot be read.
             CorruptStoreError: a frame's content cannot be read.
         """
-        # Listed after the watermark was read: the frames up to it are in segments that are there by now.
-        numbers = self.listing().segments.get(writer, ())
         start = view.position_of(writer)
         is_known = limit is not None or self._ends_a_frame(writer, numbers, start)
         replay = _Replay(writer, start if is_known else Position(start.sequence), limit)
@@ -141,18 +154,15 @@ class Reader:
                 path = segment_path(self.path, writer, number)
                 with self.fs.opened(path) as descriptor:
                     self._replay(replay, descriptor, path, number, view.store)
-        if limit is not None and not replay.is_complete:
-            replay.lost.append((replay.position.sequence + 1, limit))
+        # A watermark of an earlier boot may be old, but what it names was durable.
+        least = limit if limit is not None else self._watermark_of(view.store, writer)
+        if replay.position.sequence < least:
+            replay.lost.append((replay.position.sequence + 1, least))
         if not is_known and replay.last_seen < start.sequence:
             replay.doubt = f"{self.path}.journal.{writer.hex()}.*: ends before what the document holds of it"
         return replay.reading()
 
-    def limits_of_writers(self, store: bytes) -> Mapping[bytes, int | None]:
-        """Up to which sequence number each journal counts, as ``limit_of`` says.
-
-        Raises:
-            OSError: a writer's file cannot be read.
-        """
+    def _limits_of_writers(self, store: bytes) -> Mapping[bytes, int | None]:
         boot, listing = self.fs.boot_id(), self.listing()
         # A writer's file says what its journal held also when all segments are missing.
         without = {writer for writer in listing.writers - listing.segments.keys() if self._is_of(store, writer)}
@@ -163,6 +173,11 @@ class Reader:
         facts = read_facts(self.fs, writer_path(self.path, writer))
         return facts is not None and facts.store == store
 
+    def _watermark_of(self, store: bytes, writer: bytes) -> int:
+        """A writer's watermark, of whatever boot; 0 when there is none."""
+        facts = read_facts(self.fs, writer_path(self.path, writer))
+        return facts.watermark if facts is not None and facts.store == store else 0
+
     def _ends_a_frame(self, writer: bytes, numbers: Sequence[int], position: Position) -> bool:
         """Whether the place where reading goes on follows a frame. After a power loss the first copy of a frame, whose
         sync had failed, may be gone from there, while another copy is in a later segment.
@@ -172,20 +187,16 @@ class Reader:
         with self.fs.opened(segment_path(self.path, writer, position.segment)) as descriptor:
             return self.fs.read_at(descriptor, 1, position.offset - 1) == FRAME_END
 
-    def is_alive(self, writer: bytes) -> bool:
+    def is_alive(self, writer: bytes, listing: Listing | None = None) -> bool:
         """Whether a writer's process lives: whether it holds the lock of its file or of one of its segments.
 
         Raises:
             OSError: a file cannot be opened.
         """
-        return (
-            writer == self.own
-            or is_alive(self.fs, writer_path(self.path, writer))
-            or any(
-                is_alive(self.fs, segment_path(self.path, writer, number))
-                for number in self.listing().segments.get(writer, ())
-            )
-        )
+        if writer == self.own or is_alive(self.fs, writer_path(self.path, writer)):
+            return True
+        numbers = (listing or self.listing()).segments.get(writer, ())
+        return any(is_alive(self.fs, segment_path(self.path, writer, number)) for number in numbers)
 
     def is_of_another_store(self, view: View, writer: bytes, listing: Listing) -> bool:
         """Whether a writer's journal belongs to another store, whose files were left beside this one's.
@@ -222,7 +233,8 @@ class Reader:
     def living(self) -> int:
         """How many writers are alive; 0 when that cannot be read."""
         try:
-            return sum(map(self.is_alive, self.listing().writers))
+            listing = self.listing()
+            return sum(self.is_alive(writer, listing) for writer in listing.writers)
         except OSError:
             return 0
 
@@ -245,7 +257,8 @@ class Reader:
         """What a view says, for the users of the package. The one builder of snapshots."""
         saved_at, identity = view.document.saved_at, view.identity
         if saved_at is None and identity is not None:
-            saved_at = datetime.fromtimestamp(identity.modified_ns / 1e9, timezone.utc)
+            with suppress(ValueError, OverflowError):  # a time that no calendar has
+                saved_at = datetime.fromtimestamp(identity.modified_ns / 1e9, timezone.utc)
         return Snapshot(
             ledger=view.ledger,
             store_id=view.document.store or place(self.path),
@@ -306,6 +319,11 @@ class Reader:
         """
         return self._identity() in (view.identity, self._refused)
 
+    @staticmethod
+    def _is_older(view: View, other: View) -> bool:
+        """Whether a view's document is an older one of the same store."""
+        return view.document.is_ours and view.document.ledger.records < other.document.ledger.records
+
     def _with_document(self, view: View) -> View:
         """The view itself, or that of the document at the path when another process saved it."""
         identity = self._identity()
@@ -327,7 +345,8 @@ class Reader:
         if document.is_ours and bytes.fromhex(document.store) == view.store:
             self._refused = None
             return view_of(document, identity, view.store)
-        if view.document.is_ours or view.positions:
+        # What this process has recorded may be in a document of its own that the other program has read.
+        if view.document.is_ours or view.positions or self.own is not None:
             self._refused = identity
             return view
         return view_of(bounded(document, self.limits), identity, view.store)
@@ -344,13 +363,6 @@ class Reader:
 
     def _identity(self) -> Identity | None:
         return self.fs.identity(self.path)
-
-    def _new_readings(self, view: View) -> Iterator[Reading]:
-        for writer, limit in self.limits_of_writers(view.store).items():
-            if limit is None or limit > view.position_of(writer).sequence:
-                reading = self.read_journal(view, writer, limit)
-                if reading.frames or reading.lost or reading.doubt:
-                    yield reading
 
     def _replay(self, replay: _Replay, descriptor: int, path: str, number: int, store: bytes) -> None:
         """Take in one segment's frames, a chunk at a time."""

@@ -144,7 +144,7 @@ def described_conflict(path: str, conflict: Conflict) -> str:
     """What each of two documents holds, and both ways to continue."""
     theirs, base, ours = conflict
     return (
-        "another program rewrote the document while this store's journal held records that its document did not. The "
+        "another program rewrote the document, and this store holds records that it may lack. The "
         f"document at the path holds {described_totals(theirs)}; this store holds {described_totals(ours)}. "
         f"{described_overlap(conflict)}, and this store holds at most {described_difference(ours, base)} that it "
         "lacks. Stop every process that uses the store first. To continue with this store's totals: savings-exporter "
@@ -236,30 +236,47 @@ def _without_document(reader: Reader, lock: LockContent, identity: Identity | No
 def _with_foreign_document(
     reader: Reader, lock: LockContent, document: Document, identity: Identity | None
 ) -> Findings:
-    """Another program's document: taken over, unless this store's journals hold what it may lack."""
-    if (lock.earlier_records or 0) > lock.earlier_saved:
-        raise _not_closed(reader.path)
+    """Another program's document: taken over, unless this store holds what it may lack."""
+    _refuse_earlier_journal(reader, lock)
+    previous = decoded(reader.fs, previous_path(reader.path))
     document = bounded(document, reader.limits)
-    is_taken_over = bool(lock.store) and not lock.is_saved
+    if previous is not None:
+        # Keys that were counted stay counted.
+        document = msgspec.structs.replace(document, keys=previous.keys)
+    is_taken_over = bool(lock.store) and not lock.is_saved and not lock.is_begun
     view = view_of(document, identity, lock.store if is_taken_over else new_store())
-    if not reader.listing().segments:
-        return Findings(view, exists=True)
     if is_taken_over:
         # This store took the document over, and its first save has not come yet.
         return _followed(reader, view, exists=True)
-    previous = decoded(reader.fs, previous_path(reader.path))
     base = previous or Document()
     ours = _followed(reader, view_of(base, None, _store_of(reader, base, lock)), exists=True)
-    if previous is not None and ours.view.ledger.records == base.ledger.records and not ours.incomplete:
+    adds_nothing = ours.view.ledger.records == base.ledger.records and not ours.incomplete
+    if adds_nothing and (previous is None or not _has_less(document, previous)):
         return Findings(view, exists=True)
     conflict = Conflict(document.ledger.lifetime, base.ledger.lifetime, ours.view.ledger.lifetime)
     return ours._replace(view=msgspec.structs.replace(ours.view, identity=identity, is_whole=False), conflict=conflict)
 
 
+def _has_less(document: Document, previous: Document) -> bool:
+    """Whether another program's document was made from an older one than the previous document beside it."""
+    theirs, ours = document.ledger.lifetime, previous.ledger.lifetime
+    return theirs.requests < ours.requests or theirs.tokens_saved < ours.tokens_saved
+
+
+def _refuse_earlier_journal(reader: Reader, lock: LockContent) -> None:
+    """Raise when the journal of an earlier version holds records that another program's document may lack."""
+    is_open = (lock.earlier_records or 0) > lock.earlier_saved
+    for epoch, path in earlier_segments(reader).items():
+        if epoch >= lock.earlier_end[0]:
+            start = lock.earlier_end[1] if epoch == lock.earlier_end[0] else 0
+            is_open = is_open or any(reader.fs.read(path)[0][start:].rstrip(b"\0"))
+    if is_open:
+        raise _not_closed(reader.path)
+
+
 def _followed(reader: Reader, view: View, *, exists: bool) -> Findings:
     """A document and all that the journals hold beyond it."""
-    limits = reader.limits_of_writers(view.store)
-    readings = [reader.read_journal(view, writer, limit) for writer, limit in limits.items()]
+    readings = list(reader.read_journals(view))
     return Findings(
         counted(view, readings, reader.limits, datetime.now(timezone.utc)),
         exists,

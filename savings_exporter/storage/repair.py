@@ -31,7 +31,7 @@ from savings_exporter.storage.recovery import (
     salvage,
 )
 from savings_exporter.storage.view import composed
-from savings_exporter.storage.writers import writer_path
+from savings_exporter.storage.writers import read_counts, writer_path
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,8 +165,14 @@ def _save(reader: Reader, found: Findings, observer: Observer) -> None:
     """Save what was found under both names, and remove the journals, of which all that is whole is in it."""
     view, listing = found.view, reader.listing()
     dead = dead_writers(reader, view, listing)
+    operations = view.document.operations
+    for writer in dead:
+        state = view.document.writers.get(writer.hex())
+        if state is None or not state.ended:
+            operations = operations.plus(read_counts(reader.fs, writer_path(reader.path, writer)))
     document = msgspec.structs.replace(
         view.document,
+        operations=operations,
         ledger=view.ledger,
         store=view.store.hex(),
         writers=composed(view, (), dead),

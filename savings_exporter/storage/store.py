@@ -154,6 +154,7 @@ class Store:
         """
         if self.journal is not None:
             return self.journal
+        self._name_store()
         with self._reading:
             if self.journal is None:
                 if self._keeps_lock:
@@ -228,10 +229,12 @@ class Store:
 
     def publish_counts(self) -> None:
         """Write this process's operation counters, for other processes and for after its end."""
-        with suppress(OSError), self._reading:
+        with suppress(OSError, StoreError):
             counts = self._counts()
             if counts.counts or counts.latest:
-                self.own_journal().writer.publish(counts)
+                journal = self.own_journal()
+                with self._reading:
+                    journal.writer.publish(self._counts())
 
     def forked(self, observer: Observer, counts: Callable[[], OperationCounts]) -> Store:
         """The store in a forked child: the same view, a new writer, no lock. What was pending is the parent's."""
@@ -252,7 +255,7 @@ class Store:
 
     def _publish(self, view: View) -> None:
         """Publish a view, unless a newer one was published while it was read."""
-        if view.ledger.records >= self.view.ledger.records:
+        if not view.is_older_than(self.view):
             self.view = view
 
     def _operations_of_others(self) -> OperationCounts:
@@ -266,6 +269,9 @@ class Store:
         return self._others
 
     def _checkpoint(self, operation: Operation, *, closing: bool) -> None:
+        if not self.view.document.is_ours:
+            # From here on a document of ours may be seen, of which another program's may be made.
+            self._lock.write(self.view.store, is_saved=self._lock.content().is_saved, is_begun=True)
         view = checkpoint.save(self.reader, self._file(), self.view, self._observer, operation, closing=closing)
         with self._reading, suppress(OSError, StoreError):
             self._publish(self.reader.follow(view))
@@ -284,8 +290,35 @@ class Store:
         content = self._lock.content()
         if content.earlier_records is not None:
             raise StoreError(f"{self.path}: an earlier version of savings-exporter uses this store; stop that one")
+        if content.store == self.view.store:
+            return
+        if self.journal is None:
+            # Another process named the store, or saved it, since this one read it.
+            found = examine(self.reader, content)
+            refuse_losses(self.path, found)
+            with self._reading:
+                self.view = found.view
+        elif content.store:
+            raise StoreError(f"{self.path}: became another store while this process had it open; stop this process")
         if content.store != self.view.store:
             self._lock.write(self.view.store, is_saved=self.view.document.is_ours)
+
+    def _name_store(self) -> None:
+        """Agree with all processes on the store's name before anything is recorded under it.
+
+        Raises:
+            OSError: the lock file cannot be written, or is locked for long.
+            StoreError: as ``_agree_on_store``.
+        """
+        is_saving = self._saving._is_owned()  # type: ignore[attr-defined]
+        if is_saving or read_lock(self.reader.fs, self.path).store == self.view.store:
+            return
+        with self._saving:
+            try:
+                self._lock.take()
+                self._agree_on_store()
+            finally:
+                self._let_go()
 
     def _let_go(self) -> None:
         if not self._keeps_lock:

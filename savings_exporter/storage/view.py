@@ -78,6 +78,16 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
         """The idempotency keys that were counted."""
         return self.document.keys
 
+    def is_older_than(self, other: View) -> bool:
+        """Whether it was read before another view: the other has a later document, or more of the journals counted.
+
+        Totals alone do not tell: a key that two processes recorded at once counts as either of its records.
+        """
+        if self.identity != other.identity:
+            return self.document.ledger.records < other.document.ledger.records
+        ours, theirs = (sum(position.sequence for position in view.positions.values()) for view in (self, other))
+        return ours < theirs
+
     def position_of(self, writer: bytes) -> Position:
         """How far a writer's journal is counted."""
         return self.positions.get(writer) or Position()

@@ -45,6 +45,9 @@ _COUNTS = struct.Struct("<QII")
 _COUNTS_BYTES = 16 * 1024
 _ALL_ONES = 2**64 - 1
 
+# There is none, or something else has its name: a FIFO, a directory.
+_NO_SUCH_FILE = frozenset({errno.ENOENT, errno.EINVAL, errno.EISDIR})
+
 _SUFFIX = ".writer."
 _ATTEMPTS = 3
 
@@ -165,7 +168,9 @@ def read_facts(fs: FileSystem, path: str) -> WriterFacts | None:
     try:
         with fs.opened(path) as descriptor:
             return facts_of(fs.read_at(descriptor, _WATERMARK_OFFSET + _WATERMARK.size, 0))
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in _NO_SUCH_FILE:
+            raise
         return None
 
 
@@ -194,8 +199,9 @@ def read_counts(fs: FileSystem, path: str) -> OperationCounts:
             for place in range(2):
                 block = fs.read_at(descriptor, _COUNTS_BYTES, _FIRST_BLOCK_BYTES + place * _COUNTS_BYTES)
                 versions += _version_in(block)
-    except FileNotFoundError:
-        pass
+    except OSError as error:
+        if error.errno not in _NO_SUCH_FILE:
+            raise
     return max(versions, key=lambda version: version[0])[1]
 
 
@@ -210,7 +216,9 @@ def is_alive(fs: FileSystem, path: str) -> bool:
     try:
         with fs.opened(path) as descriptor:
             return not fs.try_lock(descriptor, shared=True)
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in _NO_SUCH_FILE:
+            raise
         return False
 
 

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import NamedTuple
 
@@ -68,6 +69,13 @@ class Background:
             self._committer.start()
             started()
             self._has_started = True
+
+    def keep_saved(self, started: Callable[[], None]) -> None:
+        """Have the document saved after the interval, also when this process has recorded nothing."""
+        if self.saves.due == math.inf:
+            with suppress(RuntimeError):
+                self.start(started)
+            self._saver.wake()
 
     def stop(self) -> None:
         """End the threads. What waits is not committed any more."""

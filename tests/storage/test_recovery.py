@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -163,15 +164,17 @@ def test_writer_file(kept: Kept) -> None:
 
 @pytest.mark.parametrize("boot", [b"\0" * 16, b"another boot id."])
 def test_watermark_of_other_boot(kept: Kept, boot: bytes) -> None:
-    """It may be any older one after a power loss, and is not used."""
+    """It may be any older one after a power loss: the frames after it count, and those up to it have to be there."""
     facts = facts_of(kept.files["writer"])
     assert facts is not None
     assert facts.watermark == len(SAVED) + len(COMMITTED)
     data = other_boot(kept.files["writer"], boot)
     assert opened(kept.put(writer=data))[0] == TOTAL
-    last = kept.frames[-1]
-    path = kept.put(writer=data, segment=kept.journal[:last] + bytes(8192))
-    assert opened(path)[0] == TOTAL - COMMITTED[-1]
+    cut = kept.journal[: kept.frames[-1]] + bytes(8192)
+    assert total_or_refused(kept.put(writer=data, segment=cut)) is None
+    older = facts.watermark - 1
+    data = data[:64] + struct.pack("<QQ", older, older ^ (2**64 - 1)) + data[80:]
+    assert opened(kept.put(writer=data, segment=cut))[0] == TOTAL - COMMITTED[-1]
 
 
 def other_boot(writer: bytes, boot: bytes) -> bytes:
