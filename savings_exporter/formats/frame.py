@@ -126,8 +126,9 @@ def decode_groups(frame: Frame) -> list[ReadGroup]:
 
 def place_for(size: int, offset: int) -> int:
     """Where a frame begins that is written when the segment is full up to ``offset``."""
-    boundary = next_block(offset)
-    return boundary if size <= BLOCK_BYTES and offset + size > boundary else offset
+    inside = offset % BLOCK_BYTES
+    # At the start of a block it fits, or fits into no block.
+    return offset - inside + BLOCK_BYTES if inside and size <= BLOCK_BYTES < inside + size else offset
 
 
 def next_block(offset: int) -> int:

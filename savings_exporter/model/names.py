@@ -24,6 +24,11 @@ _MAX_DECODINGS = 3
 _ENCODED = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
 
 
+def is_clean(value: object) -> bool:
+    """Whether cleaning leaves a name as it is, and something is in it. For a project, it may be encoded still."""
+    return type(value) is str and 0 < len(value) <= MAX_NAME_LENGTH and value.isprintable() and value == value.strip()
+
+
 def clean_name(field: str, value: Any) -> str:
     """Clean a name: drop what cannot be printed, strip spaces, keep 128 characters. "" when nothing is left.
 

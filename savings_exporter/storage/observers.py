@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Protocol
 
 from savings_exporter.storage.operation import Operation
 
 logger = logging.getLogger(__name__)
-
-Subject = TypeVar("Subject")
 
 
 class Observer(Protocol):
@@ -32,16 +30,19 @@ class Observers:
     def ended(self, operation: Operation) -> None:
         """Tell each observer."""
         for observer in self._observers:
-            _guarded(observer.ended, operation)
+            try:
+                observer.ended(operation)
+            except Exception:
+                _log_failure()
 
     def recovered(self, kind: str) -> None:
         """Tell each observer."""
         for observer in self._observers:
-            _guarded(observer.recovered, kind)
+            try:
+                observer.recovered(kind)
+            except Exception:
+                _log_failure()
 
 
-def _guarded(tell: Callable[[Subject], None], subject: Subject) -> None:
-    try:
-        tell(subject)
-    except Exception:
-        logger.exception("an observer of the store failed; the store is not affected")
+def _log_failure() -> None:
+    logger.exception("an observer of the store failed; the store is not affected")

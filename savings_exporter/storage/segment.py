@@ -41,7 +41,7 @@ class BufferedSegment:
 
     def has_room_for(self, size: int) -> bool:
         """Whether a frame of this size still fits."""
-        return place_for(size, self.offset) + size <= self.size
+        return self.offset + size + BLOCK_BYTES <= self.size or place_for(size, self.offset) + size <= self.size
 
     def write(self, frame: bytes, operation: Operation) -> None:
         """Write a frame after the last one; it is durable when this returns.
@@ -82,29 +82,31 @@ class DirectSegment(BufferedSegment):
     def __init__(self, fs: FileSystem, path: str, descriptor: int, size: int, offset: int, last_block: bytes) -> None:
         super().__init__(fs, path, descriptor, size, offset)
         self._direct = fs.open_direct(path)
-        # A mapping begins at a page boundary, as direct I/O asks of its buffer.
-        self._buffer = memoryview(mmap.mmap(-1, _BUFFER_BYTES))
-        # What the block that the next frame begins in holds already.
-        self._block = last_block
+        # It begins with what the block that the next frame begins in holds already; the rest is zero.
+        self._buffer = _aligned(_BUFFER_BYTES)
+        self._buffer[: len(last_block)] = last_block
         self._try_direct_write()
 
     def write(self, frame: bytes, operation: Operation) -> None:
         """Write the blocks that the frame lies in; what they held before is written again as it was."""
         with operation.step(FSYNC_JOURNAL, "journal") as step:
-            step.size = len(frame)
-            place = place_for(len(frame), self.offset)
+            step.size = size = len(frame)
+            place = place_for(size, self.offset)
+            buffer = self._buffer
+            if place != self.offset:
+                # It skips the rest of a block, and begins the next one.
+                buffer[:BLOCK_BYTES] = bytes(BLOCK_BYTES)
             inside = place % BLOCK_BYTES
-            end = inside + len(frame)
+            end = inside + size
             length = next_block(end)
-            # A frame that skips the rest of a block begins the next one.
-            before = self._block[:inside]
-            blocks = self._filled(before, frame, length)
-            self._fs.write_direct(self._direct, blocks, place - inside)
+            if length > _BUFFER_BYTES:
+                buffer = _aligned(length)
+                buffer[:inside] = self._buffer[:inside]
+            buffer[inside:end] = frame
+            self._fs.write_direct(self._direct, buffer[:length], place - inside)
         if end >= BLOCK_BYTES:
-            self._block = bytes(blocks[end - end % BLOCK_BYTES : end])
-        else:
-            self._block = before + frame
-        self.offset = place + len(frame)
+            self._begin_block(buffer[end - end % BLOCK_BYTES : end].tobytes(), length)
+        self.offset = place + size
 
     def close(self) -> None:
         """Close the file."""
@@ -113,12 +115,10 @@ class DirectSegment(BufferedSegment):
         if direct >= 0:
             self._fs.close(direct)
 
-    def _filled(self, before: bytes, frame: bytes, length: int) -> memoryview:
-        """An aligned buffer of so many bytes: what the first block holds, the frame, and zeros."""
-        buffer = self._buffer if length <= _BUFFER_BYTES else memoryview(mmap.mmap(-1, length))
-        end = len(before) + len(frame)
-        buffer[:length] = b"".join((before, frame, bytes(length - end)))
-        return buffer[:length]
+    def _begin_block(self, block: bytes, used: int) -> None:
+        """Have the buffer, of which so many bytes were used, begin with another block."""
+        used = min(used, _BUFFER_BYTES)
+        self._buffer[:used] = block.ljust(used, b"\0")
 
     def _try_direct_write(self) -> None:
         """Write what is there once more: some file systems refuse only the write."""
@@ -126,11 +126,15 @@ class DirectSegment(BufferedSegment):
             # Full with its first frame. Another block would make it larger.
             return
         try:
-            blocks = self._filled(self._block, b"", BLOCK_BYTES)
-            self._fs.write_direct(self._direct, blocks, self.offset - len(self._block))
+            self._fs.write_direct(self._direct, self._buffer[:BLOCK_BYTES], self.offset // BLOCK_BYTES * BLOCK_BYTES)
         except BaseException:
             self._fs.close(self._direct)
             raise
+
+
+def _aligned(size: int) -> memoryview:
+    """Zeros in a buffer as direct I/O asks for: a mapping begins at a page boundary."""
+    return memoryview(mmap.mmap(-1, size))
 
 
 def make_segment(

@@ -40,7 +40,8 @@ class StoreTracing:
     def ended(self, operation: Operation) -> None:
         """Make the spans of an operation. Attributes are computed only where a span is recorded."""
         parent = operation.parent
-        above = _NO_PARENT if parent is None else trace.set_span_in_context(parent, _NO_PARENT)
+        has_parent = parent is not None and parent is not trace.INVALID_SPAN
+        above = trace.set_span_in_context(parent, _NO_PARENT) if has_parent else _NO_PARENT
         name = f"savings.{operation.name}"
         links = [Link(context) for context in operation.links[:MAX_LINKS]] if operation.links else None
         span = self._tracer.start_span(name, above, start_time=operation.entered_ns, links=links)

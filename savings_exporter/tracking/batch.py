@@ -96,12 +96,13 @@ class Batch:
 
     def add(self, records: Sequence[SavingsRecord], key: bytes = b"", fingerprint: bytes = b"") -> int:
         """Accept records; the place of the last one."""
-        last = self.count + len(records)
+        entries = self.entries
+        last = len(records) + (entries[-1].last if entries else 0)
         if key:
             self.has_keys = True
         else:
             self._unfolded += len(records)
-        self.entries.append(Entry(last, records, key, fingerprint))
+        entries.append(Entry(last, records, key, fingerprint))
         return last
 
     def link(self, span: Span) -> None:
@@ -148,7 +149,7 @@ class Batch:
         """Wait until the batch's commit has ended, and then release the next one that waits."""
         try:
             # Looked at again from time to time: an interrupt may have come before the release.
-            while not turn.acquire(timeout=_HANDOVER_SECONDS) and not (self.is_over or self.durable):
+            while not turn.acquire(True, _HANDOVER_SECONDS) and not (self.is_over or self.durable):
                 pass
             self.release_next()
         except BaseException:
@@ -189,9 +190,10 @@ class Batch:
     def end(self) -> None:
         """It is durable, or given up: only its receipts are needed any more."""
         self.is_over = True
-        for turn in self._waiting.copy():
-            with suppress(RuntimeError):  # an interrupted call of this method has released it
-                turn.release()
+        if self._waiting:
+            for turn in self._waiting.copy():
+                with suppress(RuntimeError):  # an interrupted call of this method has released it
+                    turn.release()
         if self.durable:
             self.entries, self.links, self.frame = [Entry(self.count, ())], [], None
 

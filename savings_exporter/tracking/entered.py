@@ -18,5 +18,10 @@ class Entered(threading.local):
 
     def is_here(self) -> bool:
         """Whether this thread has entered."""
-        owned: bool = self.lock._is_owned()  # type: ignore[attr-defined]
-        return owned
+        return is_owned(self.lock)
+
+
+def is_owned(lock: threading.RLock) -> bool:
+    """Whether this thread holds a lock."""
+    owned: bool = lock._is_owned()  # type: ignore[attr-defined]
+    return owned

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from opentelemetry.trace import Span, get_current_span
+from opentelemetry.trace import INVALID_SPAN, Span, get_current_span
 
 from savings_exporter.errors import KeyConflictError
 from savings_exporter.model.keys import MAX_KEYS, checked_key, digest_of, fingerprint_of
@@ -24,7 +24,7 @@ from savings_exporter.model.record import SavingsRecord
 from savings_exporter.storage.operation import PREPARE, error_symbol
 from savings_exporter.storage.store import Committed, Failed, Store
 from savings_exporter.tracking.batch import Batch, finish
-from savings_exporter.tracking.entered import Entered
+from savings_exporter.tracking.entered import Entered, is_owned
 from savings_exporter.tracking.receipt import Counted, Receipt
 from savings_exporter.tracking.retry import Retry
 
@@ -94,8 +94,9 @@ class GroupCommit:
             KeyConflictError: the key was recorded with other content.
             RuntimeError: the tracker is closed.
         """
-        is_nested = self.entered.is_here()
-        with self.entered.lock:
+        entered = self.entered.lock
+        is_nested = is_owned(entered)
+        with entered:
             keyed = None if key is None else self._looked_up(records, key)
             span = get_current_span()
             if is_nested:
@@ -175,6 +176,7 @@ class GroupCommit:
         with self.entered.lock, self._mutex:
             for batch in self._waiting():
                 batch.end()
+                batch.attempted()
 
     def reason(self) -> str:
         """Why commits fail, in words."""
@@ -219,12 +221,13 @@ class GroupCommit:
         self, records: Sequence[SavingsRecord], keyed: _Keyed | None, span: Span
     ) -> tuple[Receipt, Batch | None]:
         """Add records to the open batch; the batch is None when there is nothing to wait for."""
-        repeat = self._refused_or_repeat(keyed)
-        if repeat is not None:
-            return repeat
+        if keyed is not None or self._is_closed:
+            repeat = self._refused_or_repeat(keyed)
+            if repeat is not None:
+                return repeat
         batch = self._batches.open
-        place = self._add(batch, records, keyed)
-        if span.is_recording():
+        place = batch.add(records) if keyed is None else self._add(batch, records, keyed)
+        if span is not INVALID_SPAN and span.is_recording():
             batch.link(span)
         if self.failure is not None or self._batches.sealed is not None:
             batch.fold(_MOST_UNFOLDED, _MOST_ROWS)
@@ -283,7 +286,8 @@ class GroupCommit:
                 sealed = self._sealed()
                 if sealed is None or not self._commit(sealed, span):
                     break
-        batch.attempted()
+        if not batch.is_over:
+            batch.attempted()
 
     def _sealed(self) -> Batch | None:
         """The batch to commit: the one that failed before, or the open one, which takes on no more records then."""
@@ -310,7 +314,7 @@ class GroupCommit:
             self._note_success(batch)
         batch.end()
         batch.attempted()
-        self._batches = self._batches._replace(sealed=None)
+        self._batches = Batches(self._batches.open)
         return True
 
     def _attempt(self, batch: Batch, span: Span | None) -> Committed | Failed:
@@ -324,7 +328,9 @@ class GroupCommit:
     def _note_success(self, batch: Batch) -> None:
         assert batch.frame is not None
         frame, groups = batch.frame
-        was_failing, self.failure, self.retry = self.failure is not None, None, Retry()
+        was_failing = self.failure is not None
+        if was_failing:
+            self.failure, self.retry = None, Retry()
         if batch.has_keys:
             self._store.remember(frame, groups)
             with self._mutex:
