@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from opentelemetry.trace import INVALID_SPAN, Span, get_current_span
 
 from savings_exporter.errors import KeyConflictError
-from savings_exporter.model.keys import MAX_KEYS, checked_key, digest_of, fingerprint_of
+from savings_exporter.model.keys import checked_key, digest_of, fingerprint_of
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.storage.operation import PREPARE, error_symbol
 from savings_exporter.storage.store import Committed, Failed, Store
@@ -248,8 +248,7 @@ class GroupCommit:
 
     def _add(self, batch: Batch, records: Sequence[SavingsRecord], keyed: _Keyed | None) -> int:
         """Add records to a batch; the place of the last one."""
-        # Of more pending keys than a store remembers, none is kept; this happens only after a very long failure.
-        if keyed is None or len(self._pending_keys) >= MAX_KEYS:
+        if keyed is None:
             return batch.add(records)
         place = batch.add(records, keyed.digest, keyed.fingerprint)
         self._pending_keys[keyed.digest] = _Expected(batch, place, keyed.fingerprint)

@@ -423,7 +423,8 @@ class Lab:
         assert _records_in(self.store) == snapshot.sequence, "the document saved at the end lacks something"
         with self._opened() as tracker:
             # The first one notes that a writer has ended; the second one has that in both documents.
-            assert tracker.save() and tracker.save()
+            assert tracker.save()
+            assert tracker.save()
             again = tracker.snapshot().lifetime
             assert again == snapshot.lifetime, f"opened again: {again}, not {snapshot.lifetime}"
         for document in (self.store, self.store.with_name(f"{self.store.name}.previous")):
