@@ -468,9 +468,14 @@ def test_segment_that_cannot_be_made(store_path: Path, faults: WatchedSegments, 
 
 
 class FullDisk(FaultyFileSystem):
-    """Has no room for more zeros than ``room`` bytes in a file."""
+    """Has no room for more zeros than ``room`` bytes in a file, and none for a segment that is made ahead."""
 
     room = BLOCK_BYTES
+
+    def create(self, path: str, like: str) -> int:
+        if ".journal." in path and threading.current_thread().name == "savings-save":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().create(path, like)
 
     def write_zeros(self, descriptor: int, size: int) -> None:
         if size > self.room:
