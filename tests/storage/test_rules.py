@@ -215,11 +215,12 @@ def held_at(path: Path, name: str) -> int:
 def test_watermark_comes_last(store_path: Path, has_direct_io: bool) -> None:
     faults = FaultyFileSystem(has_direct_io=has_direct_io)
     with SavingsTracker(store_path, filesystem=faults, save_interval=NEVER) as tracker:
-        for _ in range(2):  # with a new segment, and without
+        for watermarks in (2, 1):  # with a new writer's file and a new segment, and without
             faults.calls.clear()
             record(tracker)
             calls = [call for call in faults.calls if call in ("append", "fsync_journal", "fsync_dir", "watermark")]
             assert calls[-1] == "watermark"
+            assert calls.count("watermark") == watermarks
             assert "fsync_journal" in calls
 
 
@@ -564,7 +565,9 @@ def test_reader_and_two_saves(store_path: Path, nth: int) -> None:
         def close_and_save() -> None:
             writer.close()
             assert saver.save()
+            assert saver.save()
             assert not segments(store_path)
+            assert not list(store_path.parent.glob("*.writer.*"))
 
         between.nth, between.do = nth, close_and_save
         assert reader.snapshot().lifetime.requests == 5

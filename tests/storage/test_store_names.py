@@ -15,6 +15,7 @@ from savings_exporter.storage.repair import inspect, repair
 from savings_exporter.telemetry.metrics import SavingsCollector
 from tests.support.faults import FaultyFileSystem
 from tests.support.scrape import samples
+from tests.support.segments import frames, segments
 from tests.support.wait import WAIT_SECONDS, eventually
 
 ONE: dict[str, Any] = {"model": "m", "tokens_saved": 1}
@@ -157,4 +158,5 @@ def test_watermark_fails(store_path: Path, faults: FaultyFileSystem) -> None:
         assert not receipt.durable
         assert receipt.wait(WAIT_SECONDS)
         assert tracker.snapshot().sequence == 2
-        assert len(list(store_path.parent.glob("*.journal.*"))) == 1
+        (segment,) = segments(store_path)
+        assert len(frames(segment)) == 2
