@@ -243,9 +243,10 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def bounded(self, limits: Limits) -> Ledger:
-        """This ledger with the smallest names beyond the limits counted under ``other``."""
+        """This ledger with the smallest names beyond the limits as ``other``, and as many points as a history keeps."""
         return msgspec.structs.replace(
             self,
+            history=self.history.thinned(),
             by_model=_largest(self.by_model, OTHER, limits.max_models),
             projects=_largest(self.projects, OTHER, limits.max_projects),
             agents=_largest(self.agents, OTHER, limits.max_agents),

@@ -51,10 +51,6 @@ class Listing(NamedTuple):
     segments: Mapping[bytes, Sequence[int]]
     writers: frozenset[bytes]
 
-    def next_segment(self, writer: bytes) -> int:
-        """The number of a writer's next segment."""
-        return max(self.segments.get(writer, ()), default=0) + 1
-
 
 class Reader:
     """Reads one store. ``own`` is this process's writer, once it has one."""
@@ -385,7 +381,7 @@ class Reader:
 
 
 def bounded(document: Document, limits: Limits) -> Document:
-    """Another program's document with no more names than the limits allow."""
+    """Another program's document with no more names and points of history than this program keeps."""
     return msgspec.structs.replace(document, ledger=document.ledger.bounded(limits))
 
 

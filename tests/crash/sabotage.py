@@ -53,8 +53,8 @@ class NoDataSync(_Broken):
         pass
 
 
-class SlowSyncs(_Broken):
-    """What is written, and visible to others, is not durable for a while."""
+class _SyncsApart(_Broken):
+    """Direct writes are two steps, a write and a sync."""
 
     def open_direct(self, path: str) -> int:
         return self._open_buffered(path)
@@ -62,6 +62,10 @@ class SlowSyncs(_Broken):
     def write_direct(self, descriptor: int, data: memoryview, offset: int) -> None:
         super().write_direct(descriptor, data, offset)
         self.sync_data(descriptor)
+
+
+class SlowSyncs(_SyncsApart):
+    """What is written, and visible to others, is not durable for a while."""
 
     def fsync_file(self, descriptor: int) -> None:
         _wait()
@@ -76,15 +80,8 @@ class SlowSyncs(_Broken):
         super().fsync_directory(path)
 
 
-class SyncAgain(_Broken):
+class SyncAgain(_SyncsApart):
     """The second sync of a file whose first one failed is believed."""
-
-    def open_direct(self, path: str) -> int:
-        return self._open_buffered(path)
-
-    def write_direct(self, descriptor: int, data: memoryview, offset: int) -> None:
-        super().write_direct(descriptor, data, offset)
-        self.sync_data(descriptor)
 
     def fsync_file(self, descriptor: int) -> None:
         self._twice(super().fsync_file, descriptor)

@@ -8,9 +8,9 @@ import os
 import struct
 import subprocess
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -19,12 +19,15 @@ from hypothesis import strategies as st
 
 from savings_exporter import CorruptStoreError, SavingsTracker, StoreError
 from savings_exporter.formats.frame import frame_of
+from savings_exporter.model.history import DAYS_OF_HOURLY_POINTS, DAYS_OF_POINTS
 from savings_exporter.storage.repair import inspect
 from savings_exporter.storage.writers import facts_of
 from savings_exporter.watched import WatchedFile
 from tests.support.damaged import (
     COMMITTED,
     DOCUMENT,
+    FOREIGN,
+    FOREIGN_TOTAL,
     SAVED,
     STRIDE,
     TOTAL,
@@ -36,21 +39,9 @@ from tests.support.damaged import (
     total_or_refused,
 )
 from tests.support.faults import FaultyFileSystem
-from tests.support.paths import DATA
 from tests.support.service import run_cli
 
 TORN = b"SXJ2 and half of a frame"
-
-FOREIGN = (DATA / "headroom" / "v6-latest" / DOCUMENT).read_bytes()
-FOREIGN_TOTAL = 2_672_322
-
-
-@pytest.fixture(scope="module")
-def kept() -> Iterator[Kept]:
-    # In memory where that can be: what a reader makes of thousands of damaged files does not depend on the disk.
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as directory:
-        yield Kept(Path(directory))
 
 
 def segments(path: Path) -> list[str]:
@@ -352,6 +343,22 @@ def test_headroom_document_cut(tmp_path: Path, share: float) -> None:
     with pytest.raises(CorruptStoreError, match="is damaged: not JSON"):
         SavingsTracker(path)
     assert not Path(f"{path}.previous").exists()
+
+
+def test_history_of_others_is_bounded(tmp_path: Path) -> None:
+    """Of another program's points no more are taken over than a history keeps: the last of each day."""
+    path = tmp_path / DOCUMENT
+    document = json.loads(FOREIGN)
+    first = datetime(2020, 1, 1, tzinfo=timezone.utc)
+    moments = (first + timedelta(hours=hour) for hour in range(24 * 1_000))
+    document["history"] = [{"timestamp": f"{at:%Y-%m-%dT%H:%M:%SZ}", "total_tokens_saved": 1} for at in moments]
+    path.write_text(json.dumps(document))
+    with SavingsTracker(path) as tracker:
+        assert tracker.save()
+        assert tracker.snapshot().lifetime.tokens_saved == FOREIGN_TOTAL
+    kept = [point["timestamp"] for point in json.loads(path.read_bytes())["history"]]
+    assert len(kept) == DAYS_OF_POINTS - DAYS_OF_HOURLY_POINTS + 24 * DAYS_OF_HOURLY_POINTS
+    assert kept[0] == "2020-09-26T23:00:00Z"
 
 
 @pytest.mark.parametrize("figure", [10**30, float("nan"), "12 monkeys", "", None, -1, [], True + 2**70])

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,19 +12,19 @@ from savings_exporter import CorruptStoreError, SavingsTracker, StoreError
 from savings_exporter.storage.observers import Observers
 from savings_exporter.storage.repair import Repaired, inspect
 from savings_exporter.storage.repair import repair as repair_store
-from tests.support.damaged import COMMITTED, DOCUMENT, SAVED, TOTAL, Kept, contents, opened, total_or_refused
-from tests.support.paths import DATA
+from tests.support.damaged import (
+    COMMITTED,
+    DOCUMENT,
+    FOREIGN,
+    FOREIGN_TOTAL,
+    SAVED,
+    TOTAL,
+    Kept,
+    contents,
+    opened,
+    total_or_refused,
+)
 from tests.support.service import run_cli
-
-FOREIGN = (DATA / "headroom" / "v6-latest" / DOCUMENT).read_bytes()
-FOREIGN_TOTAL = 2_672_322
-
-
-@pytest.fixture(scope="module")
-def kept() -> Iterator[Kept]:
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as directory:
-        yield Kept(Path(directory))
 
 
 def repair(path: Path) -> Repaired:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from savings_exporter import SavingsTracker, StoreError
 from savings_exporter.telemetry.metrics import SavingsCollector
+from tests.support.paths import DATA
 from tests.support.scrape import samples
 
 DOCUMENT = "proxy_savings.json"
@@ -22,6 +23,9 @@ COMMITTED = (1_000, 10_000, 100_000)
 """What is in the journal only."""
 
 TOTAL = sum(SAVED) + sum(COMMITTED)
+
+FOREIGN = (DATA / "headroom" / "v6-latest" / DOCUMENT).read_bytes()
+FOREIGN_TOTAL = 2_672_322
 
 KILLED = f"""
 import os, sys

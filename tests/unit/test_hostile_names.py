@@ -13,25 +13,9 @@ from savings_exporter import SavingsCollector, SavingsRecord, SavingsTracker
 from savings_exporter.model.names import OTHER
 from savings_exporter.model.totals import OTHER_PAIR, Sums, total_of
 from tests.support.faults import FaultyFileSystem
+from tests.support.hostile import DIFFERENT, LIMIT, NAMES
 from tests.support.scrape import parsed
 from tests.support.wait import WAIT_SECONDS
-
-LIMIT = 50
-DIFFERENT = 10_000
-
-_SHAPES = (
-    "plain-{}",
-    "new\nline\r{}",
-    'quo"te\\{}\\',
-    '{}"}} 1\nsavings_tokens_saved_total{{model="forged"}} 9e9\n#',
-    "\u202egnp.{}",
-    "\ud800{}\udfff",
-    "\x00\x1b[31m{}\x7f",
-    "%25252525{}%250a%2522",
-    "{}" + "é" * 10_000,
-    "{{}}'{}\u2028\u0085\ufeff",
-)
-NAMES = ["", "other", "unknown", " ", "\x00", *(_SHAPES[n % len(_SHAPES)].format(n) for n in range(DIFFERENT - 5))]
 
 
 def hostile_records(count: int) -> list[SavingsRecord]:

@@ -5,25 +5,10 @@ from __future__ import annotations
 from savings_exporter.model.names import OTHER
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.totals import OTHER_PAIR, Ledger, Limits, total_of
+from tests.support.hostile import DIFFERENT, LIMIT, NAMES
 from tests.unit.model.samples import NOW, sums_of
 
-LIMIT = 50
-DIFFERENT = 10_000
 LIMITS = Limits(max_models=LIMIT, max_projects=LIMIT, max_agents=LIMIT)
-
-_SHAPES = (
-    "plain-{}",
-    "new\nline\r{}",
-    'quo"te\\{}\\',
-    '{}"}} 1\nsavings_tokens_saved_total{{model="forged"}} 9e9\n#',
-    "\u202egnp.{}",
-    "\ud800{}\udfff",
-    "\x00\x1b[31m{}\x7f",
-    "%25252525{}%250a%2522",
-    "{}" + "é" * 10_000,
-    "{{}}'{}\u2028\u0085\ufeff",
-)
-NAMES = ["", "other", "unknown", " ", "\x00", *(_SHAPES[n % len(_SHAPES)].format(n) for n in range(DIFFERENT - 5))]
 
 
 def hostile_records() -> list[SavingsRecord]:
