@@ -74,8 +74,8 @@ def run_full_while_recording(pool: Pool, disk: ThinDisk, lab: Lab, sabotage: str
     lab.goes_on()
     before = lab.failures()
 
-    # Once, and while there is room: when ext4's log has just failed, a trim seems to take the blocks of files, too, whose
-    # removal never became durable. After the next mount such files were zeros.
+    # Once, and while there is room: when ext4's log has just failed, a trim seems to take the blocks of files whose
+    # removal never became durable, too. After the next mount such files were zeros.
     disk.trim()
 
     def fails() -> bool:
