@@ -10,13 +10,18 @@ import sys
 from importlib.metadata import distribution
 from importlib.resources import files
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 
 import savings_exporter
 from savings_exporter import SavingsRecord, SavingsTracker
 from savings_exporter.tracker import RecordArguments
+
+if sys.version_info >= (3, 11):
+    from typing import get_type_hints
+else:
+    # The standard library's does not know typing_extensions.Required.
+    from typing_extensions import get_type_hints
 
 MODULES = sorted(
     module.name
