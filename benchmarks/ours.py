@@ -14,7 +14,6 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from opentelemetry.trace import NoOpTracerProvider, TracerProvider
 
@@ -117,7 +116,7 @@ def make_crashed_store(directory: Path, records: int) -> None:
 def journal_lines(directory: Path) -> list[bytes]:
     """What was committed to a store's journal: the JSON in each frame.
 
-    This, ``segments`` and ``_journal_without_limit`` are all that depends on the format of the journal.
+    This and ``segments`` are all that depends on the format of the journal.
     """
     return [line for path in segments(directory) for line in _json_objects(path.read_bytes())]
 
@@ -146,16 +145,11 @@ def _recorder_of_store(path: Path, *, keyed: bool) -> Iterator[Recorder]:
 
 
 def _record_and_die(path: Path, records: int) -> None:
-    with _journal_without_limit(), SavingsTracker(path, save_interval=NEVER) as tracker:
+    with SavingsTracker(path, save_interval=NEVER) as tracker:
         record = recorder(tracker)
         for fields in many(records):
             record(fields)
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _journal_without_limit() -> AbstractContextManager[object]:
-    """Lets a journal grow to 128 MiB: at its end the document would be saved, and the journal would begin anew."""
-    return mock.patch("savings_exporter.storage.journal.SEGMENT_BYTES", 128 * 1024 * 1024, create=True)
 
 
 def _json_objects(data: bytes) -> Iterator[bytes]:

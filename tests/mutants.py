@@ -134,7 +134,7 @@ MUTANTS = [
     mutant(
         "A frame that was counted is skipped",
         "storage/reader.py",
-        "        if frame.last < expected:\n            return\n",
+        "        if last < expected:\n            return\n",
         "",
         f"{RULES}::test_copies_count_once",
     ),
@@ -294,8 +294,8 @@ MUTANTS = [
     mutant(
         "One save at a time",
         "storage/store.py",
-        "self._lock.take()\n                    self._agree_on_store()\n",
-        "self._agree_on_store()\n",
+        "self._lock.take(CLOSING_PATIENCE_SECONDS if closing else PATIENCE_SECONDS)\n",
+        "pass\n",
         f"{COMMIT}::test_held_lock_delays_saves_only",
     ),
     mutant(

@@ -11,6 +11,7 @@ into a block of 4 KiB lies in one, so that its commit writes one block; the rest
 
 from __future__ import annotations
 
+import operator
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -56,8 +57,11 @@ class Group(msgspec.Struct, frozen=True, omit_defaults=True):
     sums: Sequence[Row] = ()
 
 
-class ReadGroup(msgspec.Struct, frozen=True):
-    """A group as it is read; its fields are those of ``Group``."""
+class ReadGroup(msgspec.Struct, frozen=True, gc=False):
+    """A group as it is read; its fields are those of ``Group``.
+
+    It takes part in no reference cycle. A journal has many groups, and the garbage collector need not look at them.
+    """
 
     records: tuple[Line, ...] = ()
     key: str = ""
@@ -68,7 +72,8 @@ class ReadGroup(msgspec.Struct, frozen=True):
     @property
     def count(self) -> int:
         """How many records it stands for."""
-        return len(self.records) + sum(row.requests for row in self.sums)
+        records = len(self.records)
+        return records + sum(row.requests for row in self.sums) if self.sums else records
 
 
 class Frame(NamedTuple):
@@ -93,8 +98,9 @@ class Damage(NamedTuple):
     end: int
 
 
+_COUNT = operator.attrgetter("count")
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(list[ReadGroup])
+_decoder = msgspec.json.Decoder(tuple[ReadGroup, ...])
 
 
 def encode_frame(store: bytes, writer: bytes, first: int, count: int, groups: Sequence[Group]) -> bytes:
@@ -109,7 +115,7 @@ def frame_of(store: bytes, writer: bytes, first: int, count: int, payload: bytes
     return b"".join((_CHECK.pack(_MAGIC, zlib.crc32(payload, zlib.crc32(rest))), rest, payload))
 
 
-def decode_groups(frame: Frame) -> list[ReadGroup]:
+def decode_groups(frame: Frame) -> Sequence[ReadGroup]:
     """What a frame holds.
 
     Raises:
@@ -119,7 +125,7 @@ def decode_groups(frame: Frame) -> list[ReadGroup]:
         groups = _decoder.decode(frame.payload)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptStoreError(f"a frame's checksum matches, but its content cannot be read: {error}") from None
-    if sum(group.count for group in groups) != frame.records:
+    if sum(map(_COUNT, groups)) != frame.records:
         raise CorruptStoreError("a frame's checksum matches, but it holds another number of records than it says")
     return groups
 

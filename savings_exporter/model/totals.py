@@ -295,8 +295,8 @@ def _numbers_of_all(records: Sequence[SavingsRecord]) -> Numbers:
     There is no list price beside a caller's ``savings_usd``, so it counts as its own list price, as Headroom counts a
     request without a cache breakdown.
     """
-    saved = sum(units_of(record.savings_usd) for record in records if record.savings_usd)
-    cost = sum(units_of(record.input_cost_usd) for record in records if record.input_cost_usd)
+    saved = sum([units_of(record.savings_usd) for record in records if record.savings_usd])
+    cost = sum([units_of(record.input_cost_usd) for record in records if record.input_cost_usd])
     return (len(records), *map(sum, zip(*map(_TOKENS, records), strict=True)), *_amounts(saved, cost))
 
 

@@ -92,7 +92,7 @@ def adopt(reader: Reader, file: AtomicFile, view: View, dead: Iterable[bytes], o
         reading = reader.read_journal(view, writer, None, segments.get(writer, ()))
         if reading.lost:
             raise OSError(errno.EIO, described_losses(reading), reader.path)
-        if reading.frames:
+        if reading.adds:
             with Operation(ROTATE, observer) as operation:
                 number = max(segments[writer]) + 1
                 data = b"".join(reading.raw)

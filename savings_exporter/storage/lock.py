@@ -17,6 +17,9 @@ from savings_exporter.storage.filesystem import FileSystem
 PATIENCE_SECONDS = 2.0
 """How long to wait for another process's save before that counts as a failure, which is tried again later."""
 
+CLOSING_PATIENCE_SECONDS = 5.0
+"""The same when a process ends, which does not try again. Many that end together wait for each other."""
+
 STORE_BYTES = 8
 
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0001, 0.02

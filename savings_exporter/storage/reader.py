@@ -25,6 +25,7 @@ from savings_exporter.formats.frame import (
     HEADER_BYTES,
     Damage,
     Frame,
+    Line,
     decode_groups,
     scan,
     size_at_start,
@@ -35,7 +36,7 @@ from savings_exporter.model.snapshot import Snapshot
 from savings_exporter.model.totals import Limits
 from savings_exporter.storage.filesystem import FileSystem, Identity, place
 from savings_exporter.storage.journal import segment_path
-from savings_exporter.storage.view import Counted, Position, Reading, View, counted, view_of
+from savings_exporter.storage.view import Position, Reading, Special, View, counted, view_of
 from savings_exporter.storage.writers import is_alive, read_counts, read_facts, writer_of, writer_path
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Reader:
         for _ in range(_ATTEMPTS):
             current = view
             try:
-                current = self._with_document(view)
+                current = self.with_document(view)
                 followed = self.follow(current)
                 if self._is_older(current, view) and followed.ledger.records < view.ledger.records:
                     raise CorruptStoreError(f"{self.path}: was replaced by an older document")
@@ -101,7 +102,7 @@ class Reader:
         for reading in readings:
             if reading.lost or reading.doubt:
                 raise CorruptStoreError(f"{self.path}: {described_losses(reading)}")
-        if not any(reading.frames for reading in readings):
+        if not any(reading.adds for reading in readings):
             return view
         return counted(view, readings, self.limits, datetime.now(timezone.utc))
 
@@ -320,8 +321,13 @@ class Reader:
         """Whether a view's document is an older one of the same store."""
         return view.document.is_ours and view.document.ledger.records < other.document.ledger.records
 
-    def _with_document(self, view: View) -> View:
-        """The view itself, or that of the document at the path when another process saved it."""
+    def with_document(self, view: View) -> View:
+        """The view itself, or that of the document at the path, without the journals, when another process saved it.
+
+        Raises:
+            OSError: it cannot be read.
+            StoreError: it is damaged.
+        """
         identity = self._identity()
         if identity == view.identity:
             self._refused = None
@@ -405,7 +411,8 @@ class _Replay:
         self.foreign: list[str] = []
         self.is_cut = False
         self.writer = writer
-        self._frames: list[Counted] = []
+        self._records: list[Line] = []
+        self._specials: list[Special] = []
         self._raw: list[bytes] = []
         self._tail: tuple[str, bytes] | None = None
 
@@ -433,22 +440,36 @@ class _Replay:
     def reading(self) -> Reading:
         """What was read."""
         return Reading(
-            self.writer, self._frames, self._raw, self.position, self.lost, self.doubt, self._tail, self.foreign
+            self.writer,
+            self._records,
+            self._specials,
+            self._raw,
+            self.position,
+            self.lost,
+            self.doubt,
+            self._tail,
+            self.foreign,
         )
 
     def _take_frame(self, frame: Frame, data: bytes, number: int, end: int, path: str) -> None:
+        last, expected = frame.last, self.position.sequence + 1
         self._tail = None
-        self.last_seen = max(self.last_seen, frame.last)
-        expected = self.position.sequence + 1
-        if frame.last < expected:
+        self.last_seen = max(self.last_seen, last)
+        if last < expected:
             return
         if frame.first < expected:
             raise CorruptStoreError(f"{path}: two frames hold other records under the same numbers")
         if frame.first > expected:
             self.lost.append((expected, frame.first - 1))
         try:
-            self._frames.append(Counted(frame.first, decode_groups(frame)))
+            groups = decode_groups(frame)
         except CorruptStoreError as error:
             raise CorruptStoreError(f"{path}: {error}; restore it from a backup") from None
-        self._raw.append(data[frame.start : frame.end])
-        self.position = Position(frame.last, number, end)
+        for group in groups:
+            if group.key or group.sums:
+                self._specials.append(Special(frame.first, group))
+            else:
+                self._records += group.records
+        if self.limit is None:
+            self._raw.append(data[frame.start : frame.end])
+        self.position = Position(last, number, end)

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from savings_exporter.errors import StoreError
@@ -19,7 +20,7 @@ from savings_exporter.storage import checkpoint
 from savings_exporter.storage.atomic_file import AtomicFile, Directory
 from savings_exporter.storage.filesystem import FileSystem
 from savings_exporter.storage.journal import Frame, Journal
-from savings_exporter.storage.lock import StoreLock, read_lock
+from savings_exporter.storage.lock import CLOSING_PATIENCE_SECONDS, PATIENCE_SECONDS, StoreLock, read_lock
 from savings_exporter.storage.observers import Observer
 from savings_exporter.storage.operation import COMMIT, PREPARE, ROTATE, SAVE, Operation, error_symbol
 from savings_exporter.storage.reader import Reader
@@ -199,7 +200,7 @@ class Store:
             # Observers are told when the lock is free again: an exporter may be slow.
             with operation, self._saving:
                 try:
-                    self._lock.take()
+                    self._lock.take(CLOSING_PATIENCE_SECONDS if closing else PATIENCE_SECONDS)
                     self._agree_on_store()
                     self._checkpoint(operation, closing=closing)
                 finally:
@@ -207,6 +208,25 @@ class Store:
         except Exception as error:
             return Failed(operation.failed_step or PREPARE, error)
         return None
+
+    def saved_at(self) -> datetime | None:
+        """When the document was saved last, by whichever process; None when that is not known. Reads no journal."""
+        with self._reading, suppress(OSError, StoreError):
+            found = self.reader.with_document(self.view)
+            if self._holds_all(found):
+                self.view = found
+            return found.document.saved_at
+        return None
+
+    def is_being_saved(self) -> bool:
+        """Whether another process holds the store's lock, most likely because it saves."""
+        with self._saving:
+            try:
+                return not self._lock.take_if_free()
+            except OSError:
+                return False
+            finally:
+                self._let_go()
 
     def is_saved(self) -> bool:
         """Whether the document holds everything, as far as this process knows."""
@@ -252,6 +272,15 @@ class Store:
         if self.journal is not None:
             self.journal.close()
         self._lock.close()
+
+    def _holds_all(self, found: View) -> bool:
+        """Whether the view of a document, of which no journal was read yet, holds all that this process knows of."""
+        if found.document is self.view.document:
+            return True
+        positions = {writer: position.sequence for writer, position in self.view.positions.items()}
+        if self.journal is not None:
+            positions[self.journal.writer.id] = self.journal.sequence
+        return all(sequence <= found.position_of(writer).sequence for writer, sequence in positions.items())
 
     def _publish(self, view: View) -> None:
         """Publish a view, unless a newer one was published while it was read."""

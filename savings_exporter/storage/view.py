@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from savings_exporter.formats.document import Document, WriterState
-from savings_exporter.formats.frame import ReadGroup
+from savings_exporter.formats.frame import Line, ReadGroup
 from savings_exporter.model.keys import KeyEntry, KeyTable
 from savings_exporter.model.totals import Ledger, Limits, Sums
 from savings_exporter.storage.filesystem import Identity
@@ -32,29 +32,36 @@ class Position(NamedTuple):
     offset: int = 0
 
 
-class Counted(NamedTuple):
-    """A frame that the counting rule counts, decoded."""
+class Special(NamedTuple):
+    """A group that has a key or sums, and the first sequence number of its frame."""
 
     first: int
-    groups: list[ReadGroup]
+    group: ReadGroup
 
 
 class Reading(NamedTuple):
-    """What reading one journal gave: the frames to count, and where reading goes on.
+    """What reading one journal gave: what the frames hold that the counting rule counts, and where reading goes on.
 
-    ``raw`` are the frames' bytes. ``lost`` are the sequence numbers, first and last, of acknowledged records that are
+    ``records`` are those without a key, kept flat: a journal has many. ``specials`` are the other groups. ``raw`` are
+    the frames' bytes, kept where the whole journal is read, to be written again. ``lost`` are the sequence numbers, first and last, of acknowledged records that are
     missing; ``doubt`` says why that cannot be determined. ``tail`` is what follows the last good frame: a segment's
     path and the bytes of a torn write. ``foreign`` are segments of another store.
     """
 
     writer: bytes
-    frames: list[Counted]
+    records: list[Line]
+    specials: list[Special]
     raw: list[bytes]
     position: Position
     lost: list[tuple[int, int]]
     doubt: str
     tail: tuple[str, bytes] | None
     foreign: list[str]
+
+    @property
+    def adds(self) -> bool:
+        """Whether there is something to count."""
+        return bool(self.records or self.specials)
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,9 +121,12 @@ def counted(view: View, readings: Iterable[Reading], limits: Limits, now: dateti
     """The view with more of the journals counted."""
     sums, positions = Sums(), dict(view.positions)
     for reading in readings:
-        for frame in reading.frames:
-            _count(frame, reading.writer, sums, view.keys)
-        if reading.frames:
+        if reading.adds:
+            sums.add_all(reading.records)
+            for special in reading.specials:
+                if not special.group.key or _is_first(special, reading.writer, view.keys):
+                    sums.add_all(special.group.records)
+                    sums.add_rows(special.group.sums)
             positions[reading.writer] = reading.position
     ledger = view.ledger.plus(sums, limits, now) if sums else view.ledger
     return msgspec.structs.replace(view, ledger=ledger, positions=positions)
@@ -145,17 +155,10 @@ def composed(
     return states
 
 
-def _count(frame: Counted, writer: bytes, sums: Sums, keys: KeyTable) -> None:
-    for group in frame.groups:
-        if group.key and not _is_first(frame, group, writer, keys):
-            continue
-        sums.add_all(group.records)
-        sums.add_rows(group.sums)
-
-
-def _is_first(frame: Counted, group: ReadGroup, writer: bytes, keys: KeyTable) -> bool:
+def _is_first(special: Special, writer: bytes, keys: KeyTable) -> bool:
     """Whether a key is counted here for the first time, or is this very group."""
-    digest, sequence = bytes.fromhex(group.key), frame.first + group.at - 1
+    group = special.group
+    digest, sequence = bytes.fromhex(group.key), special.first + group.at - 1
     known = keys.get(digest)
     if known is not None:
         return (known.writer, known.sequence) == (writer, sequence)

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 _PUBLISH_SECONDS = 1.0
 
+# How often it is looked whether another process's save has ended.
+_LOOKS_IN_INTERVAL = 10
+
 
 class Saves(NamedTuple):
     """How the document's saves stand: why the last one failed (None: it did not), and when the next one is due."""
@@ -148,15 +151,17 @@ class Background:
             self.saves = self.saves._replace(due=time.monotonic() + self._save_interval)
 
     def _save_if_needed(self) -> None:
-        # Another process may have saved meanwhile; one save in the interval is enough for all of them.
-        # After a failure the document at the path may be the one of which it is not known whether it is durable.
-        view = self._store.refresh()
-        saved_at = view.document.saved_at
-        age = (datetime.now(timezone.utc) - saved_at).total_seconds() if saved_at else self._save_interval
+        # One save in the interval is enough for all processes. Each save reads all journals, so whether it is needed is
+        # told by the document alone.
+        saved_at, now = self._store.saved_at(), time.monotonic()
+        age = (datetime.now(timezone.utc) - saved_at).total_seconds() if saved_at else math.inf
         if self.saves.failure is None and self._store.is_saved():
             self.saves = Saves()
         elif self.saves.failure is None and 0 <= age < self._save_interval:
-            self.saves = Saves(due=time.monotonic() + self._save_interval - age)
+            self.saves = Saves(due=now + self._save_interval - age)
+        elif self.saves.failure is None and age < 2 * self._save_interval and self._store.is_being_saved():
+            self.saves = Saves(due=now + self._save_interval / _LOOKS_IN_INTERVAL)
         else:
+            # After a failure the document at the path may be the one of which it is not known whether it is durable.
             self.save()
             self._schedule_save()
