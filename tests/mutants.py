@@ -60,8 +60,8 @@ MUTANTS = [
     mutant(
         "The watermark is raised after the frame is durable",
         "storage/journal.py",
-        "        if frame.last > self._written:\n",
-        "        self.writer.raise_watermark(frame.last)\n        if frame.last > self._written:\n",
+        "        if last > self._written:\n",
+        "        self.writer.raise_watermark(last)\n        if last > self._written:\n",
         f"{RULES}::test_watermark_comes_last",
     ),
     mutant(
@@ -212,7 +212,7 @@ MUTANTS = [
     mutant(
         "A frame of which only the watermark failed is not written again",
         "storage/journal.py",
-        "            self._written = frame.last\n",
+        "            self._written = last\n",
         "",
         f"{NAMES}::test_watermark_fails",
     ),

@@ -24,9 +24,14 @@ _MAX_DECODINGS = 3
 _ENCODED = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
 
 
-def is_clean(value: object) -> bool:
-    """Whether cleaning leaves a name as it is, and something is in it. For a project, it may be encoded still."""
-    return type(value) is str and 0 < len(value) <= MAX_NAME_LENGTH and value.isprintable() and value == value.strip()
+def are_clean(*values: object) -> bool:
+    """Whether cleaning leaves each name as it is, and something is in it. A project may still be encoded."""
+    for value in values:
+        if not (
+            type(value) is str and 0 < len(value) <= MAX_NAME_LENGTH and value.isprintable() and value == value.strip()
+        ):
+            return False
+    return True
 
 
 def clean_name(field: str, value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from savings_exporter.model.names import UNKNOWN, clean_name, clean_project, is_clean
+from savings_exporter.model.names import UNKNOWN, are_clean, clean_name, clean_project
 
 MAX_TOKENS = 10**12
 """The most tokens that one record may name. A larger number is a mistake, not a request."""
@@ -100,14 +100,13 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         ):
             for name in _TOKEN_FIELDS:
                 _set_field(self, name, _token_count(name, getattr(self, name)))
-        if not (is_clean(self.model) and is_clean(self.provider) and is_clean(self.agent)):
+        if not are_clean(self.model, self.provider, self.agent):
             if self.model is None:
                 raise TypeError("model must be a string, not NoneType")
             for name, value in (("model", self.model), ("provider", self.provider), ("agent", self.agent)):
-                if not is_clean(value):
-                    _set_field(self, name, clean_name(name, value) or UNKNOWN)
+                _set_field(self, name, clean_name(name, value) or UNKNOWN)
         project = self.project
-        if project is not None and (not is_clean(project) or "%" in project):
+        if project is not None and (not are_clean(project) or "%" in project):
             _set_field(self, "project", clean_project(project))
         if self.timestamp is None:
             _set_field(self, "timestamp", datetime.now(timezone.utc))

@@ -123,8 +123,7 @@ class Drills:
             logger.warning("%s: fire drill %s has ended", path, name, extra=_MARKED)
 
     def _simulate(self, kind: Kind) -> None:
-        operation = Operation(kind.operation, self._tracker.observers)
-        operation.drill = True
+        operation = Operation(kind.operation, self._tracker.observers, is_drill=True)
         with suppress(OSError), operation, operation.step(kind.step, kind.target):
             if kind.seconds is not None:
                 self._stopped.wait(kind.seconds)

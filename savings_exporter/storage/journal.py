@@ -40,13 +40,13 @@ class Frame(NamedTuple):
     """A sealed batch: its bytes and its sequence numbers are the same in every attempt to write it."""
 
     first: int
-    records: int
+    last: int
     data: bytes
 
     @property
-    def last(self) -> int:
-        """The sequence number of its last record."""
-        return self.first + self.records - 1
+    def records(self) -> int:
+        """How many records it holds."""
+        return self.last - self.first + 1
 
 
 class Journal:
@@ -75,7 +75,7 @@ class Journal:
     def seal(self, count: int, groups: Sequence[Group]) -> Frame:
         """Give records their sequence numbers, after those of the last durable frame."""
         first = self.sequence + 1
-        return Frame(first, count, encode_frame(self._store, self.writer.id, first, count, groups))
+        return Frame(first, first + count - 1, encode_frame(self._store, self.writer.id, first, count, groups))
 
     def commit(self, frame: Frame, operation: Operation) -> None:
         """Make a frame durable.
@@ -83,19 +83,20 @@ class Journal:
         Raises:
             OSError: whether it is durable is not known. The same frame has to be committed again.
         """
-        if frame.last <= self.sequence:
+        last = frame.last
+        if last <= self.sequence:
             # An interrupt came between the last attempt's success and its acknowledgement.
             return
-        if frame.last > self._written:
+        if last > self._written:
             try:
                 self._write(frame, operation)
             except BaseException:
                 self._poison()
                 raise
-            self._written = frame.last
+            self._written = last
         # When only this fails, the frame is durable, and is not written again.
-        self.writer.raise_watermark(frame.last)
-        self.sequence = frame.last
+        self.writer.raise_watermark(last)
+        self.sequence = last
 
     def wants_segment(self) -> bool:
         """Whether the next segment should be made now, before it is needed."""

@@ -37,22 +37,24 @@ DIR_FSYNC_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP
 class Step:
     """One step of an operation, used as a context manager.
 
-    ``duration`` is in seconds, ``size`` in bytes. ``fsync_target`` is what the step syncs, if it syncs. ``trace`` is
-    set by tracing: the span context under which the step is recorded.
+    ``duration`` is in seconds, ``size`` in bytes. ``fsync_target`` is what the step syncs, if it syncs. ``is_drill``
+    marks what a drill simulates. ``trace`` is set by tracing: the span context under which the step is recorded.
+
+    Every commit makes some. So what is rarely set is a default of the class, and a step does not refer to its
+    operation: a reference cycle would be left to the garbage collector.
     """
 
-    __slots__ = ("_began", "_operation", "duration", "error", "fsync_target", "name", "outcome", "size", "trace")
+    outcome: Outcome = "ok"
+    error: BaseException | None = None
+    duration = 0.0
+    size: int | None = None
+    trace: Any = None
+    _began = 0.0
 
-    def __init__(self, name: str, operation: Operation, fsync_target: FsyncTarget | None = None) -> None:
+    def __init__(self, name: str, fsync_target: FsyncTarget | None = None, *, is_drill: bool = False) -> None:
         self.name = name
-        self.outcome: Outcome = "ok"
-        self.error: BaseException | None = None
-        self.duration = 0.0
-        self.size: int | None = None
-        self.fsync_target: FsyncTarget | None = fsync_target
-        self.trace: Any = None
-        self._operation = operation
-        self._began = 0.0
+        self.fsync_target = fsync_target
+        self.is_drill = is_drill
 
     def __enter__(self: SomeStep) -> SomeStep:
         self._began = time.perf_counter()
@@ -62,52 +64,40 @@ class Step:
         self.duration = time.perf_counter() - self._began
         if error is not None:
             self.outcome, self.error = "failed", error
-            self._operation.failed_step = self.name
-
-    @property
-    def is_drill(self) -> bool:
-        """Whether the step is simulated by a drill."""
-        return self._operation.drill
-
-    @property
-    def began_ns(self) -> int:
-        """When it began, in nanoseconds since 1970."""
-        operation = self._operation
-        return operation.entered_ns + round((self._began - operation._began) * 1e9)
 
 
 class Operation(Step):
     """A save, a commit or a rotation, used as a context manager; the observer is told when it has ended.
 
     ``parent`` and ``links`` are for tracing: the span above it, and the spans of the records that it carries.
-    ``drill`` marks an operation that a drill simulates. ``writer`` is whose journal a commit goes to, in hexadecimal.
+    ``writer`` is whose journal a commit goes to, in hexadecimal. ``entered_ns`` is when it began, in nanoseconds since
+    1970.
     """
 
-    __slots__ = (
-        "_observer",
-        "drill",
-        "entered_ns",
-        "failed_step",
-        "links",
-        "parent",
-        "records",
-        "sequence",
-        "steps",
-        "writer",
-    )
+    records = 0
+    sequence: int | None = None
+    writer: str | None = None
+    entered_ns = 0
 
-    def __init__(self, name: str, observer: Observer, parent: Any = None, links: Sequence[Any] = ()) -> None:
-        super().__init__(name, self)
+    def __init__(
+        self,
+        name: str,
+        observer: Observer,
+        parent: Any = None,
+        links: Sequence[Any] = (),
+        *,
+        is_drill: bool = False,
+    ) -> None:
+        super().__init__(name, is_drill=is_drill)
         self.parent = parent
         self.links = links
         self.steps: list[Step] = []
-        self.records = 0
-        self.sequence: int | None = None
-        self.writer: str | None = None
-        self.failed_step: str | None = None
-        self.drill = False
-        self.entered_ns = 0
         self._observer = observer
+
+    @property
+    def failed_step(self) -> str | None:
+        """The name of the last step that failed, None when none did."""
+        return next((step.name for step in reversed(self.steps) if step.error is not None), None)
 
     def __enter__(self: SomeOperation) -> SomeOperation:
         self.entered_ns = time.time_ns()
@@ -116,14 +106,16 @@ class Operation(Step):
 
     def step(self, name: str, fsync_target: FsyncTarget | None = None) -> Step:
         """The next step, to be used as a context manager."""
-        step = Step(name, self, fsync_target)
+        step = Step(name, fsync_target, is_drill=self.is_drill)
         self.steps.append(step)
         return step
 
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        self.duration = time.perf_counter() - self._began
-        if error is not None:
-            self.outcome, self.error = "failed", error
+    def began_ns(self, step: Step) -> int:
+        """When a step began, in nanoseconds since 1970."""
+        return self.entered_ns + round((step._began - self._began) * 1e9)
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        super().__exit__(kind, error, traceback)
         self._observer.ended(self)
 
 

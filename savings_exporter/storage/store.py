@@ -129,8 +129,8 @@ class Store:
         operation.records, operation.sequence = frame.records, frame.last
         try:
             with operation:
-                journal = self.own_journal()
-                operation.writer = journal.writer.id.hex()
+                journal = self.journal or self.own_journal()
+                operation.writer = journal.writer.name
                 journal.commit(frame, operation)
         except Exception as error:
             return Failed(operation.failed_step or PREPARE, error)
@@ -234,7 +234,7 @@ class Store:
         if not view.is_whole or (view.identity is None and bool(view.ledger.records)):
             return False
         own = journal.sequence if journal is not None else 0
-        state = view.document.writers.get(journal.writer.id.hex()) if journal is not None else None
+        state = view.document.writers.get(journal.writer.name) if journal is not None else None
         return view.is_saved() and own == (state.through if state is not None else 0)
 
     def operations(self) -> OperationCounts:

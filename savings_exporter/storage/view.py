@@ -43,9 +43,10 @@ class Reading(NamedTuple):
     """What reading one journal gave: what the frames hold that the counting rule counts, and where reading goes on.
 
     ``records`` are those without a key, kept flat: a journal has many. ``specials`` are the other groups. ``raw`` are
-    the frames' bytes, kept where the whole journal is read, to be written again. ``lost`` are the sequence numbers, first and last, of acknowledged records that are
-    missing; ``doubt`` says why that cannot be determined. ``tail`` is what follows the last good frame: a segment's
-    path and the bytes of a torn write. ``foreign`` are segments of another store.
+    the frames' bytes, kept where the whole journal is read, to be written again. ``lost`` are the sequence numbers,
+    first and last, of acknowledged records that are missing; ``doubt`` says why that cannot be determined. ``tail`` is
+    what follows the last good frame: a segment's path and the bytes of a torn write. ``foreign`` are segments of
+    another store.
     """
 
     writer: bytes

@@ -62,7 +62,7 @@ class WriterFacts(NamedTuple):
 
 
 class Writer:
-    """A living writer's own file, locked as long as this object is open.
+    """A living writer's own file, locked as long as this object is open. ``name`` is the id in hexadecimal.
 
     Raises:
         OSError: the file cannot be made.
@@ -70,6 +70,7 @@ class Writer:
 
     def __init__(self, fs: FileSystem, document: str, store: bytes, writer: bytes | None = None) -> None:
         self.id = writer or secrets.token_bytes(WRITER_BYTES)
+        self.name = self.id.hex()
         self.path = writer_path(document, self.id)
         self.watermark = 0
         self._fs = fs

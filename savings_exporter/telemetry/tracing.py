@@ -72,7 +72,7 @@ class StoreTracing:
     def _add_children(self, name: str, span: Span, operation: Operation) -> None:
         context = trace.set_span_in_context(span, _NO_PARENT)
         for step in operation.steps:
-            began_ns = step.began_ns
+            began_ns = operation.began_ns(step)
             child = self._tracer.start_span(
                 f"{name}.{step.name}", context, start_time=began_ns, attributes=_described(step)
             )

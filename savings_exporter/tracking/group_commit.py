@@ -296,7 +296,7 @@ class GroupCommit:
                 # Taken away only after that: committed twice after an interrupt, it is written once.
                 self._batches = batches._replace(sealed=self._nested[0])
                 self._nested.popleft()
-            elif batches.sealed is None and batches.open.count:
+            elif batches.sealed is None and batches.open.entries:
                 self._batches = Batches(Batch(self.entered), batches.open)
             return self._batches.sealed
 
@@ -319,8 +319,8 @@ class GroupCommit:
     def _attempt(self, batch: Batch, span: Span | None) -> Committed | Failed:
         if batch.frame is None:
             groups = batch.groups()
-            journal = self._store.own_journal()
-            batch.writer = journal.writer.id.hex()
+            journal = self._store.journal or self._store.own_journal()
+            batch.writer = journal.writer.name
             batch.frame = journal.seal(batch.count, groups), groups
         return self._store.commit(batch.frame[0], span, batch.links)
 

@@ -30,8 +30,8 @@ def run(
     **arguments: Any,
 ) -> Operation:
     """Run an operation to its end; the step ``failing`` fails, ``prepare`` before the first step."""
-    operation = Operation(name, observer, **arguments)
-    operation.records, operation.drill = records, drill
+    operation = Operation(name, observer, is_drill=drill, **arguments)
+    operation.records = records
     with suppress(OSError), operation:
         if failing == "prepare":
             raise error(number)
