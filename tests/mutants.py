@@ -134,9 +134,30 @@ MUTANTS = [
     mutant(
         "A frame that was counted is skipped",
         "storage/reader.py",
-        "        if last < expected:\n            return\n",
-        "",
+        "        if frame.last < expected:\n",
+        "        if False:\n",
         f"{RULES}::test_copies_count_once",
+    ),
+    mutant(
+        "Frames in a row count if the first one has the next number",
+        "formats/frame.py",
+        "        if found != first or of_writer",
+        "        if of_writer",
+        f"{RULES}::test_copies_count_once",
+    ),
+    mutant(
+        "Frames in a row count up to the watermark",
+        "formats/frame.py",
+        "        if (limit is not None and first > limit + 1) or zlib",
+        "        if zlib",
+        f"{RULES}::test_up_to_the_watermark",
+    ),
+    mutant(
+        "A frame whose checksum is wrong does not count",
+        "formats/frame.py",
+        " or zlib.crc32(view[position + _CHECK.size : end]) != check:",
+        ":",
+        f"{RECOVERY}::test_journal",
     ),
     mutant(
         "A document says how far each journal is counted",

@@ -100,7 +100,7 @@ class Damage(NamedTuple):
 
 _COUNT = operator.attrgetter("count")
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(tuple[ReadGroup, ...])
+_decoder = msgspec.json.Decoder(tuple[tuple[ReadGroup, ...], ...])
 
 
 def encode_frame(store: bytes, writer: bytes, first: int, count: int, groups: Sequence[Group]) -> bytes:
@@ -115,19 +115,21 @@ def frame_of(store: bytes, writer: bytes, first: int, count: int, payload: bytes
     return b"".join((_CHECK.pack(_MAGIC, zlib.crc32(payload, zlib.crc32(rest))), rest, payload))
 
 
-def decode_groups(frame: Frame) -> Sequence[ReadGroup]:
-    """What a frame holds.
+def decode_groups(frames: Sequence[Frame]) -> Sequence[Sequence[ReadGroup]]:
+    """What each frame holds.
 
     Raises:
-        CorruptStoreError: it holds something else, though its checksum is right.
+        CorruptStoreError: one holds something else, though its checksum is right.
     """
+    # All in one call, as one JSON array: a journal has many frames.
+    payloads = b",".join([frame.payload for frame in frames])
     try:
-        groups = _decoder.decode(frame.payload)
+        decoded = _decoder.decode(b"".join((b"[", payloads, b"]")))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptStoreError(f"a frame's checksum matches, but its content cannot be read: {error}") from None
-    if sum(map(_COUNT, groups)) != frame.records:
+    if [sum(map(_COUNT, groups)) for groups in decoded] != [frame.records for frame in frames]:
         raise CorruptStoreError("a frame's checksum matches, but it holds another number of records than it says")
-    return groups
+    return decoded
 
 
 def place_for(size: int, offset: int) -> int:
@@ -152,6 +154,34 @@ def size_at_start(data: bytes) -> int:
     if not data.startswith(_MAGIC) or len(data) < HEADER_BYTES:
         return 0
     return HEADER_BYTES + int(_HEADER.unpack_from(data)[-1])
+
+
+def frames_in_row(
+    data: bytes, start: int, store: bytes, writer: bytes, first: int, limit: int | None
+) -> Sequence[Frame]:
+    """The good frames from an offset on that follow each other without a gap: what ``scan`` finds, faster.
+
+    The first one's records begin with number ``first``, and no record's number is above ``limit``.
+    """
+    view, size, frames = memoryview(data), len(data), []
+    position = start
+    while (body := position + HEADER_BYTES) <= size:
+        magic, check, of_store, of_writer, found, count, length = _HEADER.unpack_from(view, position)
+        end = body + length
+        if magic != _MAGIC:
+            block = next_block(position)
+            if block == position or any(view[position:block]):
+                break
+            position = block
+            continue
+        if found != first or of_writer != writer or of_store != store or end > size or not count:
+            break
+        first += count
+        if (limit is not None and first > limit + 1) or zlib.crc32(view[position + _CHECK.size : end]) != check:
+            break
+        frames.append(Frame(position, end, found, count, view[body:end]))
+        position = end
+    return frames
 
 
 def scan(data: bytes, store: bytes, writer: bytes, start: int = 0) -> Iterator[Frame | Damage]:

@@ -27,6 +27,7 @@ from savings_exporter.formats.frame import (
     Frame,
     Line,
     decode_groups,
+    frames_in_row,
     scan,
     size_at_start,
     store_of,
@@ -424,6 +425,10 @@ class _Replay:
     def take(self, data: bytes, block: int, offset: int, number: int, path: str, store: bytes, *, is_last: bool) -> int:
         """Take in the frames of a chunk that begins at ``block``, from ``offset`` on; the offset where they end."""
         self.is_cut = False
+        frames = frames_in_row(data, offset - block, store, self.writer, self.position.sequence + 1, self.limit)
+        if frames:
+            offset = block + frames[-1].end
+            self._take_frames(frames, data, number, offset, path)
         for item in scan(data, store, self.writer, offset - block):
             if isinstance(item, Damage):
                 if not is_last and item.end == len(data.rstrip(b"\0")):
@@ -452,24 +457,31 @@ class _Replay:
         )
 
     def _take_frame(self, frame: Frame, data: bytes, number: int, end: int, path: str) -> None:
-        last, expected = frame.last, self.position.sequence + 1
-        self._tail = None
-        self.last_seen = max(self.last_seen, last)
-        if last < expected:
+        """Take in a frame, wherever it stands in the sequence."""
+        expected = self.position.sequence + 1
+        if frame.last < expected:
+            self._tail, self.last_seen = None, max(self.last_seen, frame.last)
             return
         if frame.first < expected:
             raise CorruptStoreError(f"{path}: two frames hold other records under the same numbers")
         if frame.first > expected:
             self.lost.append((expected, frame.first - 1))
+        self._take_frames([frame], data, number, end, path)
+
+    def _take_frames(self, frames: Sequence[Frame], data: bytes, number: int, end: int, path: str) -> None:
+        """Take in frames that follow each other; the last one ends at ``end``."""
         try:
-            groups = decode_groups(frame)
+            decoded = decode_groups(frames)
         except CorruptStoreError as error:
             raise CorruptStoreError(f"{path}: {error}; restore it from a backup") from None
-        for group in groups:
-            if group.key or group.sums:
-                self._specials.append(Special(frame.first, group))
-            else:
-                self._records += group.records
+        for frame, groups in zip(frames, decoded, strict=True):
+            for group in groups:
+                if group.key or group.sums:
+                    self._specials.append(Special(frame.first, group))
+                else:
+                    self._records += group.records
         if self.limit is None:
-            self._raw.append(data[frame.start : frame.end])
+            self._raw += [data[frame.start : frame.end] for frame in frames]
+        last = frames[-1].last
+        self._tail, self.last_seen = None, max(self.last_seen, last)
         self.position = Position(last, number, end)

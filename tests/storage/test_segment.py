@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from savings_exporter.formats.frame import BLOCK_BYTES, FRAME_END, HEADER_BYTES, Frame, frame_of, scan
+from savings_exporter.formats.frame import BLOCK_BYTES, FRAME_END, HEADER_BYTES, Frame, frame_of, frames_in_row, scan
 from savings_exporter.storage.atomic_file import Directory
 from savings_exporter.storage.filesystem import LOCAL
 from savings_exporter.storage.observers import Observers
@@ -86,6 +86,27 @@ def test_frames_are_read_back(method: SyncMethod, sizes: list[int], has_first: b
     for item in found:
         if item.end - item.start <= BLOCK_BYTES and item.start:
             assert item.start // BLOCK_BYTES == (item.end - 1) // BLOCK_BYTES, "a small frame lies in one block"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(SIZES, min_size=1, max_size=12),
+    damage=st.lists(st.tuples(st.integers(0, 200_000), st.integers(1, 255)), max_size=3),
+    limit=st.one_of(st.none(), st.integers(0, 13)),
+    cut=st.integers(0, 3 * BLOCK_BYTES),
+)
+def test_frames_in_row(sizes: list[int], damage: list[tuple[int, int]], limit: int | None, cut: int) -> None:
+    frames = [frame_of_size(size, number) for number, size in enumerate(sizes, 1)]
+    data = bytearray(written("fdatasync", 512 * 1024, frames, has_first=False)[1].rstrip(b"\0") + bytes(BLOCK_BYTES))
+    for place, difference in damage:
+        data[place % len(data)] ^= difference
+    garbled = bytes(data[: max(len(data) - cut, 0)])
+    expected: list[Frame] = []
+    for item in scan(garbled, STORE, WRITER):
+        if not isinstance(item, Frame) or item.first != len(expected) + 1 or (limit is not None and item.last > limit):
+            break
+        expected.append(item)
+    assert frames_in_row(garbled, 0, STORE, WRITER, 1, limit) == expected
 
 
 @needs_direct_io
