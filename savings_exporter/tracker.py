@@ -353,6 +353,7 @@ class SavingsTracker:
         self._counters = OperationCounters(self._publish_failure)
         observers = Observers([self._tracing, self._counters])
         self._closing = threading.RLock()
+        self._background.group.leave_to_parent()
         self._store = self._store.forked(observers, self._counters.counts)
         self._background = Background(self._store, self._save_interval)
 

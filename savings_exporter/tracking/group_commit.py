@@ -178,6 +178,12 @@ class GroupCommit:
                 batch.end()
                 batch.attempted()
 
+    def leave_to_parent(self) -> None:
+        """In a forked child, where no thread commits what waited: its receipts do not become durable here."""
+        for batch in (*self._batches, *self._nested):
+            if batch is not None:
+                batch.is_over = True
+
     def reason(self) -> str:
         """Why commits fail, in words."""
         records, tokens = self.pending()
