@@ -30,6 +30,7 @@ NAMES = "tests/storage/test_store_names.py"
 RETIRING = "tests/storage/test_retiring.py"
 COMMIT = "tests/storage/test_commit.py"
 RECOVERY = "tests/storage/test_recovery.py"
+UNREADABLE = "tests/storage/test_unreadable_files.py"
 
 _TREE = ("savings_exporter", "tests", "pyproject.toml", "dashboards")
 
@@ -193,6 +194,13 @@ MUTANTS = [
         "            return facts.watermark if facts.boot == boot else None\n",
         "            return None\n",
         f"{RULES}::test_up_to_the_watermark",
+    ),
+    mutant(
+        "A file that cannot be read is not a missing one",
+        "storage/filesystem.py",
+        "NO_SUCH_FILE = (FileNotFoundError, IsADirectoryError, NotAFileError)",
+        "NO_SUCH_FILE = (OSError,)",
+        f"{UNREADABLE}::test_previous_document_under_another_programs",
     ),
     mutant(
         "Watermarks of an earlier boot are not used",

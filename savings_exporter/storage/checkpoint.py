@@ -63,7 +63,8 @@ def save(
         # counted twice.
         with operation.step(FSYNC_DIR, "directory") as step:
             file.directory.sync(step, reader.path if view.identity is not None else lock_path(reader.path))
-    document = _next_document(reader, view, gone, dead, reader.own if closing else None)
+    own = reader.own.id if closing and reader.own is not None else None
+    document = _next_document(reader, view, gone, dead, own)
     data = encode(document)
     operation.sequence, operation.size = document.ledger.records, len(data)
     both = closing or view.identity is None or not view.is_whole
@@ -73,7 +74,7 @@ def save(
     # Without those that are gone: the next save would write their entries again.
     positions = {writer: position for writer, position in view.positions.items() if writer not in gone}
     saved = msgspec.structs.replace(view, document=document, identity=identity, positions=positions, is_whole=True)
-    finished = dead | {reader.own} if closing and reader.own else dead
+    finished = dead | {own} if own is not None else dead
     _retire(reader, document, document if both else view.document, listing, finished)
     return saved
 

@@ -53,6 +53,17 @@ class Identity(NamedTuple):
     size: int
 
 
+class NotAFileError(OSError):
+    """Something that is no regular file has the name: a FIFO, a socket, a device."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(errno.EINVAL, "Not a regular file", path)
+
+
+NO_SUCH_FILE = (FileNotFoundError, IsADirectoryError, NotAFileError)
+"""There is no such file, or something else has its name. Any other error says nothing about the file."""
+
+
 class DirectoryFsyncUnsupportedError(Exception):
     """This file system has no directory fsync. That is a property of it, not a failure."""
 
@@ -84,7 +95,7 @@ class FileSystem:
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "Not a regular file", path)
+            raise NotAFileError(path)
         return Identity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
 
     def identity_of(self, descriptor: int) -> Identity:
@@ -158,7 +169,7 @@ class FileSystem:
         descriptor = os.open(path, os.O_RDONLY | _NO_WAIT | _CLOSE_ON_EXEC | _BINARY)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError(errno.EINVAL, "Not a regular file", path)
+                raise NotAFileError(path)
             yield descriptor
         finally:
             self.close(descriptor)

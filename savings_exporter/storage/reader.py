@@ -6,6 +6,7 @@ anything: a segment goes only when the previous document does not need it either
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -38,7 +39,7 @@ from savings_exporter.model.totals import Limits
 from savings_exporter.storage.filesystem import FileSystem, Identity, place
 from savings_exporter.storage.journal import segment_path
 from savings_exporter.storage.view import Position, Reading, Special, View, counted, view_of
-from savings_exporter.storage.writers import is_alive, read_counts, read_facts, writer_of, writer_path
+from savings_exporter.storage.writers import Writer, is_alive, read_counts, read_facts, writer_of, writer_path
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +56,13 @@ class Listing(NamedTuple):
 
 
 class Reader:
-    """Reads one store. ``own`` is this process's writer, once it has one."""
+    """Reads one store. ``own`` is this process's writer, once it has one: its watermark is known without reading it."""
 
     def __init__(self, fs: FileSystem, path: str, limits: Limits) -> None:
         self.fs = fs
         self.path = path
         self.limits = limits
-        self.own: bytes | None = None
+        self.own: Writer | None = None
         self._refused: Identity | None = None
 
     def refresh(self, view: View) -> View:
@@ -185,13 +186,17 @@ class Reader:
         with self.fs.opened(segment_path(self.path, writer, position.segment)) as descriptor:
             return self.fs.read_at(descriptor, 1, position.offset - 1) == FRAME_END
 
+    def is_own(self, writer: bytes) -> bool:
+        """Whether it is this process's writer."""
+        return self.own is not None and writer == self.own.id
+
     def is_alive(self, writer: bytes, listing: Listing | None = None) -> bool:
         """Whether a writer's process lives: whether it holds the lock of its file or of one of its segments.
 
         Raises:
             OSError: a file cannot be opened.
         """
-        if writer == self.own or is_alive(self.fs, writer_path(self.path, writer)):
+        if self.is_own(writer) or is_alive(self.fs, writer_path(self.path, writer)):
             return True
         numbers = (listing or self.listing()).segments.get(writer, ())
         return any(is_alive(self.fs, segment_path(self.path, writer, number)) for number in numbers)
@@ -289,6 +294,8 @@ class Reader:
         Raises:
             OSError: the writer's file cannot be read.
         """
+        if self.own is not None and self.is_own(writer):
+            return self.own.watermark
         facts = read_facts(self.fs, writer_path(self.path, writer))
         if facts is None or facts.store != store:
             return 0 if facts is None and self.is_alive(writer) else None
@@ -303,7 +310,7 @@ class Reader:
             OSError: a writer's file cannot be read.
         """
         total = view.document.operations
-        for writer in self.listing().writers - {self.own}:
+        for writer in itertools.filterfalse(self.is_own, self.listing().writers):
             state = view.document.writers.get(writer.hex())
             if state is None or not state.ended:
                 total = total.plus(read_counts(self.fs, writer_path(self.path, writer)))

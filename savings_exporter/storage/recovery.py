@@ -18,7 +18,7 @@ import msgspec
 from savings_exporter.errors import CorruptStoreError, NewerSchemaError, StoreError
 from savings_exporter.formats.document import Document, decode
 from savings_exporter.model.figures import Totals
-from savings_exporter.storage.filesystem import FileSystem, Identity
+from savings_exporter.storage.filesystem import NO_SUCH_FILE, Identity
 from savings_exporter.storage.lock import LockContent, new_store
 from savings_exporter.storage.reader import Reader, bounded, described_losses
 from savings_exporter.storage.view import Reading, View, counted, view_of
@@ -107,7 +107,7 @@ def salvage(reader: Reader, lock: LockContent) -> Findings:
         OSError: it cannot be read.
         CorruptStoreError: nothing is left.
     """
-    previous = decoded(reader.fs, previous_path(reader.path))
+    previous = _previous(reader)
     document = previous if previous is not None and previous.is_ours else Document()
     identity = reader.fs.identity(reader.path)
     view = view_of(document, identity, _store_of(reader, document, lock))
@@ -159,11 +159,23 @@ def previous_path(path: str) -> str:
     return path + ".previous"
 
 
-def decoded(fs: FileSystem, path: str) -> Document | None:
-    """The document at a path, or None when there is no whole one."""
+def _previous(reader: Reader) -> Document | None:
+    """The previous document, or None when there is no whole one.
+
+    Raises:
+        OSError: it cannot be read, which does not say that there is none.
+    """
     try:
-        return decode(fs.read(path)[0])
-    except (OSError, StoreError):
+        return decode(reader.fs.read(previous_path(reader.path))[0])
+    except (*NO_SUCH_FILE, StoreError):
+        return None
+
+
+def _previous_if_readable(reader: Reader) -> Document | None:
+    """The previous document, where it is not needed: the document at the path is whole."""
+    try:
+        return _previous(reader)
+    except OSError:
         return None
 
 
@@ -187,7 +199,7 @@ def _document_at(reader: Reader) -> tuple[Document | None, Identity | None, str]
 
 def _older_than_previous(reader: Reader, document: Document) -> str:
     """Why a document is not the last one that was saved; empty when it may be."""
-    previous = decoded(reader.fs, previous_path(reader.path))
+    previous = _previous_if_readable(reader)
     if previous is None or previous.store != document.store or previous.ledger.records <= document.ledger.records:
         return ""
     return "is older than the previous document beside it, such as a backup that was put in place"
@@ -197,7 +209,7 @@ def _refuse_other_store(reader: Reader, document: Document, lock: LockContent) -
     """Raise when the document is of another store than the files beside it."""
     if not lock.store or lock.store.hex() == document.store:
         return
-    previous = decoded(reader.fs, previous_path(reader.path))
+    previous = _previous_if_readable(reader)
     if lock.is_saved or lock.store in reader.stores_of_segments():
         held = described_totals(previous.ledger.lifetime) if previous is not None else ""
         beside = f" (their previous document holds {held})" if held else ""
@@ -212,7 +224,7 @@ def _refuse_other_store(reader: Reader, document: Document, lock: LockContent) -
 
 def _without_document(reader: Reader, lock: LockContent, identity: Identity | None, damage: str) -> Findings:
     """What the previous document and the journals hold."""
-    previous = decoded(reader.fs, previous_path(reader.path))
+    previous = _previous(reader)
     segments = reader.listing().segments
     if previous is None and identity is None and not lock.is_saved and not _has_previous(reader):
         # A new store, or one whose process died before the first save.
@@ -238,7 +250,7 @@ def _with_foreign_document(
 ) -> Findings:
     """Another program's document: taken over, unless this store holds what it may lack."""
     _refuse_earlier_journal(reader, lock)
-    previous = decoded(reader.fs, previous_path(reader.path))
+    previous = _previous(reader)
     document = bounded(document, reader.limits)
     if previous is not None:
         # Keys that were counted stay counted.

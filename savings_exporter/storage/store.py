@@ -162,7 +162,7 @@ class Store:
                     self._lock.take(0)
                 store, fs = self.view.store, self.reader.fs
                 writer = Writer(fs, self.path, store)
-                self.reader.own = writer.id
+                self.reader.own = writer
                 self.journal = Journal(fs, self.path, self._directory, store, writer, self._method)
             return self.journal
 

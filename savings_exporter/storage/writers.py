@@ -29,7 +29,7 @@ from typing import NamedTuple
 import msgspec
 
 from savings_exporter.model.operations import OperationCounts
-from savings_exporter.storage.filesystem import FileSystem
+from savings_exporter.storage.filesystem import NO_SUCH_FILE, FileSystem
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,6 @@ _COUNTS = struct.Struct("<QII")
 _COUNTS_BYTES = 16 * 1024
 _ALL_ONES = 2**64 - 1
 
-# There is none, or something else has its name: a FIFO, a directory.
-_NO_SUCH_FILE = frozenset({errno.ENOENT, errno.EINVAL, errno.EISDIR})
 
 _SUFFIX = ".writer."
 _ATTEMPTS = 3
@@ -169,9 +167,7 @@ def read_facts(fs: FileSystem, path: str) -> WriterFacts | None:
     try:
         with fs.opened(path) as descriptor:
             return facts_of(fs.read_at(descriptor, _WATERMARK_OFFSET + _WATERMARK.size, 0))
-    except OSError as error:
-        if error.errno not in _NO_SUCH_FILE:
-            raise
+    except NO_SUCH_FILE:
         return None
 
 
@@ -200,9 +196,8 @@ def read_counts(fs: FileSystem, path: str) -> OperationCounts:
             for place in range(2):
                 block = fs.read_at(descriptor, _COUNTS_BYTES, _FIRST_BLOCK_BYTES + place * _COUNTS_BYTES)
                 versions += _version_in(block)
-    except OSError as error:
-        if error.errno not in _NO_SUCH_FILE:
-            raise
+    except NO_SUCH_FILE:
+        pass
     return max(versions, key=lambda version: version[0])[1]
 
 
@@ -217,9 +212,7 @@ def is_alive(fs: FileSystem, path: str) -> bool:
     try:
         with fs.opened(path) as descriptor:
             return not fs.try_lock(descriptor, shared=True)
-    except OSError as error:
-        if error.errno not in _NO_SUCH_FILE:
-            raise
+    except NO_SUCH_FILE:
         return False
 
 

@@ -37,7 +37,7 @@ FAULTS = ("error=EIO", "signal=KILL", "error=ENOSPC", "error=EROFS", "error=EINV
 EVERY_CHANGE, EVERY_READ = (2, 2, 8, 8, 8), (16, 32, 32, 32, 32)
 """In the long form each fault meets each call; in the short form only every n-th one, other ones in each mode."""
 
-MOST_NOT_MADE = 4
+MOST_NOT_MADE = 8
 
 DOCUMENT = "proxy_savings.json"
 
