@@ -30,6 +30,7 @@ NAMES = "tests/storage/test_store_names.py"
 RETIRING = "tests/storage/test_retiring.py"
 COMMIT = "tests/storage/test_commit.py"
 RECOVERY = "tests/storage/test_recovery.py"
+LOST = "tests/storage/test_lost_document.py"
 UNREADABLE = "tests/storage/test_unreadable_files.py"
 
 _TREE = ("savings_exporter", "tests", "pyproject.toml", "dashboards")
@@ -201,6 +202,13 @@ MUTANTS = [
         "NO_SUCH_FILE = (FileNotFoundError, IsADirectoryError, NotAFileError)",
         "NO_SUCH_FILE = (OSError,)",
         f"{UNREADABLE}::test_previous_document_under_another_programs",
+    ),
+    mutant(
+        "Without a whole document, the newest one that is known is the base",
+        "storage/reader.py",
+        "        return max(views, key=lambda found: found.document.ledger.records)\n",
+        "        return view\n",
+        f"{LOST}::test_newest_document_is_the_base",
     ),
     mutant(
         "Watermarks of an earlier boot are not used",

@@ -36,7 +36,7 @@ from savings_exporter.formats.frame import (
 from savings_exporter.model.operations import OperationCounts
 from savings_exporter.model.snapshot import Snapshot
 from savings_exporter.model.totals import Limits
-from savings_exporter.storage.filesystem import FileSystem, Identity, place
+from savings_exporter.storage.filesystem import NO_SUCH_FILE, FileSystem, Identity, place
 from savings_exporter.storage.journal import segment_path
 from savings_exporter.storage.view import Position, Reading, Special, View, counted, view_of
 from savings_exporter.storage.writers import Writer, is_alive, read_counts, read_facts, writer_of, writer_path
@@ -64,6 +64,8 @@ class Reader:
         self.limits = limits
         self.own: Writer | None = None
         self._refused: Identity | None = None
+        # What the document at the path said when it was last read, without the journals.
+        self._found: View | None = None
 
     def refresh(self, view: View) -> View:
         """The view with all that is durable by now, what other processes wrote included.
@@ -337,29 +339,52 @@ class Reader:
             StoreError: it is damaged.
         """
         identity = self._identity()
+        if identity is None:
+            # It was removed, or never saved. The next save writes it anew.
+            self._refused = None
+            newest = self._newest(view)
+            is_known = newest is view and view.identity is None
+            return view if is_known else msgspec.structs.replace(newest, identity=None)
         if identity == view.identity:
             self._refused = None
             return view
-        if identity is None:
-            # It was removed; the next save writes it anew.
-            return msgspec.structs.replace(view, identity=None)
         if identity == self._refused:
             return view
+        if self._found is not None and identity == self._found.identity:
+            return self._found
         try:
             document, identity = self.read_document()
         except CorruptStoreError:
-            if not view.document.is_ours:
+            newest = self._newest(view)
+            if not newest.document.is_ours:
                 raise
             # It was damaged in its place. The next save keeps it aside and writes it anew.
-            return msgspec.structs.replace(view, identity=identity, is_whole=False)
+            return msgspec.structs.replace(newest, identity=identity, is_whole=False)
         if document.is_ours and bytes.fromhex(document.store) == view.store:
             self._refused = None
-            return view_of(document, identity, view.store)
+            self._found = view_of(document, identity, view.store)
+            return self._found
         # What this process has recorded may be in a document of its own that the other program has read.
         if view.document.is_ours or view.positions or self.own is not None:
             self._refused = identity
             return view
         return view_of(bounded(document, self.limits), identity, view.store)
+
+    def _newest(self, view: View) -> View:
+        """The view, or what a later document of the store says: of those that were read, and the previous one.
+
+        Other processes may have saved since this one read the document, and have removed segments that it would need.
+
+        Raises:
+            OSError: the previous document cannot be read.
+        """
+        views = [view]
+        if self._found is not None:
+            views.append(self._found)
+        previous = previous_document(self.fs, self.path)
+        if previous is not None and bytes.fromhex(previous.store) == view.store:
+            views.append(view_of(previous, None, view.store))
+        return max(views, key=lambda found: found.document.ledger.records)
 
     def read_document(self) -> tuple[Document, Identity]:
         """The document at the path.
@@ -392,6 +417,23 @@ class Reader:
                 # A frame was cut off at the end of the chunk, or there is nothing but zeros.
                 size *= 4
             offset = end
+
+
+def previous_path(path: str) -> str:
+    """The name of the previous document."""
+    return path + ".previous"
+
+
+def previous_document(fs: FileSystem, path: str) -> Document | None:
+    """The previous document, or None when there is no whole one.
+
+    Raises:
+        OSError: it cannot be read, which does not say that there is none.
+    """
+    try:
+        return decode(fs.read(previous_path(path))[0])
+    except (*NO_SUCH_FILE, StoreError):
+        return None
 
 
 def bounded(document: Document, limits: Limits) -> Document:

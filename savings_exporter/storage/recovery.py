@@ -16,11 +16,11 @@ from typing import NamedTuple
 import msgspec
 
 from savings_exporter.errors import CorruptStoreError, NewerSchemaError, StoreError
-from savings_exporter.formats.document import Document, decode
+from savings_exporter.formats.document import Document
 from savings_exporter.model.figures import Totals
-from savings_exporter.storage.filesystem import NO_SUCH_FILE, Identity
+from savings_exporter.storage.filesystem import Identity
 from savings_exporter.storage.lock import LockContent, new_store
-from savings_exporter.storage.reader import Reader, bounded, described_losses
+from savings_exporter.storage.reader import Reader, bounded, described_losses, previous_document, previous_path
 from savings_exporter.storage.view import Reading, View, counted, view_of
 
 _ATTEMPTS = 5
@@ -107,7 +107,7 @@ def salvage(reader: Reader, lock: LockContent) -> Findings:
         OSError: it cannot be read.
         CorruptStoreError: nothing is left.
     """
-    previous = _previous(reader)
+    previous = previous_document(reader.fs, reader.path)
     document = previous if previous is not None and previous.is_ours else Document()
     identity = reader.fs.identity(reader.path)
     view = view_of(document, identity, _store_of(reader, document, lock))
@@ -154,27 +154,10 @@ def described_conflict(path: str, conflict: Conflict) -> str:
     )
 
 
-def previous_path(path: str) -> str:
-    """The name of the previous document."""
-    return path + ".previous"
-
-
-def _previous(reader: Reader) -> Document | None:
-    """The previous document, or None when there is no whole one.
-
-    Raises:
-        OSError: it cannot be read, which does not say that there is none.
-    """
-    try:
-        return decode(reader.fs.read(previous_path(reader.path))[0])
-    except (*NO_SUCH_FILE, StoreError):
-        return None
-
-
 def _previous_if_readable(reader: Reader) -> Document | None:
     """The previous document, where it is not needed: the document at the path is whole."""
     try:
-        return _previous(reader)
+        return previous_document(reader.fs, reader.path)
     except OSError:
         return None
 
@@ -224,7 +207,7 @@ def _refuse_other_store(reader: Reader, document: Document, lock: LockContent) -
 
 def _without_document(reader: Reader, lock: LockContent, identity: Identity | None, damage: str) -> Findings:
     """What the previous document and the journals hold."""
-    previous = _previous(reader)
+    previous = previous_document(reader.fs, reader.path)
     segments = reader.listing().segments
     if previous is None and identity is None and not lock.is_saved and not _has_previous(reader):
         # A new store, or one whose process died before the first save.
@@ -250,7 +233,7 @@ def _with_foreign_document(
 ) -> Findings:
     """Another program's document: taken over, unless this store holds what it may lack."""
     _refuse_earlier_journal(reader, lock)
-    previous = _previous(reader)
+    previous = previous_document(reader.fs, reader.path)
     document = bounded(document, reader.limits)
     if previous is not None:
         # Keys that were counted stay counted.

@@ -19,7 +19,7 @@ from savings_exporter.storage.journal import segment_path
 from savings_exporter.storage.lock import StoreLock, read_lock
 from savings_exporter.storage.observers import Observer
 from savings_exporter.storage.operation import SAVE, Operation
-from savings_exporter.storage.reader import Reader, described_losses
+from savings_exporter.storage.reader import Reader, described_losses, previous_path
 from savings_exporter.storage.recovery import (
     Findings,
     described,
@@ -27,7 +27,6 @@ from savings_exporter.storage.recovery import (
     described_overlap,
     described_totals,
     examine,
-    previous_path,
     salvage,
 )
 from savings_exporter.storage.view import composed

@@ -159,7 +159,7 @@ class Background:
             self.saves = Saves()
         elif self.saves.failure is None and 0 <= age < self._save_interval:
             self.saves = Saves(due=now + self._save_interval - age)
-        elif self.saves.failure is None and age < 2 * self._save_interval and self._store.is_being_saved():
+        elif self.saves.failure is None and 0 <= age < 2 * self._save_interval and self._store.is_being_saved():
             self.saves = Saves(due=now + self._save_interval / _LOOKS_IN_INTERVAL)
         else:
             # After a failure the document at the path may be the one of which it is not known whether it is durable.

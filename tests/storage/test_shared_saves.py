@@ -7,11 +7,14 @@ import json
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from savings_exporter import SavingsTracker
+from savings_exporter.formats.document import decode, encode
 from savings_exporter.storage.filesystem import FileSystem, Identity
 from tests.support.wait import eventually
 
@@ -81,6 +84,22 @@ def test_another_trackers_save_needs_no_journal(store_path: Path) -> None:
         eventually(lambda: watched.documents > documents, "the tracker to look at the document")
         assert not [name for name in watched.opened_names if ".journal." in name]
         assert tracker.snapshot().lifetime.tokens_saved == 3
+
+
+def test_document_of_the_future_and_a_held_lock(store_path: Path) -> None:
+    """The clock was set back, and a process was stopped in the middle of a save: the failure is reported."""
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.record_request(model="m", tokens_saved=1)
+    document = decode(store_path.read_bytes())
+    later = datetime.now(timezone.utc) + timedelta(hours=1)
+    store_path.write_bytes(encode(msgspec.structs.replace(document, saved_at=later)))
+    with SavingsTracker(store_path, save_interval=0.5) as tracker:
+        with store_path.with_name(f"{store_path.name}.lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert tracker.record_request(model="m", tokens_saved=1)
+            eventually(lambda: not tracker.health().healthy, "the failure to be reported")
+            assert tracker.health().error == "EAGAIN"
+        eventually(lambda: lifetime(store_path) == 2, "the document to be saved")
 
 
 def test_close_waits_for_another_save(store_path: Path) -> None:
