@@ -35,7 +35,7 @@ from savings_exporter.formats.frame import (
 )
 from savings_exporter.model.operations import OperationCounts
 from savings_exporter.model.snapshot import Snapshot
-from savings_exporter.model.totals import Limits
+from savings_exporter.model.totals import Limits, Sums
 from savings_exporter.storage.filesystem import NO_SUCH_FILE, FileSystem, Identity, place
 from savings_exporter.storage.journal import segment_path
 from savings_exporter.storage.view import Position, Reading, Special, View, counted, view_of
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
 _FIRST_CHUNK_BYTES = 64 * 1024
+# Adding up more records in one go is no faster, and other threads would wait for the interpreter meanwhile.
+_ADDED_AT_ONCE = 1_000
 _SEGMENT_NAME = re.compile(r"\.journal\.([0-9a-f]{16})\.(\d{8})")
 
 
@@ -461,6 +463,8 @@ class _Replay:
         self.foreign: list[str] = []
         self.is_cut = False
         self.writer = writer
+        # So that memory does not grow with the journal, records are not kept but added up.
+        self._sums = Sums()
         self._records: list[Line] = []
         self._specials: list[Special] = []
         self._raw: list[bytes] = []
@@ -493,9 +497,10 @@ class _Replay:
 
     def reading(self) -> Reading:
         """What was read."""
+        self._add_up()
         return Reading(
             self.writer,
-            self._records,
+            self._sums,
             self._specials,
             self._raw,
             self.position,
@@ -504,6 +509,10 @@ class _Replay:
             self._tail,
             self.foreign,
         )
+
+    def _add_up(self) -> None:
+        self._sums.add_all(self._records)
+        self._records = []
 
     def _take_frame(self, frame: Frame, data: bytes, number: int, end: int, path: str) -> None:
         """Take in a frame, wherever it stands in the sequence."""
@@ -529,6 +538,8 @@ class _Replay:
                     self._specials.append(Special(frame.first, group))
                 else:
                     self._records += group.records
+        if len(self._records) >= _ADDED_AT_ONCE:
+            self._add_up()
         if self.limit is None:
             self._raw += [data[frame.start : frame.end] for frame in frames]
         last = frames[-1].last

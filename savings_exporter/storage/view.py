@@ -18,13 +18,10 @@ from typing import NamedTuple
 import msgspec
 
 from savings_exporter.formats.document import Document, WriterState
-from savings_exporter.formats.frame import Line, ReadGroup
+from savings_exporter.formats.frame import ReadGroup
 from savings_exporter.model.keys import KeyEntry, KeyTable
 from savings_exporter.model.totals import Ledger, Limits, Sums
 from savings_exporter.storage.filesystem import Identity
-
-# Adding up more in one go is no faster, and other threads would wait for the interpreter meanwhile.
-_ADDED_AT_ONCE = 1_000
 
 
 class Position(NamedTuple):
@@ -45,7 +42,7 @@ class Special(NamedTuple):
 class Reading(NamedTuple):
     """What reading one journal gave: what the frames hold that the counting rule counts, and where reading goes on.
 
-    ``records`` are those without a key, kept flat: a journal has many. ``specials`` are the other groups. ``raw`` are
+    ``sums`` are of the records without a key: a journal has many. ``specials`` are the other groups. ``raw`` are
     the frames' bytes, kept where the whole journal is read, to be written again. ``lost`` are the sequence numbers,
     first and last, of acknowledged records that are missing; ``doubt`` says why that cannot be determined. ``tail`` is
     what follows the last good frame: a segment's path and the bytes of a torn write. ``foreign`` are segments of
@@ -53,7 +50,7 @@ class Reading(NamedTuple):
     """
 
     writer: bytes
-    records: list[Line]
+    sums: Sums
     specials: list[Special]
     raw: list[bytes]
     position: Position
@@ -65,7 +62,7 @@ class Reading(NamedTuple):
     @property
     def adds(self) -> bool:
         """Whether there is something to count."""
-        return bool(self.records or self.specials)
+        return bool(self.sums or self.specials)
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,8 +123,7 @@ def counted(view: View, readings: Iterable[Reading], limits: Limits, now: dateti
     sums, positions = Sums(), dict(view.positions)
     for reading in readings:
         if reading.adds:
-            for start in range(0, len(reading.records), _ADDED_AT_ONCE):
-                sums.add_all(reading.records[start : start + _ADDED_AT_ONCE])
+            sums.add_rows(reading.sums.rows())
             for special in reading.specials:
                 if not special.group.key or _is_first(special, reading.writer, view.keys):
                     sums.add_all(special.group.records)
