@@ -183,6 +183,9 @@ def _plain_copy(registry: CollectorRegistry) -> CollectorRegistry:
     copy = CollectorRegistry()
     for family in registry.collect():
         samples = family.samples
+        if not samples:
+            # A family whose values are not known. A plain instrument without labels would show zero.
+            continue
         labels = sorted({name for sample in samples for name in sample.labels} - {"le"})
         if family.type == "counter":
             counter = Counter(family.name, family.documentation, labels, registry=copy)

@@ -27,11 +27,11 @@ def total(metric: str, *by: str, function: str = "") -> str:
 
 def share(*by: str, function: str = "") -> str:
     """The percentage of the input that was saved, defined as in ``Totals.savings_percent``; no data without input."""
-    saved, deferred, sent = (
+    saved, sent = (
         total(metric, *by, function=function)
-        for metric in ("savings_tokens_saved_total", "savings_tool_tokens_saved_total", "savings_input_tokens_total")
+        for metric in ("savings_compared_tokens_saved_total", "savings_input_tokens_total")
     )
-    return f"100 * ({saved} + {deferred}) / ({saved} + {deferred} + {sent} > 0)"
+    return f"100 * {saved} / ({saved} + {sent} > 0)"
 
 
 def of_instances(metric: str) -> str:

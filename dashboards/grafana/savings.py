@@ -20,6 +20,7 @@ _INPUT_COST = "savings_input_cost_usd"
 _CACHE_COST = "savings_cache_cost_saved_usd"
 
 _PAIR = ("provider", "model")
+_NO_PRICE = "not known"
 _ABOUT = (
     "From the first scrape in that time to the last, of exporters that answer now; a model's first scrape is not in it."
 )
@@ -71,7 +72,7 @@ def _how_much() -> Row:
                 "currencyUSD",
                 Query(total(_COST_SAVED), ""),
                 width=4,
-            ),
+            ).no_value(_NO_PRICE),
             today,
             week,
             of_input.decimals(2).no_value("no input yet"),
@@ -200,7 +201,10 @@ def _what_else() -> Row:
     return Row(
         "What else is saved, and what does the input cost?",
         (
-            *(stat_panel(title, text, unit, Query(total(metric), ""), width=4) for title, text, unit, metric in stats),
+            *(
+                stat_panel(title, text, unit, Query(total(metric), ""), width=4).no_value(_NO_PRICE)
+                for title, text, unit, metric in stats
+            ),
             graph(
                 "Tokens per second by kind",
                 "What is saved now, by how, next to the input that is still sent.",

@@ -57,8 +57,8 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
     console.print(
         Text(
             f"{lifetime.tokens_saved:,} tokens saved in {lifetime.requests:,} requests, "
-            f"{lifetime.tool_tokens_saved:,} more by deferred tool schemas: {lifetime.savings_percent} % of the input, "
-            f"{lifetime.compression_savings_usd:,.2f} US dollars"
+            f"{lifetime.tool_tokens_saved:,} more by deferred tool schemas: {views.percent(lifetime.savings_percent)} "
+            f"of the input, {views.dollars(lifetime.savings_usd)} US dollars"
         )
     )
     for kind, rows in views.breakdowns(snapshot):
@@ -72,10 +72,10 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
             shown.add_row(
                 Text(name),
                 f"{totals.tokens_saved:,}",
-                f"{totals.tool_tokens_saved:,}",
-                f"{totals.savings_percent} %",
+                views.count(totals.known_tool_tokens_saved),
+                views.percent(totals.savings_percent),
                 f"{totals.requests:,}",
-                f"{totals.compression_savings_usd:,.2f}",
+                views.dollars(totals.savings_usd),
                 Text("#" * len(bar) if console.options.ascii_only else bar, style="green"),
             )
         console.print()

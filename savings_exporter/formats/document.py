@@ -203,6 +203,8 @@ def _decode_checked(
         by_provider_model=dict(map(_read_pair, _items(block["totals"]))),
         history=History.of_lines(_items(members["history"])),
     )
+    if b'"compared_tokens_saved"' not in members["lifetime"]:
+        ledger = ledger.with_assumed_records()
     store, writers = _typed(block["store"], str), {} if is_old else _typed(block["writers"], dict[str, WriterState])
     if not all(map(_ID.fullmatch, (store, *writers))):
         raise ValueError("a store or a writer is not named by 16 hexadecimal digits")

@@ -67,12 +67,13 @@ def read(raw: Mapping[str, Any]) -> Foreign:
     by_model, kept_by_model = _named(raw.get("by_model"), "by_model", _model, problems)
     projects, kept_projects = _named(raw.get("projects"), "projects", clean_project, problems)
     lifetime = _lifetime(raw, total_of(by_model.values()), points[-1] if points else {}, problems)
+    pairs = _pairs(lifetime, by_model)
     ledger = Ledger(
         records=lifetime.requests,
-        lifetime=lifetime,
+        lifetime=lifetime.with_records_of(total_of(pairs.values())),
         by_model=by_model,
-        projects=projects,
-        by_provider_model=_pairs(lifetime, by_model),
+        projects=_without_tools(projects, raw["projects"]) if projects and lifetime.tool_tokens_saved else projects,
+        by_provider_model=pairs,
         history=History(points),
     )
     lifetime_keys = _basis(raw) | unknown_keys(raw.get("lifetime"))
@@ -104,11 +105,20 @@ def _basis(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _pairs(lifetime: Totals, by_model: Mapping[str, Totals]) -> dict[Pair, Totals]:
     """The lifetime totals by provider and model; what is not broken down by model is unknown."""
     pairs: dict[Pair, Totals] = {(UNKNOWN, model): totals for model, totals in by_model.items()}
-    rest = lifetime.beyond(total_of(by_model.values()))
+    rest = lifetime.beyond(total_of(by_model.values())).with_assumed_records()
     if rest != Totals(last_activity_at=rest.last_activity_at):
         pair = (UNKNOWN, UNKNOWN)
         pairs[pair] = pairs.get(pair, Totals()) + rest
     return pairs
+
+
+def _without_tools(projects: Mapping[str, Totals], raw: Mapping[str, Any]) -> Mapping[str, Totals]:
+    """The totals of projects in a document that counts tokens of deferred tool schemas, but not by project."""
+    if any("tool_tokens_saved" in entry for entry in raw.values() if isinstance(entry, dict)):
+        return projects
+    return {
+        name: msgspec.structs.replace(totals, untold_tool_requests=totals.requests) for name, totals in projects.items()
+    }
 
 
 def _lifetime(raw: Mapping[str, Any], models: Totals, point: Mapping[str, Any], problems: list[str]) -> Totals:
@@ -190,7 +200,7 @@ def _named(
         if name is None or not isinstance(value, dict):
             problems.append(f"{where}[{shown(key)}] is left out: {shown(value)}")
             continue
-        totals = _totals(value, f"{where}[{shown(key)}]", problems)
+        totals = _totals(value, f"{where}[{shown(key)}]", problems).with_assumed_records()
         named[name] = named[name] + totals if name in named else totals
         if unknown := unknown_keys(value):
             kept[name] = kept.get(name, {}) | unknown

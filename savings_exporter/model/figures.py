@@ -28,6 +28,12 @@ class Totals(msgspec.Struct, frozen=True):
         cache_read_tokens, cache_write_tokens, uncached_input_tokens: how the input met the provider's prompt cache.
         total_input_tokens: input tokens that were sent to the model, after saving.
         total_output_tokens: output tokens that the model wrote.
+        compared_tokens_saved: of the input tokens saved, compressed or deferred, those of records that gave their
+            ``input_tokens``: only of these a share of the input is known.
+        priced_requests: how many records gave ``savings_usd``.
+        costed_requests: how many records gave ``input_cost_usd``.
+        untold_tool_requests: requests of another program's document that does not say how much of ``tool_tokens_saved``
+            is theirs.
         compression_savings_usd: what compression saved, in US dollars, at the prices that were paid; can be negative.
         compression_savings_list_usd: the same at list prices.
         tool_schema_savings_usd, cache_savings_usd, output_savings_usd: US dollars saved in the other ways.
@@ -44,6 +50,10 @@ class Totals(msgspec.Struct, frozen=True):
     uncached_input_tokens: int = 0
     total_input_tokens: int = 0
     total_output_tokens: int = 0
+    compared_tokens_saved: int = 0
+    priced_requests: int = 0
+    costed_requests: int = 0
+    untold_tool_requests: int = 0
     compression_savings_usd: float = 0.0
     compression_savings_list_usd: float = 0.0
     tool_schema_savings_usd: float = 0.0
@@ -78,10 +88,49 @@ class Totals(msgspec.Struct, frozen=True):
         return self.tokens_saved + self.tool_tokens_saved
 
     @property
-    def savings_percent(self) -> float:
-        """The share of the input that was saved, in percent, rounded to two digits."""
-        before = self.headline_tokens_saved + self.total_input_tokens
-        return round(self.headline_tokens_saved / before * 100, 2) if before > 0 else 0.0
+    def savings_percent(self) -> float | None:
+        """The share of the input that was saved, in percent, rounded to two digits, over the records that gave their
+        ``input_tokens``; None when none did.
+        """
+        if not self.total_input_tokens:
+            return None
+        return round(self.compared_tokens_saved / (self.compared_tokens_saved + self.total_input_tokens) * 100, 2)
+
+    @property
+    def savings_usd(self) -> float | None:
+        """``compression_savings_usd``; None when no record gave it."""
+        return self.compression_savings_usd if self.priced_requests else None
+
+    @property
+    def input_cost_usd(self) -> float | None:
+        """``total_input_cost_usd``; None when no record gave it."""
+        return self.total_input_cost_usd if self.costed_requests else None
+
+    @property
+    def known_tool_tokens_saved(self) -> int | None:
+        """``tool_tokens_saved``; None when a document did not say it of any request."""
+        return None if 0 < self.requests <= self.untold_tool_requests else self.tool_tokens_saved
+
+    def with_records_of(self, parts: Totals) -> Totals:
+        """These totals with the numbers of records that gave a figure from the parts that they add up from."""
+        return msgspec.structs.replace(
+            self,
+            compared_tokens_saved=parts.compared_tokens_saved,
+            priced_requests=parts.priced_requests,
+            costed_requests=parts.costed_requests,
+        )
+
+    def with_assumed_records(self) -> Totals:
+        """These totals, of a document that does not say how many records gave a figure: all of them, or none where the
+        figure is zero. Amounts without a request and without tokens are what rounding left.
+        """
+        records = self.requests or (1 if self.headline_tokens_saved else 0)
+        return msgspec.structs.replace(
+            self,
+            compared_tokens_saved=self.headline_tokens_saved if self.total_input_tokens else 0,
+            priced_requests=records if self.compression_savings_usd else 0,
+            costed_requests=records if self.total_input_cost_usd else 0,
+        )
 
 
 COUNTS = tuple(field.name for field in msgspec.structs.fields(Totals) if field.type is int)

@@ -47,6 +47,8 @@ Name = TypeVar("Name", str, Pair)
 
 _Key = tuple[str, str, str | None, str | None, int]
 _FEW_COUNTS = len(COUNTS) - 1
+# The last ones, which rows of an earlier version do not have.
+_LATER_COUNTS = 4
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +71,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_
         agent: None when it is not known.
         newest: the newest record's timestamp, in UTC; all of them are of its hour.
         requests: how many records.
-        counts: their counts, in the order of ``COUNTS`` without ``requests``.
+        counts: their counts, in the order of ``COUNTS`` without ``requests``. An earlier version wrote fewer.
         units: their amounts in billionths of a dollar, in the order of ``AMOUNTS``.
     """
 
@@ -123,11 +125,12 @@ class Sums:
             ValueError: a row has another number of counts or amounts than ``COUNTS`` and ``AMOUNTS`` say.
         """
         for row in rows:
-            if len(row.counts) != _FEW_COUNTS or len(row.units) != len(AMOUNTS):
+            missing = _FEW_COUNTS - len(row.counts)
+            if missing not in (0, _LATER_COUNTS) or len(row.units) != len(AMOUNTS):
                 raise ValueError(f"a row with {len(row.counts)} counts and {len(row.units)} amounts")
             newest = row.newest.astimezone(timezone.utc)
             key = (row.provider, row.model, row.project, row.agent, _hour_of(newest))
-            self._add(key, (row.requests, *row.counts, *row.units), newest)
+            self._add(key, (row.requests, *row.counts, *(missing * (0,)), *row.units), newest)
 
     def rows(self) -> list[Row]:
         """What the records of each set of names and hour add up to."""
@@ -242,6 +245,18 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
             history=self.history.plus(hours, lifetime, now),
         )
 
+    def with_assumed_records(self) -> Ledger:
+        """This ledger, of a document that does not say how many records gave a figure (see ``Totals``)."""
+        pairs = _assumed(self.by_provider_model)
+        return msgspec.structs.replace(
+            self,
+            lifetime=self.lifetime.with_records_of(total_of(pairs.values())),
+            by_model=_assumed(self.by_model),
+            projects=_assumed(self.projects),
+            agents=_assumed(self.agents),
+            by_provider_model=pairs,
+        )
+
     def bounded(self, limits: Limits) -> Ledger:
         """This ledger with the smallest names beyond the limits as ``other``, and as many points as a history keeps."""
         return msgspec.structs.replace(
@@ -295,9 +310,11 @@ def _numbers_of_all(records: Sequence[SavingsRecord]) -> Numbers:
     There is no list price beside a caller's ``savings_usd``, so it counts as its own list price, as Headroom counts a
     request without a cache breakdown.
     """
-    saved = sum([units_of(record.savings_usd) for record in records if record.savings_usd])
-    cost = sum([units_of(record.input_cost_usd) for record in records if record.input_cost_usd])
-    return (len(records), *map(sum, zip(*map(_TOKENS, records), strict=True)), *_amounts(saved, cost))
+    saved = [units_of(record.savings_usd) for record in records if record.savings_usd is not None]
+    cost = [units_of(record.input_cost_usd) for record in records if record.input_cost_usd is not None]
+    compared = sum([record.tokens_saved + record.tool_search_saved for record in records if record.input_tokens])
+    tokens = map(sum, zip(*map(_TOKENS, records), strict=True))
+    return (len(records), *tokens, compared, len(saved), len(cost), 0, *_amounts(sum(saved), sum(cost)))
 
 
 def _amounts(saved: int, cost: int) -> Numbers:
@@ -311,6 +328,10 @@ def _amounts(saved: int, cost: int) -> Numbers:
         cost,  # total_input_cost_usd
         0,  # total_output_cost_usd
     )
+
+
+def _assumed(totals: Mapping[Name, Totals]) -> Mapping[Name, Totals]:
+    return {name: of_name.with_assumed_records() for name, of_name in totals.items()}
 
 
 def _gather(parts: dict[Name, Part], name: Name, part: Part) -> None:

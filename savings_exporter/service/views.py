@@ -9,7 +9,10 @@ import msgspec
 
 from savings_exporter.model.history import LARGEST_NUMBER
 from savings_exporter.model.snapshot import Health, Snapshot
-from savings_exporter.model.totals import Totals
+from savings_exporter.model.totals import AMOUNTS, Totals
+
+UNKNOWN_FIGURE = "–"
+"""Stands for a figure that is not known: that is not zero."""
 
 _EIGHTHS = "▏▎▍▌▋▊▉█"
 
@@ -83,9 +86,34 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, float)) and abs(value) <= LARGEST_NUMBER else None
 
 
+def percent(share: float | None) -> str:
+    """A share in percent as people read it; a dash when it is not known."""
+    return UNKNOWN_FIGURE if share is None else f"{share} %"
+
+
+def count(number: int | None) -> str:
+    """A count as people read it; a dash when it is not known."""
+    return UNKNOWN_FIGURE if number is None else f"{number:,}"
+
+
+def dollars(amount: float | None) -> str:
+    """US dollars as people read them; a dash when they are not known."""
+    if amount is None:
+        return UNKNOWN_FIGURE
+    text = f"{amount:,.2f}"
+    return "0.00" if text == "-0.00" else text
+
+
 def _entry(totals: Totals) -> dict[str, Any]:
+    # An amount that is not known is null. Of those that no record can give, zero says the same.
+    unknown = {name: getattr(totals, name) or None for name in AMOUNTS}
     return {
         **msgspec.structs.asdict(totals),
+        **unknown,
+        "compression_savings_usd": totals.savings_usd,
+        "compression_savings_list_usd": totals.compression_savings_list_usd if totals.priced_requests else None,
+        "total_input_cost_usd": totals.input_cost_usd,
+        "tool_tokens_saved": totals.known_tool_tokens_saved,
         "headline_tokens_saved": totals.headline_tokens_saved,
         "savings_percent": totals.savings_percent,
     }

@@ -10,7 +10,7 @@ import errno
 import platform
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import accumulate
@@ -70,11 +70,26 @@ _MODEL_COUNTERS = {
     "tool_tokens_saved": ("tool_tokens_saved", "Tokens that deferred tool schemas saved, over the store's lifetime."),
     "output_tokens_saved": ("output_tokens_saved", "Output tokens saved, over the store's lifetime."),
     "cache_read_tokens": ("cache_read_tokens", "Input tokens read from prompt caches, over the store's lifetime."),
+    "compared_tokens_saved": (
+        "compared_tokens_saved",
+        "Tokens saved by compression and deferred tool schemas in requests whose input tokens are known, over the "
+        "store's lifetime.",
+    ),
 }
-_MODEL_GAUGES = {
-    "cost_saved_usd": ("compression_savings_usd", "US dollars saved, over the store's lifetime; can be negative."),
-    "cache_cost_saved_usd": ("cache_savings_usd", "US dollars that prompt caches saved, over the store's lifetime."),
-    "input_cost_usd": ("total_input_cost_usd", "US dollars paid for input, over the store's lifetime."),
+# An amount that no record gave has no sample: it is not known, which is not zero.
+_MODEL_GAUGES: Mapping[str, tuple[Callable[[Totals], float | None], str]] = {
+    "cost_saved_usd": (
+        lambda totals: totals.savings_usd,
+        "US dollars saved, over the store's lifetime; can be negative. No sample where no record gave it.",
+    ),
+    "cache_cost_saved_usd": (
+        lambda totals: totals.cache_savings_usd or None,
+        "US dollars that prompt caches saved, over the store's lifetime. No sample where it is not known.",
+    ),
+    "input_cost_usd": (
+        lambda totals: totals.input_cost_usd,
+        "US dollars paid for input, over the store's lifetime. No sample where no record gave it.",
+    ),
 }
 _NAMED_COUNTERS = {
     "tokens_saved": ("tokens_saved", "Tokens that compression saved for {}, over the store's lifetime."),
@@ -142,8 +157,13 @@ def totals_families(snapshot: Snapshot, health: Health) -> Iterator[Metric]:
     pairs = {(UNKNOWN, UNKNOWN): None, **snapshot.by_provider_model}.items()
     for name, (field, help_text) in _MODEL_COUNTERS.items():
         yield _filled(CounterMetricFamily(f"savings_{name}", help_text, labels=["provider", "model"]), pairs, field)
-    for name, (field, help_text) in _MODEL_GAUGES.items():
-        yield _filled(GaugeMetricFamily(f"savings_{name}", help_text, labels=["provider", "model"]), pairs, field)
+    for name, (amount_of, help_text) in _MODEL_GAUGES.items():
+        gauge = GaugeMetricFamily(f"savings_{name}", help_text, labels=["provider", "model"])
+        for pair, totals in snapshot.by_provider_model.items():
+            amount = amount_of(totals)
+            if amount is not None:
+                gauge.add_metric(pair, amount)
+        yield gauge
     for label, named in (("project", snapshot.projects), ("agent", snapshot.agents)):
         for name, (field, help_text) in _NAMED_COUNTERS.items():
             text = help_text.format(f"{'an' if label == 'agent' else 'a'} {label}")
@@ -293,9 +313,7 @@ class _Counts:
         return self._groups.get(group, {}).get(SUM, 0.0)
 
 
-def _filled(
-    family: CounterMetricFamily | GaugeMetricFamily, labelled: Iterable[tuple[Labels, Totals | None]], field: str
-) -> Metric:
+def _filled(family: CounterMetricFamily, labelled: Iterable[tuple[Labels, Totals | None]], field: str) -> Metric:
     for labels, totals in labelled:
         family.add_metric(labels, getattr(totals, field) if totals is not None else 0)
     return family

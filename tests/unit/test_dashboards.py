@@ -33,9 +33,19 @@ each_query = pytest.mark.parametrize("query", QUERIES)
 
 @pytest.fixture
 def exported(tracker: SavingsTracker) -> list[str]:
-    """All samples of an exporter that has had traffic."""
-    tracker.record_request(model="m", provider="p", project="j", agent="a", tokens_saved=1, input_tokens=1)
-    return list(samples(SavingsCollector(tracker)))
+    """All samples of an exporter that has had traffic, and the families that only another program's document fills."""
+    tracker.record_request(
+        model="m",
+        provider="p",
+        project="j",
+        agent="a",
+        tokens_saved=1,
+        input_tokens=1,
+        savings_usd=1,
+        input_cost_usd=1,
+    )
+    collector = SavingsCollector(tracker)
+    return [*samples(collector), *(family.name for family in collector.collect() if not family.samples)]
 
 
 # The newer kind of dashboard is for Grafana 12 and later only.

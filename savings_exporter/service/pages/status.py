@@ -7,7 +7,7 @@ from html import escape
 
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Totals
-from savings_exporter.service.views import bar, ranked
+from savings_exporter.service.views import bar, count, dollars, percent, ranked
 
 # The page runs nothing and loads nothing, whatever name a client has made up.
 HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
@@ -39,7 +39,7 @@ tr + tr {{ border-top: 1px solid #8884; }}
 {trouble}
 <p class="total">{tokens}</p>
 <p>tokens saved by compression in {requests} requests, {tools} more by deferred tool schemas:
-{percent} % of the input. {dollars} US dollars saved. {pending}</p>
+{percent} of the input. {dollars} US dollars saved. {pending}</p>
 {models}
 {projects}
 {agents}
@@ -57,8 +57,8 @@ def render(snapshot: Snapshot, health: Health, storage_path: str, metrics_path: 
         tokens=f"{lifetime.tokens_saved:,}",
         requests=f"{lifetime.requests:,}",
         tools=f"{lifetime.tool_tokens_saved:,}",
-        percent=lifetime.savings_percent,
-        dollars=f"{lifetime.compression_savings_usd:,.2f}",
+        percent=percent(lifetime.savings_percent),
+        dollars=dollars(lifetime.savings_usd),
         pending=f"{snapshot.pending_records:,} records are not durable yet." if snapshot.pending_records else "",
         trouble="" if health.healthy else f'<p class="bad" role="alert">{escape(health.reason or "")}</p>',
         models=_table("By model", snapshot.by_model),
@@ -77,8 +77,9 @@ def _table(caption: str, group: Mapping[str, Totals]) -> str:
         return ""
     largest = rows[0][1].tokens_saved
     cells = "".join(
-        f"<tr><td>{escape(name)}</td><td>{totals.tokens_saved:,}</td><td>{totals.tool_tokens_saved:,}</td>"
-        f"<td>{totals.savings_percent} %</td><td>{totals.requests:,}</td><td>{totals.compression_savings_usd:,.2f}</td>"
+        f"<tr><td>{escape(name)}</td><td>{totals.tokens_saved:,}</td><td>{count(totals.known_tool_tokens_saved)}</td>"
+        f"<td>{percent(totals.savings_percent)}</td><td>{totals.requests:,}</td>"
+        f"<td>{dollars(totals.savings_usd)}</td>"
         f'<td class="bar">{bar(totals.tokens_saved, largest, 20)}</td></tr>'
         for name, totals in rows[:_MOST_ROWS]
     )

@@ -234,6 +234,8 @@ def test_numbers_as_text() -> None:
         requests=1,
         tokens_saved=12,
         total_input_tokens=7,
+        compared_tokens_saved=12,
+        priced_requests=1,
         compression_savings_usd=-1.5,
         compression_savings_list_usd=-1.5,
     )
@@ -262,6 +264,23 @@ def test_lifetime_behind_history(lifetime: Any) -> None:
         cache_read_tokens=70,
         output_tokens_saved=8,
         tool_tokens_saved=9,
+        compared_tokens_saved=59,
+        priced_requests=1,
+    )
+
+
+def test_figures_that_a_document_does_not_have() -> None:
+    project = {"requests": 3, "tokens_saved": 5, "compression_savings_usd": 0.5, "total_input_tokens": 15}
+    lifetime = {"requests": 3, "tokens_saved": 5, "tool_tokens_saved": 7, "total_input_tokens": 15}
+    document = document_of(lifetime=lifetime, projects={"a": project})
+    found = decode(document).ledger.projects["a"]
+    assert (found.known_tool_tokens_saved, found.savings_percent, found.savings_usd) == (None, 25.0, 0.5)
+    assert (found.input_cost_usd, decode(document).ledger.lifetime.savings_usd) == (None, None)
+    # Where there were none at all, none of them are the project's.
+    lifetime["tool_tokens_saved"] = 0
+    assert (
+        decode(document_of(lifetime=lifetime, projects={"a": project})).ledger.projects["a"].known_tool_tokens_saved
+        == 0
     )
 
 

@@ -91,6 +91,9 @@ def test_record_in_every_total() -> None:
         uncached_input_tokens=6,
         total_input_tokens=7,
         total_output_tokens=8,
+        compared_tokens_saved=3,
+        priced_requests=1,
+        costed_requests=1,
         compression_savings_usd=-0.5,
         compression_savings_list_usd=-0.5,
         total_input_cost_usd=0.25,
@@ -111,10 +114,35 @@ def test_names_that_are_missing() -> None:
     assert ledger.by_provider_model.keys() == {(UNKNOWN, "m"), ("p", "m")}
 
 
-def test_savings_percent() -> None:
-    assert Totals(tokens_saved=1, tool_tokens_saved=2, total_input_tokens=9).savings_percent == 25.0
-    assert Totals(tokens_saved=1, tool_tokens_saved=2).headline_tokens_saved == 3
-    assert Totals().savings_percent == 0.0
+def test_share_of_records_that_gave_both() -> None:
+    without_input = SavingsRecord(model="m", tokens_saved=1_000_000, tool_search_saved=5)
+    with_input = SavingsRecord(model="m", tokens_saved=1, tool_search_saved=2, input_tokens=9)
+    assert counted(Ledger(), [without_input]).lifetime.savings_percent is None
+    assert counted(Ledger(), [with_input]).lifetime.savings_percent == 25.0
+    both = counted(Ledger(), [without_input, with_input])
+    assert both.lifetime.savings_percent == 25.0
+    assert both.lifetime.headline_tokens_saved == 1_000_008
+    assert Totals().savings_percent is None
+
+
+def test_dollars_that_no_record_gave() -> None:
+    unpriced, free = SavingsRecord(model="m", tokens_saved=1), SavingsRecord(model="m", tokens_saved=1, savings_usd=0)
+    lifetime = counted(Ledger(), [unpriced]).lifetime
+    assert (lifetime.savings_usd, lifetime.input_cost_usd) == (None, None)
+    lifetime = counted(Ledger(), [unpriced, free]).lifetime
+    assert (lifetime.savings_usd, lifetime.input_cost_usd) == (0.0, None)
+
+
+def test_rows_of_an_earlier_version() -> None:
+    sums = Sums()
+    sums.add_all([FULL])
+    (row,) = sums.rows()
+    earlier, again = msgspec.structs.replace(row, counts=row.counts[:-4]), Sums()
+    again.add_rows([earlier])
+    (read,) = again.rows()
+    assert read == msgspec.structs.replace(row, counts=(*row.counts[:-4], 0, 0, 0, 0))
+    with pytest.raises(ValueError, match="counts"):
+        again.add_rows([msgspec.structs.replace(row, counts=row.counts[:-1])])
 
 
 @given(many_records, cuts, st.randoms(use_true_random=False))

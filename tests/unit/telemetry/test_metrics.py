@@ -58,7 +58,8 @@ def test_an_empty_store() -> None:
     found = shown(Tracker())
     unknown = '{model="unknown",provider="unknown"}'
     assert family(found, "savings_tokens_saved_total") == {unknown: 0}
-    assert family(found, "savings_cost_saved_usd") == {unknown: 0}
+    # Nobody gave a price, and that is not zero dollars.
+    assert not [name for name in found if name.endswith("_usd")]
     assert found["savings_last_save_success_timestamp_seconds"] == 0
     assert found["savings_last_record_timestamp_seconds"] == 0
     assert found["savings_dir_fsync_supported"] == 1
@@ -97,6 +98,9 @@ def test_totals() -> None:
         tool_tokens_saved=3,
         output_tokens_saved=4,
         cache_read_tokens=6,
+        compared_tokens_saved=8,
+        priced_requests=1,
+        costed_requests=1,
         compression_savings_usd=-0.5,
         cache_savings_usd=0.25,
         total_input_cost_usd=1.5,
@@ -121,6 +125,7 @@ def test_totals() -> None:
     assert found[f"savings_tool_tokens_saved_total{pair}"] == 3
     assert found[f"savings_output_tokens_saved_total{pair}"] == 4
     assert found[f"savings_cache_read_tokens_total{pair}"] == 6
+    assert found[f"savings_compared_tokens_saved_total{pair}"] == 8
     assert found[f"savings_cost_saved_usd{pair}"] == -0.5
     assert found[f"savings_cache_cost_saved_usd{pair}"] == 0.25
     assert found[f"savings_input_cost_usd{pair}"] == 1.5
