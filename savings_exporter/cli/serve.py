@@ -85,7 +85,7 @@ def serve(
 
 
 def _first_saving(url: str, config: settings.WebConfig) -> str:
-    body = '{"model": "claude-sonnet-4-5", "input_tokens": 12000, "tokens_saved": 4096}'
+    body = '{"model": "claude-sonnet-4-5", "provider": "anthropic", "input_tokens": 12000, "tokens_saved": 4096}'
     trust = f" --cacert {config.tls_server_config.cert_file}" if config.tls_server_config else ""
     show = " -H 'Authorization: Bearer TOKEN'" if config.authorization else ""
     return f"record one: curl{trust}{show} -H 'Content-Type: application/json' -d '{body}' {url}{SAVINGS_PATH}"

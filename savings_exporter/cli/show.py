@@ -36,7 +36,7 @@ def show(
         given = f" --store {store}" if store is not None else ""
         raise CommandError(
             f"{path}: there are no savings yet; record the first with: savings-exporter record --model NAME "
-            f"--tokens-saved N{given}"
+            f"--provider NAME --input-tokens N --tokens-saved N{given}"
         )
     watched = WatchedFile(path)
     snapshot = watched.snapshot()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from savings_exporter.service.drill import KINDS
-from tests.support.paths import ROOT
+from tests.support.paths import DATA, ROOT
 from tests.support.service import Service, running
 
 pytestmark = pytest.mark.needs("prometheus")
@@ -77,7 +78,8 @@ def test_the_runbook_has_no_section_of_an_alert_that_is_gone() -> None:
 
 @pytest.fixture
 def exported(store_path: Path) -> str:
-    """What a service shows that has had traffic."""
+    """What a service shows that has had traffic, on a document that Headroom wrote: some amounts only that one has."""
+    shutil.copy(DATA / "headroom" / "v6" / "proxy_savings.json", store_path)
     with running("serve", "--store", str(store_path)) as service:
         assert service.post({"model": "m", "provider": "p", "project": "x", "agent": "a", "tokens_saved": 7})[0] == 200
         status, text = service.get("/metrics")

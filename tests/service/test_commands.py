@@ -130,6 +130,43 @@ def test_show_draws_a_table_with_bars(filled: Path) -> None:
     assert any(line.startswith("web") for line in lines)
 
 
+def test_unknown_figures_are_no_zeros(store_path: Path) -> None:
+    with SavingsTracker(store_path) as tracker:
+        tracker.record_request(model="without-input", tokens_saved=1_000_000)
+        tracker.record_request(model="priced", tokens_saved=1, input_tokens=3, savings_usd=-0.001, input_cost_usd=0)
+    shown = run_cli("show", "--store", str(store_path)).stdout
+    (unknown,) = [line for line in shown.splitlines() if line.startswith("without-input")]
+    (known,) = [line for line in shown.splitlines() if line.startswith("priced")]
+    assert unknown.split()[:6] == ["without-input", "1,000,000", "0", "–", "1", "–"]
+    assert known.split()[:7] == ["priced", "1", "0", "25.0", "%", "1", "0.00"]
+    # The share of the records that gave both, and not of the million beside them.
+    assert "25.0 % of the input" in shown
+    with running("serve", "--store", str(store_path)) as service:
+        totals = json.loads(service.get("/v1/savings")[1])
+        page, metrics = service.get("/")[1], service.get("/metrics")[1]
+    unknown_model = totals["by_model"]["without-input"]
+    for name in ("savings_percent", "compression_savings_usd", "compression_savings_list_usd", "total_input_cost_usd"):
+        assert unknown_model[name] is None
+    assert totals["by_model"]["priced"]["compression_savings_usd"] == -0.001
+    assert totals["by_model"]["priced"]["total_input_cost_usd"] == 0
+    assert totals["lifetime"]["savings_percent"] == 25.0
+    assert "<td>–</td><td>1</td><td>–</td>" in page
+    assert "-0.00" not in page
+    assert 'savings_cost_saved_usd{model="priced"' in metrics
+    assert 'savings_cost_saved_usd{model="without-input"' not in metrics
+
+
+def test_tool_tokens_of_headrooms_projects(tmp_path: Path) -> None:
+    """Headroom counts tokens of deferred tool schemas, and not by project."""
+    copy = tmp_path / "proxy_savings.json"
+    copy.write_bytes((DATA / "headroom" / "v6" / "proxy_savings.json").read_bytes())
+    totals = json.loads(run_cli("show", "--json", "--store", str(copy)).stdout)
+    assert totals["lifetime"]["tool_tokens_saved"] > 0
+    assert totals["projects"]
+    assert all(entry["tool_tokens_saved"] is None for entry in totals["projects"].values())
+    assert all(entry["tool_tokens_saved"] is not None for entry in totals["by_model"].values())
+
+
 def test_show_as_json(filled: Path) -> None:
     shown = json.loads(run_cli("show", "--json", "--store", str(filled)).stdout)
     assert shown["lifetime"]["tokens_saved"] == 4000
