@@ -122,9 +122,10 @@ def decode_groups(frames: Sequence[Frame]) -> Sequence[Sequence[ReadGroup]]:
         CorruptStoreError: one holds something else, though its checksum is right.
     """
     # All in one call, as one JSON array: a journal has many frames.
-    payloads = b",".join([frame.payload for frame in frames])
+    parts = [part for frame in frames for part in (b",", frame.payload)]
+    parts[:1] = [b"["]
     try:
-        decoded = _decoder.decode(b"".join((b"[", payloads, b"]")))
+        decoded = _decoder.decode(b"".join((*parts, b"]")))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptStoreError(f"a frame's checksum matches, but its content cannot be read: {error}") from None
     if [sum(map(_COUNT, groups)) for groups in decoded] != [frame.records for frame in frames]:
@@ -186,7 +187,7 @@ def frames_in_row(
 
 def scan(data: bytes, store: bytes, writer: bytes, start: int = 0) -> Iterator[Frame | Damage]:
     """Everything in a segment's bytes from an offset on, in order; frames of other stores and writers are damage."""
-    view, end = memoryview(data), len(data.rstrip(b"\0"))
+    view, end = memoryview(data), start + len(data[start:].rstrip(b"\0"))
     position = start
     while position < end:
         frame = _frame_at(view, position, store, writer)

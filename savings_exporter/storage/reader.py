@@ -29,6 +29,7 @@ from savings_exporter.formats.frame import (
     Line,
     decode_groups,
     frames_in_row,
+    next_block,
     scan,
     size_at_start,
     store_of,
@@ -417,7 +418,8 @@ class Reader:
                 return
             if end == offset:
                 # A frame was cut off at the end of the chunk, or there is nothing but zeros.
-                size *= 4
+                needed = next_block(offset - block + size_at_start(data[offset - block :]))
+                size = min(needed, size * 4) if needed > size else size * 4
             offset = end
 
 
