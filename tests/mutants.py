@@ -327,6 +327,13 @@ MUTANTS = [
         "        if len(needless) == len(numbers):\n",
         f"{RULES}::test_counters_survive_close",
     ),
+    mutant(
+        "The operation counters that are shown are those that were published",
+        "storage/store.py",
+        "return self._others.plus(own)",
+        "return self._others.plus(self._counts())",
+        "tests/storage/test_processes.py::test_counters_that_rise_during_a_scrape",
+    ),
     # Saves.
     mutant(
         "One save at a time",

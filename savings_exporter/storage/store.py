@@ -242,19 +242,23 @@ class Store:
 
         While the others' cannot be read, theirs stay as they were: a counter must not go back.
         """
-        self.publish_counts()
+        # What is shown is what was published: the next answer may come from another worker, and must not be lower.
+        own = self.publish_counts()
         with suppress(OSError):
             self._others = self._operations_of_others()
-        return self._others.plus(self._counts())
+        return self._others.plus(own)
 
-    def publish_counts(self) -> None:
-        """Write this process's operation counters, for other processes and for after its end."""
+    def publish_counts(self) -> OperationCounts:
+        """Write this process's operation counters, for other processes and for after its end; return them."""
         with suppress(OSError, StoreError):
+            if self._counts() != OperationCounts():
+                self.own_journal()
+        with self._reading:
             counts = self._counts()
-            if counts.counts or counts.latest:
-                journal = self.own_journal()
-                with self._reading:
-                    journal.writer.publish(self._counts())
+            if self.journal is not None:
+                with suppress(OSError):
+                    self.journal.writer.publish(counts)
+            return counts
 
     def forked(self, observer: Observer, counts: Callable[[], OperationCounts]) -> Store:
         """The store in a forked child: the same view, a new writer, no lock. What was pending is the parent's."""

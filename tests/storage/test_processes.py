@@ -12,17 +12,18 @@ import sys
 import tempfile
 import textwrap
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from savings_exporter import SavingsTracker, StoreError
+from savings_exporter import SavingsCollector, SavingsTracker, StoreError
 from tests.support.faults import FaultyFileSystem
 from tests.support.paths import ROOT
-from tests.support.scrape import parsed
+from tests.support.scrape import parsed, samples
 from tests.support.service import free_port
 from tests.support.wait import WAIT_SECONDS, eventually
 
@@ -137,6 +138,7 @@ def test_exit_without_close_saves(store_path: Path) -> None:
     assert totals(store_path) == {"m": 100}
 
 
+@pytest.mark.slow
 def test_processes_see_each_other(tracker: SavingsTracker, store_path: Path) -> None:
     program = """
         import sys
@@ -540,6 +542,7 @@ ONCE_EACH = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.needs("linux")
 def test_processes_that_record_once(memory_path: Path) -> None:
     run(ONCE_EACH, memory_path, 64)
@@ -583,6 +586,10 @@ class Scraped:
 
     def by(self, process: Process) -> dict[str, float]:
         shown: dict[str, float] = json.loads(process.ask("scrape"))
+        self.note(shown)
+        return shown
+
+    def note(self, shown: dict[str, float]) -> None:
         counters = {
             name: value
             for name, value in shown.items()
@@ -591,7 +598,6 @@ class Scraped:
         lower = {name for name, value in self._seen.items() if counters.get(name, 0) < value}
         assert not lower, {name: (self._seen[name], counters.get(name)) for name in lower}
         self._seen = counters
-        return shown
 
 
 @pytest.mark.slow
@@ -623,6 +629,36 @@ def test_counters_are_those_of_the_store(store_path: Path) -> None:
             assert process.ask("record") == "True"
             assert scraped.by(process)["savings_commit_records_sum"] > shown_later["savings_commit_records_sum"]
             process.end()
+
+
+class Meanwhile(FaultyFileSystem):
+    """Does something when the store's directory is listed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile: Callable[[], object] = bool
+
+    def names_beside(self, path: str) -> list[str]:
+        self.meanwhile()
+        return super().names_beside(path)
+
+
+def test_counters_that_rise_during_a_scrape(store_path: Path) -> None:
+    filesystem, scraped = Meanwhile(), Scraped()
+    with (
+        SavingsTracker(store_path, filesystem=filesystem, save_interval=3600) as tracker,
+        started(SCRAPED, store_path) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert tracker.record_request(model="m", tokens_saved=1).durable
+        scraped.by(other)
+        filesystem.meanwhile = lambda: pool.submit(tracker.record_request, model="m", tokens_saved=1).result()
+        first = samples(SavingsCollector(tracker))
+        filesystem.meanwhile = bool
+        scraped.note(first)
+        assert first["savings_commits_total"] > 1
+        # The other worker shows what this one showed, or more.
+        scraped.by(other)
 
 
 @pytest.mark.needs("linux")
@@ -765,6 +801,7 @@ def test_a_fork_that_records_nothing(store_path: Path) -> None:
     assert totals(store_path) == {"m": 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_multiprocessing_adds_up(store_path: Path, tmp_path: Path, method: str) -> None:
     program = tmp_path / "program.py"
@@ -829,6 +866,7 @@ app = Starlette(routes=[Route("/save", save), Route("/metrics", metrics)])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.needs("linux")
 def test_any_uvicorn_worker_answers_for_all(store_path: Path, tmp_path: Path) -> None:
     (tmp_path / "proxy.py").write_text(APP)
