@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell starts what runs in its background with this signal ignored, and our children would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "needs(*names): leave the test out where one of these is missing")
-    config.addinivalue_line("markers", "slow: it takes longer than two seconds; --fast leaves it out")
+    config.addinivalue_line("markers", "slow: its cases take longer than half a second; --fast leaves it out")
     config.stash[_SLOW] = 0
 
 

@@ -118,6 +118,7 @@ def calls_of_recording(store_path: Path, method: str) -> list[tuple[str, str, in
     return calls[first + 1 :]
 
 
+@pytest.mark.slow
 @pytest.mark.needs("linux", "strace")
 def test_kernel_sees_fdatasync(store_path: Path) -> None:
     calls = calls_of_recording(store_path, "fdatasync")
@@ -130,6 +131,7 @@ def test_kernel_sees_fdatasync(store_path: Path) -> None:
         assert offset // BLOCK_BYTES == (offset + size - 1) // BLOCK_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.needs("linux", "strace", "direct-io")
 def test_kernel_sees_direct_writes(store_path: Path) -> None:
     calls = calls_of_recording(store_path, "direct")
@@ -533,6 +535,7 @@ class MakersOfSegments(FaultyFileSystem):
             self.makers.append(threading.current_thread().name)
 
 
+@pytest.mark.slow
 def test_next_segment_is_made_ahead(store_path: Path) -> None:
     faults = MakersOfSegments()
     records = [SavingsRecord(**SAVED)] * 20
@@ -804,6 +807,7 @@ MOMENTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.needs("linux", "direct-io")
 @pytest.mark.parametrize("alive", ["alone", "beside a living process"])
 @pytest.mark.parametrize(("when", "method"), MOMENTS)

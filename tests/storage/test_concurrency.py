@@ -320,6 +320,7 @@ def test_closing_from_two_threads(tracker: SavingsTracker, faults: FaultyFileSys
     assert receipt.durable
 
 
+@pytest.mark.slow
 def test_records_beside_a_close_are_kept(store_path: Path) -> None:
     """A record that is acknowledged while another thread closes is there afterwards; others are refused."""
     for round_number in range(20):

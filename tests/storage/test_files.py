@@ -225,6 +225,7 @@ def fill(directory: Path) -> Path:
     return filler
 
 
+@pytest.mark.slow
 @pytest.mark.needs("mount")
 def test_full_disk(small_disk: Path) -> None:
     store = small_disk / "proxy_savings.json"

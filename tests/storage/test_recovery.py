@@ -361,6 +361,7 @@ def test_history_of_others_is_bounded(tmp_path: Path) -> None:
     assert kept[0] == "2020-09-26T23:00:00Z"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("figure", [10**30, float("nan"), "12 monkeys", "", None, -1, [], True + 2**70])
 @pytest.mark.parametrize("field", ["tokens_saved", "requests"])
 def test_lifetime_figure(tmp_path: Path, figure: object, field: str) -> None:
@@ -468,6 +469,7 @@ def test_key_in_the_tail(store_path: Path) -> None:
         assert tracker.snapshot().lifetime.tokens_saved == 11
 
 
+@pytest.mark.slow
 def test_opened_while_saved(store_path: Path) -> None:
     """A store whose lock is held for long is opened with what is durable, and adopts later."""
     dead(store_path)

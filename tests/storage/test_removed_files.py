@@ -82,6 +82,7 @@ def test_closed_then(busy: SavingsTracker, lose: Callable[[Path], None], kind: s
         assert tracker.snapshot().lifetime.tokens_saved == 31
 
 
+@pytest.mark.slow
 @BY_HAND
 @pytest.mark.parametrize("kind", [".journal.*", ".writer.*"])
 def test_background_makes_again(store_path: Path, lose: Callable[[Path], None], kind: str) -> None:

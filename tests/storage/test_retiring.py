@@ -191,6 +191,7 @@ def test_entry_stays_if_sync_fails(path: Path, faults: FaultyFileSystem) -> None
         assert writer not in entries(path)
 
 
+@pytest.mark.slow
 def test_100_rounds(path: Path) -> None:
     """Of processes that come and go nothing stays but the documents and a lock file, and the last one's file."""
     for number in range(1, 101):
@@ -204,6 +205,7 @@ def test_100_rounds(path: Path) -> None:
         assert len(entries(path)) <= 3
 
 
+@pytest.mark.slow
 def test_killed_ones(path: Path) -> None:
     """Nor of processes that are killed, at the latest when a process has saved a few times."""
     for _ in range(8):

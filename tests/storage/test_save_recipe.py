@@ -112,6 +112,7 @@ def test_order_without_directory_fsync(store_path: Path) -> None:
         assert_recipe(synced_and_renamed(store_path, WithoutDirectoryFsync()), store_path)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("linux", "strace")
 def test_kernel_sees_the_order(store_path: Path, tmp_path: Path) -> None:
     program = f"""
@@ -452,6 +453,7 @@ MOMENTS += [("within write", what) for what in ("first", "later", "closing")]
 MOMENTS += [("before link", "later"), ("after link", "later")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("moment", "what"), MOMENTS)
 def test_killed_within_a_save(store_path: Path, moment: str, what: str) -> None:
     arguments = [sys.executable, "-c", KILLED, str(store_path), moment, what]

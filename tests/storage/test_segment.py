@@ -88,6 +88,7 @@ def test_frames_are_read_back(method: SyncMethod, sizes: list[int], has_first: b
             assert item.start // BLOCK_BYTES == (item.end - 1) // BLOCK_BYTES, "a small frame lies in one block"
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     sizes=st.lists(SIZES, min_size=1, max_size=12),

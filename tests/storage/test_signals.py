@@ -285,6 +285,7 @@ def test_handlers_by_a_timer(store_path: Path, how: str) -> None:
     assert reopened(store_path) > 300 * 3 // 5
 
 
+@pytest.mark.slow
 @pytest.mark.needs("linux")
 def test_an_exit_in_a_handler(store_path: Path) -> None:
     """A handler that closes and exits, as services have it: what was acknowledged and what was accepted is there."""

@@ -149,6 +149,7 @@ def test_dropping_is_synced(store_path: Path, faults: FaultyFileSystem) -> None:
         faults.mend()
 
 
+@pytest.mark.slow
 def test_watermark_fails(store_path: Path, faults: FaultyFileSystem) -> None:
     """The frame is durable by then: it is not written again, and no segments pile up."""
     with SavingsTracker(store_path, filesystem=faults, save_interval=NEVER) as tracker:

@@ -75,6 +75,7 @@ def test_conversion_fails(tmp_path: Path, faults: FaultyFileSystem, step: str) -
         assert tracker.snapshot().lifetime.tokens_saved == TOTAL
 
 
+@pytest.mark.slow
 def test_lock_held_by_it(tmp_path: Path) -> None:
     path = copied("closed", tmp_path)
     faults = FaultyFileSystem()
@@ -100,6 +101,7 @@ def test_previous_in_its_place(tmp_path: Path) -> None:
         assert tracker.snapshot().lifetime.tokens_saved == TOTAL + 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_lock", [True, False])
 def test_store_not_closed(tmp_path: Path, *, has_lock: bool) -> None:
     path = copied("open", tmp_path)

@@ -71,6 +71,7 @@ def test_records_and_saves(store_path: Path) -> None:
     assert on_windows(store_path, PRINT_TOTAL) == "1276 True\n"
 
 
+@pytest.mark.slow
 def test_files_do_not_accumulate(store_path: Path) -> None:
     on_windows(
         store_path,
@@ -87,6 +88,7 @@ for number in range(12):
     assert on_windows(store_path, PRINT_TOTAL) == "12 True\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after_save", [False, True])
 def test_reopened_after_a_kill(store_path: Path, after_save: bool) -> None:
     on_windows(
@@ -111,6 +113,7 @@ with SavingsTracker(path) as tracker:
     assert on_windows(store_path, PRINT_TOTAL) == "131 True\n"
 
 
+@pytest.mark.slow
 def test_many_segments(store_path: Path) -> None:
     on_windows(
         store_path,
@@ -124,6 +127,7 @@ with SavingsTracker(path, save_interval=0.05) as tracker:
     assert on_windows(store_path, PRINT_TOTAL) == "12000 True\n"
 
 
+@pytest.mark.slow
 def test_threads_share_descriptors(store_path: Path) -> None:
     on_windows(
         store_path,

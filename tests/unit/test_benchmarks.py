@@ -39,6 +39,7 @@ def directory() -> Iterator[Path]:
         yield Path(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "work",
     [
