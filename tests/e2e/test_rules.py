@@ -18,7 +18,7 @@ from tests.support.service import Service, running
 pytestmark = pytest.mark.needs("prometheus")
 
 FOLDER = ROOT / "dashboards" / "prometheus"
-RULES = sorted(FOLDER.glob("rules/*.yml"))
+RULES = [*sorted(FOLDER.glob("rules/*.yml")), *sorted(FOLDER.glob("optional/*.yml"))]
 RULE_TESTS = sorted(FOLDER.glob("tests/*.yml"))
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
 
