@@ -31,7 +31,23 @@ class SavingsError(Exception):
 
 
 class StoreError(SavingsError):
-    """The store cannot be opened or used. The message names the file, the reason and the remedy."""
+    """The store cannot be opened or used. The message names the file, the reason and the remedy.
+
+    Attributes:
+        problem: the message without the remedy, for who only reads the store.
+    """
+
+    def __init__(
+        self,
+        problem: str = "",
+        remedy: str = "",
+        *,
+        path: str | None = None,
+        step: str | None = None,
+        errno: int | None = None,
+    ) -> None:
+        super().__init__(f"{problem}. {remedy}" if remedy else problem, path=path, step=step, errno=errno)
+        self.problem = problem
 
 
 class CorruptStoreError(StoreError):
@@ -44,7 +60,8 @@ class CorruptStoreError(StoreError):
 
     def __init__(
         self,
-        message: str = "",
+        problem: str = "",
+        remedy: str = "",
         *,
         path: str | None = None,
         step: str | None = None,
@@ -52,7 +69,7 @@ class CorruptStoreError(StoreError):
         field: str | None = None,
         lost: int | None = None,
     ) -> None:
-        super().__init__(message, path=path, step=step, errno=errno)
+        super().__init__(problem, remedy, path=path, step=step, errno=errno)
         self.field = field
         self.lost = lost
 

@@ -222,7 +222,9 @@ class SavingsTracker:
                 self._background.keep_saved(self._close_with_process)
             records, tokens = group.pending()
             operations = self._store.operations()
-            return self._store.reader.snapshot(view, operations, pending_records=records, pending_tokens=tokens)
+            return self._store.reader.snapshot(
+                view, operations, self._store.read_at, pending_records=records, pending_tokens=tokens
+            )
 
     def health(self) -> Health:
         """Whether commits and saves work, and if not, why."""

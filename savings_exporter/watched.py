@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from datetime import datetime, timezone
 
 from savings_exporter.errors import StoreError
 from savings_exporter.model.snapshot import Health, Snapshot
@@ -17,6 +18,8 @@ from savings_exporter.storage.recovery import examine, refuse_losses
 from savings_exporter.storage.view import View
 
 logger = logging.getLogger(__name__)
+
+OWNER_HAS_TO_FIX_IT = "The file is only read here: the program that writes it, or who runs that program, has to fix it"
 
 
 class WatchedFile:
@@ -36,23 +39,21 @@ class WatchedFile:
         self._health = Health(healthy=True)
         self._reader = self._reader_now()
         try:
-            self._view = self._examined()
+            self._view, self._read_at = self._examined(), _now()
         except OSError as error:
-            raise StoreError(
-                f"{self._reader.path}: cannot be read: {error.strerror} ({error_symbol(error)})", path=self._reader.path
-            ) from error
+            raise StoreError(self._problem(error), path=self._reader.path) from error
 
     def snapshot(self) -> Snapshot:
         """The totals now, or the last ones that could be read, also while another thread waits for the disk."""
         if self._reading.acquire(blocking=False):
             try:
-                self._view = self._refreshed()
+                self._view, self._read_at = self._refreshed(), _now()
                 self._health = Health(healthy=True)
             except (OSError, StoreError) as error:
-                self._note_unreadable(error)
+                self._note_unreadable(self._problem(error))
             finally:
                 self._reading.release()
-        return self._reader.snapshot(self._view, self._view.document.operations)
+        return self._reader.snapshot(self._view, self._view.document.operations, self._read_at)
 
     def health(self) -> Health:
         """Whether the document could be read when it was last looked at, and if not, why."""
@@ -85,8 +86,19 @@ class WatchedFile:
             logger.warning("%s: %s", path, problem)
         return found.view
 
-    def _note_unreadable(self, error: Exception) -> None:
-        reason = str(error)
+    def _problem(self, error: OSError | StoreError) -> str:
+        """What is wrong. What a store's owner can do is left out: a watched file belongs to another program."""
+        if isinstance(error, StoreError):
+            return error.problem
+        return f"{self._reader.path}: cannot be read: {error.strerror} ({error_symbol(error)})"
+
+    def _note_unreadable(self, problem: str) -> None:
+        read_at = f"{self._read_at:%Y-%m-%d %H:%M:%S} UTC"
+        reason = f"{problem}. The totals read at {read_at} are still shown. {OWNER_HAS_TO_FIX_IT}"
         if reason != self._health.reason:
-            logger.error("%s; the last totals stay", reason)
+            logger.error("%s", reason)
         self._health = Health(healthy=False, reason=reason)
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)

@@ -72,7 +72,7 @@ def _is_anything_lost() -> Row:
         "The age of the document. It grows while nothing is recorded. Records that were committed since are durable in "
         "the journals.",
         "s",
-        Query(f"time() - {of_instances('savings_last_save_success_timestamp_seconds')}"),
+        Query(f"time() - ({of_instances('savings_last_save_success_timestamp_seconds')} > 0)"),
         width=4,
     )
     drill = stat_panel(

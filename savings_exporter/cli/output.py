@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+from savings_exporter.service.views import utc
+
 
 def print_json(content: Any) -> None:
     """Print anything that msgspec encodes, indented."""
@@ -19,7 +21,7 @@ def print_json(content: Any) -> None:
 
 def saved(moment: datetime | None) -> str:
     """When a document was saved, to be put after what it holds; nothing when it never was."""
-    return f", saved {moment:%Y-%m-%d %H:%M:%S} UTC" if moment else ""
+    return f", saved {utc(moment)}" if moment else ""
 
 
 def announcement(what: str, path: str, url: str, more: str) -> str:

@@ -61,6 +61,9 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
             f"of the input, {views.dollars(lifetime.savings_usd)} US dollars"
         )
     )
+    newest = snapshot.last_record_at
+    last = views.moment_and_age(newest, snapshot.read_at) if newest else views.UNKNOWN_FIGURE
+    console.print(Text(f"Last saving: {last}"))
     for kind, rows in views.breakdowns(snapshot):
         if not rows:
             continue
@@ -81,4 +84,5 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
         console.print()
         console.print(shown)
     console.print()
-    console.print(Text(f"{path}{saved(snapshot.saved_at)}", style="dim"), soft_wrap=True)
+    times = f"{saved(snapshot.saved_at)}, read {views.utc(snapshot.read_at)}"
+    console.print(Text(f"{path}{times}", style="dim"), soft_wrap=True)

@@ -148,7 +148,18 @@ def _lifetime(raw: Mapping[str, Any], models: Totals, point: Mapping[str, Any], 
         values["compression_savings_usd"] = checkpoint.compression_savings_usd
     if "compression_savings_list_usd" not in block:
         values["compression_savings_list_usd"] = values["compression_savings_usd"]
+    values["last_activity_at"] = _last_activity(raw, lifetime, point)
     return Totals(**values)
+
+
+def _last_activity(raw: Mapping[str, Any], lifetime: Totals, point: Mapping[str, Any]) -> str | None:
+    """The newest time at which the document says that something happened. Headroom's totals name none themselves."""
+    session, projects = raw.get("display_session"), raw.get("projects")
+    entries = [session, *(projects.values() if isinstance(projects, dict) else ())]
+    stamps = [entry.get("last_activity_at") for entry in entries if isinstance(entry, dict)]
+    moments = [parse_timestamp(stamp) for stamp in stamps if isinstance(stamp, str)]
+    named = [iso_utc(moment) for moment in moments if moment is not None]
+    return max(filter(None, [*named, lifetime.last_activity_at, point.get("timestamp")]), default=None)
 
 
 def _totals(entry: Mapping[str, Any], where: str, problems: list[str]) -> Totals:

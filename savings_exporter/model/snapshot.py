@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from savings_exporter.model.operations import OperationCounts
+from savings_exporter.model.record import parse_timestamp
 from savings_exporter.model.totals import Ledger, Pair, Totals
 
 
@@ -18,7 +19,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         ledger: all totals of the durable records.
         store_id: the store's name: once it is saved, for good and wherever the file is.
-        saved_at: when the document was saved, None when it never was.
+        saved_at: when the document says that it was saved; None when it never was, or does not say so.
+        read_at: when the totals were read, or when they were read last, if that fails now.
         document_bytes, journal_bytes: the sizes of the document and of all journal segments.
         pending_records: how many records are accepted and not yet durable. They are not part of the totals.
         pending_tokens: the ``tokens_saved`` of those records.
@@ -29,6 +31,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     ledger: Ledger
     store_id: str
     saved_at: datetime | None
+    read_at: datetime
     document_bytes: int
     journal_bytes: int = 0
     pending_records: int = 0
@@ -40,6 +43,11 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     def sequence(self) -> int:
         """How many records the totals hold."""
         return self.ledger.records
+
+    @property
+    def last_record_at(self) -> datetime | None:
+        """The newest durable record's own time; None without a record, or when a document names none."""
+        return parse_timestamp(self.ledger.newest or "")
 
     @property
     def lifetime(self) -> Totals:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime, timezone
 from typing import Any
 
 import msgspec
@@ -14,6 +15,8 @@ from savings_exporter.model.totals import AMOUNTS, Totals
 UNKNOWN_FIGURE = "–"
 """Stands for a figure that is not known: that is not zero."""
 
+_CLOCK_DIFFERENCE_SECONDS = 5
+_UNITS = (("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
 _EIGHTHS = "▏▎▍▌▋▊▉█"
 
 
@@ -24,7 +27,9 @@ def as_json(snapshot: Snapshot, health: Health, storage_path: str) -> dict[str, 
         "healthy": health.healthy,
         "reason": printable(health.reason) if health.reason else None,
         "sequence": snapshot.sequence,
-        "saved_at": snapshot.saved_at.isoformat() if snapshot.saved_at else None,
+        "last_record_at": _iso(snapshot.last_record_at),
+        "saved_at": _iso(snapshot.saved_at),
+        "read_at": _iso(snapshot.read_at),
         "pending_records": snapshot.pending_records,
         "pending_tokens": snapshot.pending_tokens,
         "lifetime": _entry(snapshot.lifetime),
@@ -94,6 +99,30 @@ def percent(share: float | None) -> str:
 def count(number: int | None) -> str:
     """A count as people read it; a dash when it is not known."""
     return UNKNOWN_FIGURE if number is None else f"{number:,}"
+
+
+def moment_and_age(moment: datetime, now: datetime) -> str:
+    """A time in UTC, and how long ago that was."""
+    return f"{utc(moment)} ({_age((now - moment).total_seconds())})"
+
+
+def utc(moment: datetime) -> str:
+    """A time as people read it, to the second."""
+    return f"{moment.astimezone(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _age(seconds: float) -> str:
+    if seconds <= -_CLOCK_DIFFERENCE_SECONDS:
+        return "in the future"
+    if seconds < _CLOCK_DIFFERENCE_SECONDS:
+        return "just now"
+    # From two of a unit on: 90 minutes say more than an hour.
+    name, length = next(unit for unit in _UNITS if seconds >= 2 * unit[1])
+    return f"{seconds // length:,.0f} {name} ago"
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return moment.isoformat() if moment else None
 
 
 def dollars(amount: float | None) -> str:

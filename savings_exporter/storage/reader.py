@@ -12,7 +12,6 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
 from typing import NamedTuple
 
@@ -260,18 +259,21 @@ class Reader:
         return sizes + (position.offset if position.segment in numbers else 0)
 
     def snapshot(
-        self, view: View, operations: OperationCounts, *, pending_records: int = 0, pending_tokens: int = 0
+        self,
+        view: View,
+        operations: OperationCounts,
+        read_at: datetime,
+        *,
+        pending_records: int = 0,
+        pending_tokens: int = 0,
     ) -> Snapshot:
         """What a view says, for the users of the package. The one builder of snapshots."""
-        saved_at, identity = view.document.saved_at, view.identity
-        if saved_at is None and identity is not None:
-            with suppress(ValueError, OverflowError):  # a time that no calendar has
-                saved_at = datetime.fromtimestamp(identity.modified_ns / 1e9, timezone.utc)
         return Snapshot(
             ledger=view.ledger,
             store_id=view.document.store or place(self.path),
-            saved_at=saved_at,
-            document_bytes=identity.size if identity else 0,
+            saved_at=view.document.saved_at,
+            read_at=read_at,
+            document_bytes=view.identity.size if view.identity else 0,
             journal_bytes=self.journal_bytes(view),
             pending_records=pending_records,
             pending_tokens=pending_tokens,
@@ -533,7 +535,7 @@ class _Replay:
         try:
             decoded = decode_groups(frames)
         except CorruptStoreError as error:
-            raise CorruptStoreError(f"{path}: {error}; restore it from a backup") from None
+            raise CorruptStoreError(f"{path}: {error}", "Restore it from a backup") from None
         for frame, groups in zip(frames, decoded, strict=True):
             for group in groups:
                 if group.key or group.sums:

@@ -113,7 +113,7 @@ def salvage(reader: Reader, lock: LockContent) -> Findings:
     view = view_of(document, identity, _store_of(reader, document, lock))
     found = _followed(reader, msgspec.structs.replace(view, is_whole=False), exists=True)
     if not document.is_ours and found.view.ledger.records == 0:
-        raise CorruptStoreError(_nothing_left(reader.path, "nothing of it is whole"), path=reader.path)
+        raise _nothing_left(reader.path, "nothing of it is whole")
     return found._replace(damage="cannot be used")
 
 
@@ -124,13 +124,13 @@ def refuse_losses(path: str, found: Findings) -> None:
         CorruptStoreError: the message says which, and what to do.
     """
     if found.conflict is not None:
-        raise CorruptStoreError(f"{path}: {described_conflict(path, found.conflict)}", path=path)
+        raise CorruptStoreError(f"{path}: {described_conflict(found.conflict)}", remedy_of_conflict(path), path=path)
     if found.incomplete:
         what = f"{found.damage}; " if found.damage else ""
         losses = "; ".join(map(described_losses, found.incomplete))
         raise CorruptStoreError(
-            f"{path}: {what}{losses}. What is left holds {described(found.view)}. To continue from that: "
-            f"savings-exporter verify --repair --store {path}",
+            f"{path}: {what}{losses}. What is left holds {described(found.view)}",
+            f"To continue from that: savings-exporter verify --repair --store {path}",
             path=path,
         )
 
@@ -140,14 +140,20 @@ def described(view: View) -> str:
     return described_totals(view.ledger.lifetime)
 
 
-def described_conflict(path: str, conflict: Conflict) -> str:
-    """What each of two documents holds, and both ways to continue."""
+def described_conflict(conflict: Conflict) -> str:
+    """What each of two documents holds."""
     theirs, base, ours = conflict
     return (
         "another program rewrote the document, and this store holds records that it may lack. The "
         f"document at the path holds {described_totals(theirs)}; this store holds {described_totals(ours)}. "
-        f"{described_overlap(conflict)}, and this store holds at most {described_difference(ours, base)} that it "
-        "lacks. Stop every process that uses the store first. To continue with this store's totals: savings-exporter "
+        f"{described_overlap(conflict)}, and this store holds at most {described_difference(ours, base)} that it lacks"
+    )
+
+
+def remedy_of_conflict(path: str) -> str:
+    """Both ways to continue when another program rewrote the document."""
+    return (
+        "Stop every process that uses the store first. To continue with this store's totals: savings-exporter "
         f"verify --repair --store {path} "
         f"(the other document is kept beside it). To continue with the other program's document: move {path}.previous, "
         f"{path}.lock and all files {path}.journal.* and {path}.writer.* away"
@@ -171,8 +177,9 @@ def _document_at(reader: Reader) -> tuple[Document | None, Identity | None, str]
         document, identity = reader.read_document()
     except NewerSchemaError as error:
         raise NewerSchemaError(
-            f"{reader.path}: {error}; use the newer program, or another --store. If no newer program wrote it, it is "
-            f"damaged: move it away, then savings-exporter verify --repair --store {reader.path}",
+            f"{reader.path}: {error}",
+            "Use the newer program, or another --store. If no newer program wrote it, it is damaged: move it away, "
+            f"then savings-exporter verify --repair --store {reader.path}",
             path=reader.path,
         ) from None
     except CorruptStoreError as error:
@@ -197,10 +204,10 @@ def _refuse_other_store(reader: Reader, document: Document, lock: LockContent) -
         held = described_totals(previous.ledger.lifetime) if previous is not None else ""
         beside = f" (their previous document holds {held})" if held else ""
         raise CorruptStoreError(
-            f"{reader.path}: is of another store than the files beside it{beside}. To continue with it, move "
-            f"{reader.path}.previous, {reader.path}.lock and all files {reader.path}.journal.* and "
-            f"{reader.path}.writer.* away. To continue with those files: savings-exporter verify --repair --store "
-            f"{reader.path}",
+            f"{reader.path}: is of another store than the files beside it{beside}",
+            f"To continue with it, move {reader.path}.previous, {reader.path}.lock and all files "
+            f"{reader.path}.journal.* and {reader.path}.writer.* away. To continue with those files: "
+            f"savings-exporter verify --repair --store {reader.path}",
             path=reader.path,
         )
 
@@ -216,11 +223,12 @@ def _without_document(reader: Reader, lock: LockContent, identity: Identity | No
         if segments:
             raise CorruptStoreError(
                 f"{reader.path}: {damage}, and there is no whole previous document, so only what the journals hold is "
-                f"left. Restore it from a backup, or continue with what is left: savings-exporter verify --repair "
+                "left",
+                f"Restore it from a backup, or continue with what is left: savings-exporter verify --repair "
                 f"--store {reader.path}",
                 path=reader.path,
             )
-        raise CorruptStoreError(_nothing_left(reader.path, damage), path=reader.path)
+        raise _nothing_left(reader.path, damage)
     _refuse_open_journal_of_earlier_version(reader, previous, lock)
     if not previous.is_ours:
         previous = bounded(previous, reader.limits)
@@ -305,7 +313,8 @@ def _refuse_open_journal_of_earlier_version(reader: Reader, document: Document, 
 def _not_closed(path: str) -> StoreError:
     return StoreError(
         f"{path}: was written by an earlier version of savings-exporter that did not close it: its journal holds "
-        "records that the document does not. If that version still runs, stop it; otherwise start and stop it once, "
+        "records that the document does not",
+        "If that version still runs, stop it; otherwise start and stop it once, "
         f"with its own command (serve --store {path}). Then use this version",
         path=path,
     )
@@ -325,10 +334,11 @@ def _has_previous(reader: Reader) -> bool:
     return reader.fs.identity(previous_path(reader.path)) is not None
 
 
-def _nothing_left(path: str, damage: str) -> str:
-    return (
-        f"{path}: {damage}; there is no whole previous document, so its totals are lost. Restore it from a backup, or "
-        f"move all files {path}* away to start from zero"
+def _nothing_left(path: str, damage: str) -> CorruptStoreError:
+    return CorruptStoreError(
+        f"{path}: {damage}; there is no whole previous document, so its totals are lost",
+        f"Restore it from a backup, or move all files {path}* away to start from zero",
+        path=path,
     )
 
 

@@ -27,6 +27,7 @@ from savings_exporter.storage.recovery import (
     described_overlap,
     described_totals,
     examine,
+    remedy_of_conflict,
     salvage,
 )
 from savings_exporter.storage.view import composed
@@ -118,7 +119,7 @@ def _problems(reader: Reader, found: Findings) -> list[str]:
     remedy = f"To continue with what is left: savings-exporter verify --repair --store {path}"
     problems = [f"{path}: {problem}" for problem in found.view.document.problems]
     if found.conflict is not None:
-        problems.append(f"{path}: {described_conflict(path, found.conflict)}")
+        problems.append(f"{path}: {described_conflict(found.conflict)}. {remedy_of_conflict(path)}")
     elif found.damage:
         whole = "" if found.is_lossy() else "; nothing is lost: it is written anew when the store is next opened"
         problems.append(f"{path}: {found.damage}{whole}")

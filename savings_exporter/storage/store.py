@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 from savings_exporter.errors import StoreError
@@ -62,6 +62,7 @@ class Store:
     ) -> None:
         self.reader = reader
         self.view = view
+        self.read_at = datetime.now(timezone.utc)
         self.journal: Journal | None = None
         self._lock = lock
         self._observer = observer
@@ -109,6 +110,7 @@ class Store:
         with self._reading:
             try:
                 self._publish(self.reader.refresh(self.view))
+                self.read_at = datetime.now(timezone.utc)
             except (OSError, StoreError) as error:
                 # The next save meets the same and reports it.
                 logger.debug("%s: could not be read: %s", self.path, error)

@@ -11,7 +11,6 @@ import platform
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
@@ -175,13 +174,13 @@ def totals_families(snapshot: Snapshot, health: Health) -> Iterator[Metric]:
         ("store_healthy", "Whether savings can be kept, or the watched file read: 0 if not.", health.healthy),
         (
             "last_save_success_timestamp_seconds",
-            "When the document was last saved, 0 if never.",
+            "When the document was last saved, 0 if never or not known.",
             snapshot.saved_at.timestamp() if snapshot.saved_at else 0,
         ),
         (
             "last_record_timestamp_seconds",
             "The newest durable record's own time, over all writers, 0 without a record.",
-            _unix_time(snapshot.lifetime.last_activity_at),
+            snapshot.last_record_at.timestamp() if snapshot.last_record_at else 0,
         ),
         ("document_size_bytes", "The document's size.", snapshot.document_bytes),
         ("journal_size_bytes", "How much of the journals' segments is written.", snapshot.journal_bytes),
@@ -317,12 +316,3 @@ def _filled(family: CounterMetricFamily, labelled: Iterable[tuple[Labels, Totals
     for labels, totals in labelled:
         family.add_metric(labels, getattr(totals, field) if totals is not None else 0)
     return family
-
-
-def _unix_time(iso: str | None) -> float:
-    """Seconds since 1970; 0 for a time that cannot be read, as a document of another program may hold one."""
-    try:
-        moment = datetime.fromisoformat((iso or "").replace("Z", "+00:00"))
-        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
-    except (ValueError, OverflowError):
-        return 0.0

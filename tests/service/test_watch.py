@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from savings_exporter import SavingsRecord, SavingsTracker, StoreError
 from savings_exporter.watched import WatchedFile
 from tests.support.paths import DATA
 from tests.support.scrape import parsed
-from tests.support.service import running
+from tests.support.service import run_cli, running
 
 OLDER = DATA / "headroom" / "v5" / "proxy_savings.json"
 NEWER = DATA / "headroom" / "v6-latest" / "proxy_savings.json"
@@ -73,6 +75,45 @@ def test_unreadable_file(watched: Path) -> None:
         replace(watched, OLDER.read_bytes())
         assert parsed(service.get("/metrics")[1])["savings_store_healthy"] == 1
         assert service.get("/-/healthy")[0] == 200
+
+
+def test_whose_time_it_is(watched: Path) -> None:
+    """A copy of a file is no news: shown is what the document says, and when it was read."""
+    activity = "2026-06-09T02:22:33+00:00"
+    os.utime(watched)
+    started = datetime.now(timezone.utc)
+    with running("watch", str(watched)) as service:
+        shown = json.loads(service.get("/v1/savings")[1])
+        assert (shown["last_record_at"], shown["saved_at"]) == (activity, None)
+        assert started < datetime.fromisoformat(shown["read_at"]) <= datetime.now(timezone.utc)
+        scraped = parsed(service.get("/metrics")[1])
+        assert scraped["savings_last_record_timestamp_seconds"] == datetime.fromisoformat(activity).timestamp()
+        assert scraped["savings_last_save_success_timestamp_seconds"] == 0
+        page = service.get("/")[1]
+        assert re.search(r"Last saving: 2026-06-09 02:22:33 UTC \([0-9,]+ days ago\)", page)
+        assert re.search(r"read 2[0-9-]+ [0-9:]+ UTC", page)
+        assert "saved 2" not in page
+        # While it is damaged, the time of the last good reading stays.
+        watched.write_text("{")
+        times = {json.loads(service.get("/v1/savings")[1])["read_at"] for _ in range(2)}
+        assert len(times) == 1
+
+
+@pytest.mark.parametrize(
+    "content", ["{", '{"schema_version": 7}', '{"schema_version": 6, "lifetime": {"requests": "x"}}']
+)
+def test_advice_is_for_a_reader(watched: Path, content: str) -> None:
+    """The file is another program's: nobody is told to move it away or to repair it."""
+    with running("watch", str(watched)) as service:
+        watched.write_text(content)
+        detail = json.loads(service.get("/-/healthy")[1])["detail"]
+        assert re.search(r"\. The totals read at 2[0-9-]+ [0-9:]+ UTC are still shown\. ", detail)
+    started = run_cli("watch", str(watched)).stderr
+    for said in (detail, started):
+        assert str(watched) in said
+        assert said.count("the program that writes it, or who runs that program, has to fix it") == 1
+        assert not re.search("move|--repair|--store|backup", said)
+    assert started.count("\n") == 1
 
 
 def directory(path: Path) -> None:

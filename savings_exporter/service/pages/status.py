@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from html import escape
 
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Totals
-from savings_exporter.service.views import bar, count, dollars, percent, ranked
+from savings_exporter.service.views import UNKNOWN_FIGURE, bar, count, dollars, moment_and_age, percent, ranked, utc
 
 # The page runs nothing and loads nothing, whatever name a client has made up.
 HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
@@ -39,11 +40,11 @@ tr + tr {{ border-top: 1px solid #8884; }}
 {trouble}
 <p class="total">{tokens}</p>
 <p>tokens saved by compression in {requests} requests, {tools} more by deferred tool schemas:
-{percent} of the input. {dollars} US dollars saved. {pending}</p>
+{percent} of the input. {dollars} US dollars saved. Last saving: {last_record}. {pending}</p>
 {models}
 {projects}
 {agents}
-<p><small>{path} &middot; saved {saved_at} &middot; <a href="{metrics}">metrics</a> &middot;
+<p><small>{path} &middot; {saved}read {read_at} &middot; <a href="{metrics}">metrics</a> &middot;
 <a href="{savings}">JSON</a></small></p>
 </body>
 </html>
@@ -52,7 +53,7 @@ tr + tr {{ border-top: 1px solid #8884; }}
 
 def render(snapshot: Snapshot, health: Health, storage_path: str, metrics_path: str, savings_path: str) -> str:
     """The page for a snapshot."""
-    lifetime = snapshot.lifetime
+    lifetime, newest = snapshot.lifetime, snapshot.last_record_at
     return _PAGE.format(
         tokens=f"{lifetime.tokens_saved:,}",
         requests=f"{lifetime.requests:,}",
@@ -65,7 +66,9 @@ def render(snapshot: Snapshot, health: Health, storage_path: str, metrics_path: 
         projects=_table("By project", snapshot.projects),
         agents=_table("By agent", snapshot.agents),
         path=escape(storage_path),
-        saved_at=f"{snapshot.saved_at:%Y-%m-%d %H:%M:%S} UTC" if snapshot.saved_at else "never",
+        last_record=moment_and_age(newest, datetime.now(timezone.utc)) if newest else UNKNOWN_FIGURE,
+        saved=f"saved {utc(snapshot.saved_at)} &middot; " if snapshot.saved_at else "",
+        read_at=utc(snapshot.read_at),
         metrics=escape(metrics_path),
         savings=escape(savings_path),
     )

@@ -225,6 +225,19 @@ def test_last_activity_that_is_no_time() -> None:
     assert not decode(document_of(lifetime={"requests": 1, "last_activity_at": None})).problems
 
 
+def test_last_activity() -> None:
+    """Headroom's totals name no time: the newest one that the document names anywhere counts."""
+    history = [{"timestamp": "2026-03-01T12:00:00Z"}]
+    assert decode(document_of(history=history)).ledger.newest == "2026-03-01T12:00:00Z"
+    projects = {"p": {"last_activity_at": "2026-03-01T13:00:00+00:00"}, "q": {"last_activity_at": "never"}}
+    assert decode(document_of(history=history, projects=projects)).ledger.newest == "2026-03-01T13:00:00Z"
+    session = {"last_activity_at": "2026-03-01T15:00:00+01:00"}
+    document = document_of(history=history, projects=projects, display_session=session)
+    assert decode(document).ledger.newest == "2026-03-01T14:00:00Z"
+    for strange in ("never", 5, None):
+        assert decode(document_of(display_session={"last_activity_at": strange})).ledger.newest is None
+
+
 def test_numbers_as_text() -> None:
     lifetime = {"tokens_saved": "12", "compression_savings_usd": "-1.5", "total_input_tokens": 7.9, "requests": True}
     history = [{"timestamp": "2026-03-01T12:00:00Z", "total_tokens_saved": "12"}]
@@ -238,6 +251,7 @@ def test_numbers_as_text() -> None:
         priced_requests=1,
         compression_savings_usd=-1.5,
         compression_savings_list_usd=-1.5,
+        last_activity_at="2026-03-01T12:00:00Z",
     )
 
 
@@ -266,6 +280,7 @@ def test_lifetime_behind_history(lifetime: Any) -> None:
         tool_tokens_saved=9,
         compared_tokens_saved=59,
         priced_requests=1,
+        last_activity_at=POINT["timestamp"],
     )
 
 

@@ -38,7 +38,13 @@ class Tracker:
         operations = self.counters.counts()
         for other in self._others:
             operations = operations.plus(other.counts())
-        fields = {"store_id": "00112233445566aa", "saved_at": None, "document_bytes": 7, "operations": operations}
+        fields = {
+            "store_id": "00112233445566aa",
+            "saved_at": None,
+            "read_at": SAVED_AT,
+            "document_bytes": 7,
+            "operations": operations,
+        }
         return Snapshot(ledger=self._ledger, **{**fields, **self.fields})
 
     def health(self) -> Health:
