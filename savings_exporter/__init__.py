@@ -3,7 +3,14 @@
 ``SavingsTracker`` is the API for a program; ``SavingsCollector`` shows a tracker to Prometheus.
 """
 
-from savings_exporter.errors import CorruptStoreError, KeyConflictError, NewerSchemaError, SavingsError, StoreError
+from savings_exporter.errors import (
+    CorruptStoreError,
+    KeyConflictError,
+    NewerSchemaError,
+    OtherFileError,
+    SavingsError,
+    StoreError,
+)
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Totals
@@ -16,6 +23,7 @@ __all__ = [
     "Health",
     "KeyConflictError",
     "NewerSchemaError",
+    "OtherFileError",
     "Receipt",
     "SavingsCollector",
     "SavingsError",

@@ -5,6 +5,7 @@
     SavingsError
     ├── StoreError                  the store cannot be opened or used
     │   ├── CorruptStoreError       a file is damaged; opening the store would lose acknowledged records
+    │   │   └── OtherFileError      the file is no savings document
     │   └── NewerSchemaError        a newer program wrote the document
     └── KeyConflictError            an idempotency key was used again with other content (also a ValueError)
 """
@@ -72,6 +73,10 @@ class CorruptStoreError(StoreError):
         super().__init__(problem, remedy, path=path, step=step, errno=errno)
         self.field = field
         self.lost = lost
+
+
+class OtherFileError(CorruptStoreError):
+    """The file at the path is whole and is no savings document; it is left as it is."""
 
 
 class NewerSchemaError(StoreError):

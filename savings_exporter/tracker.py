@@ -373,8 +373,21 @@ if hasattr(os, "register_at_fork"):
 
 
 def default_path() -> str:
-    """The default store, in the user's state directory. Makes nothing."""
-    return str(platformdirs.user_state_path("savings-exporter", appauthor=False) / DOCUMENT_NAME)
+    """The default store, in the user's state directory. Makes nothing.
+
+    Raises:
+        StoreError: the user has no home directory.
+    """
+    try:
+        path = os.fspath(platformdirs.user_state_path("savings-exporter", appauthor=False) / DOCUMENT_NAME)
+    except (KeyError, RuntimeError):
+        path = ""
+    # Without a home directory "~" is left as it is.
+    if not os.path.isabs(path):
+        raise StoreError(
+            "this user has no home directory, so there is no default store", "Name a store with --store PATH"
+        )
+    return path
 
 
 def _made_default_path(fs: FileSystem) -> str:

@@ -19,20 +19,21 @@ from savings_exporter.service import settings
 
 
 def doctor(
-    path: Annotated[
+    store: Annotated[
         str | None,
-        typer.Argument(
+        typer.Option(
+            "--store",
             metavar="PATH",
             envvar="SAVINGS_EXPORTER_STORE",
             callback=expanded,
-            help="A directory, or a document in one. Default: the default store's directory.",
+            help="A store's document, or a directory. Default: the default store.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure what a saving costs on a disk, for some seconds; say what is wrong with that disk for a store."""
     settings.be_quiet()
-    directory = directory_of(path)
+    directory = directory_of(store)
     # An exception in the main thread, so that temporary files are removed on the way out.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     with Console(stderr=True).status(f"measuring {escape(directory)}"):

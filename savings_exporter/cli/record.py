@@ -8,6 +8,7 @@ import typer
 
 from savings_exporter.cli.errors import CommandError, WrongUsageError
 from savings_exporter.cli.options import Store, SyncMethodOption
+from savings_exporter.errors import KeyConflictError
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.service import settings
 from savings_exporter.tracker import SavingsTracker
@@ -29,12 +30,15 @@ def record(
     timestamp: Annotated[str | None, typer.Option(help="When, ISO 8601. Default: now.")] = None,
     savings_usd: Annotated[float | None, typer.Option(help="US dollars saved; may be negative.")] = None,
     input_cost_usd: Annotated[float | None, typer.Option(help="US dollars paid for input.")] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="A name for this saving: recorded again under the same name, it counts once.")
+    ] = None,
     store: Store = None,
     sync_method: SyncMethodOption = "auto",
 ) -> None:
     """Record one saving in a store, also while a service keeps it."""
     arguments: dict[str, Any] = {**locals()}
-    del arguments["store"], arguments["sync_method"]
+    del arguments["store"], arguments["sync_method"], arguments["idempotency_key"]
     settings.be_quiet()
     try:
         saving = SavingsRecord(**arguments)
@@ -43,12 +47,20 @@ def record(
     provider_of_spans = settings.tracer_provider()
     try:
         with SavingsTracker(store, tracer_provider=provider_of_spans, sync_method=sync_method) as tracker:
-            receipt = tracker.record_many([saving])
+            try:
+                receipt = tracker.record_many([saving], idempotency_key=idempotency_key)
+            except ValueError as error:
+                kind = CommandError if isinstance(error, KeyConflictError) else WrongUsageError
+                raise kind(str(error).replace("idempotency_key", "--idempotency-key", 1)) from None
             reason = tracker.health().reason
         # Checked after closing, which tries once more: a caller that is told of a failure records the saving again.
         if not receipt.durable:
             raise CommandError(reason or f"{tracker.storage_path}: could not be saved")
-        print(f"record {receipt.sequence}: {tracker.snapshot().lifetime.tokens_saved} tokens saved so far", flush=True)
+        again = " (counted before)" if receipt.duplicate else ""
+        print(
+            f"record {receipt.sequence}{again}: {tracker.snapshot().lifetime.tokens_saved} tokens saved so far",
+            flush=True,
+        )
     finally:
         if provider_of_spans is not None:
             settings.flush_spans(provider_of_spans)

@@ -38,7 +38,8 @@ def verify(
     found = inspect(path)
     if found.ledger is not None:
         lifetime = found.ledger.lifetime
-        print(f"{path}: {lifetime.tokens_saved} tokens saved in {lifetime.requests} records{saved(found.saved_at)}")
+        held = f"{lifetime.tokens_saved} tokens saved in {lifetime.requests} records"
+        print(f"{path}: {held if found.ledger.records else 'the store is empty'}{saved(found.saved_at)}")
     for note in found.notes:
         print(note)
     if found.problems:

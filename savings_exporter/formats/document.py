@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from savings_exporter.errors import CorruptStoreError, NewerSchemaError
+from savings_exporter.errors import CorruptStoreError, NewerSchemaError, OtherFileError
 from savings_exporter.formats import headroom
 from savings_exporter.formats.headroom import (
     BLOCK,
@@ -44,6 +44,11 @@ _NO_CHECKSUM = b"sha256:" + b"0" * 64
 _ID = re.compile("[0-9a-f]{16}")
 # The checksum stands before every name, so the first match is the checksum itself.
 _CHECKSUM = re.compile(rb'"checksum": ?"(sha256:[0-9a-f]{64})"')
+
+# Without any of these a JSON object is somebody's file about something else. One whose schema_version is damaged is
+# told from that by the members that every savings document has.
+_MEMBERS_OF_ANY_SCHEMA = {BLOCK, "lifetime", "history"}
+_MEMBERS_OF_KNOWN_SCHEMA = KNOWN_MEMBERS - {"schema_version"} | {"display_session"}
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 # Totals hold no name and no number that is not finite, so this is ASCII with nothing lost.
@@ -113,15 +118,20 @@ def decode(data: bytes, max_keys: int = MAX_KEYS) -> Document:
         max_keys: how many idempotency keys the document's table keeps.
 
     Raises:
-        CorruptStoreError: it is not a savings document, or not the one that was written.
+        CorruptStoreError: it is not the document that was written; OtherFileError: it is something else than a savings
+            document.
         NewerSchemaError: a newer program wrote it.
     """
     members = _document_members(data)
     schema = _value(members.get("schema_version", b"null"))
-    if not isinstance(schema, int) or isinstance(schema, bool) or schema < OLDEST_SCHEMA_VERSION:
-        raise CorruptStoreError(f"not a savings document: schema_version is {shown(schema)}", field="schema_version")
-    if schema > SCHEMA_VERSION:
+    is_number = isinstance(schema, int) and not isinstance(schema, bool)
+    if is_number and schema > SCHEMA_VERSION:
         raise NewerSchemaError(f"schema_version is {schema}, and this program knows up to {SCHEMA_VERSION}")
+    is_known = is_number and schema >= OLDEST_SCHEMA_VERSION
+    if members.keys().isdisjoint(_MEMBERS_OF_KNOWN_SCHEMA if is_known else _MEMBERS_OF_ANY_SCHEMA):
+        raise OtherFileError("is not a savings document: it holds no savings")
+    if not is_known:
+        raise CorruptStoreError(f"not a savings document: schema_version is {shown(schema)}", field="schema_version")
     if BLOCK in members:
         return _decode_ours(data, members, max_keys)
     raw = {key: _value(value) for key, value in members.items()}
@@ -159,7 +169,7 @@ def _document_members(data: bytes) -> Mapping[str, bytes]:
     except (ValueError, RecursionError) as error:
         raise CorruptStoreError(f"not JSON: {error}" if data.strip() else "the file is empty") from None
     except TypeError:
-        raise CorruptStoreError("not a savings document: it is not a JSON object") from None
+        raise OtherFileError("is not a savings document: it is JSON, but not an object") from None
     return members
 
 

@@ -102,7 +102,7 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 _set_field(self, name, _token_count(name, getattr(self, name)))
         if not are_clean(self.model, self.provider, self.agent):
             if self.model is None:
-                raise TypeError("model must be a string, not NoneType")
+                raise TypeError("model must be a string, not None")
             for name, value in (("model", self.model), ("provider", self.provider), ("agent", self.agent)):
                 _set_field(self, name, clean_name(name, value) or UNKNOWN)
         project = self.project

@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -30,6 +31,7 @@ from savings_exporter.tracking.receipt import Receipt
 from savings_exporter.watched import WatchedFile
 
 _USUAL_LIMITS = IntakeLimits()
+_LEAST_COMPRESSED_BYTES = 1024
 
 
 class Service:
@@ -63,7 +65,10 @@ class Service:
                 Route(READY_PATH, self._ready),
                 Route("/", self._status_page),
             ],
-            middleware=[Middleware(BearerToken, token=token)] if token else [],
+            middleware=[
+                Middleware(GZipMiddleware, minimum_size=_LEAST_COMPRESSED_BYTES),
+                *([Middleware(BearerToken, token=token)] if token else []),
+            ],
             exception_handlers=problems.HANDLERS,
         )
 
@@ -135,4 +140,5 @@ async def _recorded(tracker: SavingsTracker, posted: Posted) -> Receipt:
 
 
 def _json_response(content: Any, status: HTTPStatus = HTTPStatus.OK) -> Response:
-    return Response(msgspec.json.encode(content), status, media_type="application/json")
+    # The newline is for people: without it, a shell's prompt follows the answer in the same line.
+    return Response(msgspec.json.encode(content) + b"\n", status, media_type="application/json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -16,6 +15,7 @@ from starlette.requests import Request
 from savings_exporter.model.keys import checked_key
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.service.problems import RefusedError
+from savings_exporter.service.wording import WrongValue
 
 # The rest of a body that is too large is read and dropped, because a client that is cut off while it sends does not
 # get to see why. Beyond this it is cut off all the same.
@@ -112,14 +112,19 @@ class Intake:
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json":
             raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the Content-Type must be application/json")
+        kind: type[SavingsRecord | _Batch] = SavingsRecord
         try:
-            if not _is_batch(body):
-                return [msgspec.json.decode(body, type=SavingsRecord)]
-            records = msgspec.json.decode(body, type=_Batch).records
+            if _is_batch(body):
+                kind = _Batch
+            decoded = msgspec.json.decode(body, type=kind)
         except msgspec.ValidationError as error:
-            raise RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, str(error), field=_field(str(error))) from None
+            wrong = WrongValue(error, kind)
+            raise RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, wrong.text, field=wrong.field or "$") from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RefusedError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from None
+        if isinstance(decoded, SavingsRecord):
+            return [decoded]
+        records = decoded.records
         if not 1 <= len(records) <= self._limits.records:
             detail = f"records must hold 1 to {self._limits.records} records, and holds {len(records)}"
             raise RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, detail, field="records")
@@ -150,14 +155,3 @@ def _is_batch(body: bytearray) -> bool:
         # A number beyond the range of a float: valid JSON, and the typed decoder names the field in its error.
         parsed = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     return isinstance(parsed, dict) and "records" in parsed
-
-
-def _field(message: str) -> str:
-    """The field that a validation error is about, such as ``records[3].model``; the body itself is ``$``."""
-    # The message may hold a key that a client made up, so it is taken apart without searching back and forth.
-    what, found, path = message.rpartition(" - at `$")
-    if not found:
-        what, path = message, ""
-    named = re.match(r"(?:Object (?:missing required|contains unknown) field `([^`]*)`|(\w+) must )", what)
-    parts = [path.removesuffix("`").removeprefix("."), (named[1] or named[2]) if named else ""]
-    return ".".join(part for part in parts if part) or "$"

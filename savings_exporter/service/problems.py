@@ -45,7 +45,7 @@ def problem(status: HTTPStatus, detail: str, field: str | None = None) -> Respon
     body = {"title": status.phrase, "status": int(status), "detail": printable(_cut(detail))}
     if field is not None:
         body["field"] = _cut(field)
-    return Response(msgspec.json.encode(body), status, media_type="application/problem+json")
+    return Response(msgspec.json.encode(body) + b"\n", status, media_type="application/problem+json")
 
 
 def _cut(text: str) -> str:

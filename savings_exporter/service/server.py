@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import http.client
+import json
 import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from types import FrameType
 
 import uvicorn
 
 from savings_exporter.service.app import Service
+from savings_exporter.service.paths import SAVINGS_PATH
 from savings_exporter.service.settings import SettingsError, Tls
 
 _GRACE_SECONDS = 10
 _BACKLOG = 2048
+_LAST_PORT = 65535
+_ANSWER_SECONDS = 2
+_MOST_BYTES = 64 * 1024 * 1024
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -38,10 +46,26 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
+        taken = f": port {port} is taken by {_who_answers(host, port)}" if error.errno == errno.EADDRINUSE else ""
+        another = f"{f'[{host}]' if ':' in host else host}:{port + 1 if port < _LAST_PORT else port - 1}"
         raise SettingsError(
-            f"cannot listen on {shown}: {error.strerror}; choose another with --web.listen-address HOST:PORT"
+            f"cannot listen on {shown}: {error.strerror}{taken}. Choose another port, for example with "
+            f"--web.listen-address {another}"
         ) from None
     return listener
+
+
+def _who_answers(host: str, port: int) -> str:
+    """What listens on a port that is taken. Another of our services says which store it shows."""
+    connection = http.client.HTTPConnection(host or "localhost", port, timeout=_ANSWER_SECONDS)
+    other = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
+    with contextlib.suppress(*other), contextlib.closing(connection):
+        connection.request("GET", SAVINGS_PATH)
+        answer = connection.getresponse()
+        if answer.status == HTTPStatus.UNAUTHORIZED and answer.headers["WWW-Authenticate"]:
+            return "a service that asks for a token"
+        return f"the savings-exporter that shows {json.loads(answer.read(_MOST_BYTES))['storage_path']}"
+    return f"another program (ss -ltnp 'sport = :{port}' shows which)"
 
 
 def url_of(listener: socket.socket, *, tls: bool) -> str:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import yaml
 
+from savings_exporter.service.wording import WrongValue
+
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -72,8 +74,10 @@ def web_config(path: str | None) -> WebConfig:
             config = msgspec.convert(yaml.safe_load(file) or {}, WebConfig)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: cannot be read: {_why(error)}") from None
-    except (yaml.YAMLError, msgspec.ValidationError) as error:
-        raise SettingsError(f"{path}: {' '.join(str(error).split())}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{path}: {WrongValue(error, WebConfig).text}") from None
     config = _beside(config, os.path.dirname(os.path.abspath(path)))
     if config.tls_server_config is not None:
         _check_certificate(path, config.tls_server_config)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import NamedTuple
 
 import msgspec
 
-from savings_exporter.errors import CorruptStoreError, NewerSchemaError, StoreError
+from savings_exporter.errors import CorruptStoreError, NewerSchemaError, OtherFileError, StoreError
 from savings_exporter.formats.document import Document
 from savings_exporter.model.figures import Totals
 from savings_exporter.storage.filesystem import Identity
-from savings_exporter.storage.lock import LockContent, new_store
+from savings_exporter.storage.lock import LockContent, lock_path, new_store
 from savings_exporter.storage.reader import Reader, bounded, described_losses, previous_document, previous_path
 from savings_exporter.storage.view import Reading, View, counted, view_of
 
@@ -160,6 +161,18 @@ def remedy_of_conflict(path: str) -> str:
     )
 
 
+def refuse_other_file(reader: Reader) -> None:
+    """Raise when a file that is no savings document is where a new store would be, before anything is written.
+
+    Raises:
+        OSError: it cannot be read.
+        OtherFileError: it is no savings document.
+    """
+    if reader.fs.identity(lock_path(reader.path)) is None:
+        with suppress(NewerSchemaError):
+            _document_at(reader)
+
+
 def _previous_if_readable(reader: Reader) -> Document | None:
     """The previous document, where it is not needed: the document at the path is whole."""
     try:
@@ -182,6 +195,11 @@ def _document_at(reader: Reader) -> tuple[Document | None, Identity | None, str]
             f"then savings-exporter verify --repair --store {reader.path}",
             path=reader.path,
         ) from None
+    except OtherFileError as error:
+        if not _has_previous(reader) and not reader.listing().segments:
+            remedy = "It is left as it is; choose another path for the store"
+            raise OtherFileError(f"{reader.path}: {error}", remedy, path=reader.path) from None
+        return None, identity, str(error)
     except CorruptStoreError as error:
         return None, identity, f"is damaged: {error}"
     return document, identity, ""
@@ -218,7 +236,9 @@ def _without_document(reader: Reader, lock: LockContent, identity: Identity | No
     segments = reader.listing().segments
     if previous is None and identity is None and not lock.is_saved and not _has_previous(reader):
         # A new store, or one whose process died before the first save.
-        return _followed(reader, view_of(Document(), None, _store_of(reader, Document(), lock)), exists=bool(segments))
+        return _followed(
+            reader, view_of(Document(), None, _store_of(reader, Document(), lock)), exists=bool(segments or lock.store)
+        )
     if previous is None:
         if segments:
             raise CorruptStoreError(

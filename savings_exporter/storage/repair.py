@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from savings_exporter.errors import CorruptStoreError, StoreError
+from savings_exporter.errors import CorruptStoreError, OtherFileError, StoreError
 from savings_exporter.formats.document import decode, encode
 from savings_exporter.model.totals import Ledger, Limits
 from savings_exporter.storage.atomic_file import AtomicFile, Directory
@@ -27,6 +27,7 @@ from savings_exporter.storage.recovery import (
     described_overlap,
     described_totals,
     examine,
+    refuse_other_file,
     remedy_of_conflict,
     salvage,
 )
@@ -92,12 +93,15 @@ def repair(path: str, observer: Observer, fs: FileSystem = LOCAL) -> Repaired:
     if not is_begun(path, fs):
         raise StoreError(f"{path}: there is nothing to repair: there is no store yet", path=path)
     reader = Reader(fs, path, Limits())
+    refuse_other_file(reader)
     lock = StoreLock(fs, path)
     try:
         if not lock.take_if_free():
             raise StoreError(f"{path}: another process is saving it; stop that process first", path=path)
         try:
             found = examine(reader, lock.content())
+        except OtherFileError:
+            raise
         except CorruptStoreError:
             found = salvage(reader, lock.content())
         if any(reader.is_alive(writer) for writer in reader.listing().writers):

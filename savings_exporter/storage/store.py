@@ -24,7 +24,14 @@ from savings_exporter.storage.lock import CLOSING_PATIENCE_SECONDS, PATIENCE_SEC
 from savings_exporter.storage.observers import Observer
 from savings_exporter.storage.operation import COMMIT, PREPARE, ROTATE, SAVE, Operation, error_symbol
 from savings_exporter.storage.reader import Reader
-from savings_exporter.storage.recovery import BusyStoreError, Findings, earlier_segments, examine, refuse_losses
+from savings_exporter.storage.recovery import (
+    BusyStoreError,
+    Findings,
+    earlier_segments,
+    examine,
+    refuse_losses,
+    refuse_other_file,
+)
 from savings_exporter.storage.segment import NO_DIRECT_IO, SyncMethod
 from savings_exporter.storage.view import View
 from savings_exporter.storage.writers import Writer
@@ -91,9 +98,13 @@ class Store:
                 wrote it.
         """
         path = fs.resolved(path)
+        reader = Reader(fs, path, limits)
+        with suppress(OSError):
+            # What cannot be read is reported below.
+            refuse_other_file(reader)
         lock = _opened_lock(path, fs)
         try:
-            return _recovered(Reader(fs, path, limits), lock, observer, counts, method)
+            return _recovered(reader, lock, observer, counts, method)
         except BaseException as error:
             lock.close()
             if isinstance(error, OSError):

@@ -42,7 +42,6 @@ def filled(store_path: Path) -> Path:
     [
         (["serve", "--nope"], 2, "--nope"),
         (["nonsense"], 2, "nonsense"),
-        ([], 2, "Missing command"),
         (["watch"], 2, "PATH"),
         (["record", "--model", "m"], 2, "--tokens-saved"),
         (["record", "--model", "m", "--tokens-saved", "many"], 2, "--tokens-saved"),
@@ -82,13 +81,36 @@ def test_port_in_use_gets_one_line(store_path: Path) -> None:
     assert not store_path.exists()
 
 
-@pytest.mark.parametrize("content", ["tls_server_config: {cert_file: a}", "unknown: 1", "[", "authorization: 5"])
-def test_wrong_web_config(tmp_path: Path, store_path: Path, content: str) -> None:
+def test_port_of_another_service(store_path: Path) -> None:
+    with running("serve", "--store", str(store_path)) as service:
+        address = service.url.removeprefix("http://")
+        for command in (["serve", "--store", f"{store_path}.2"], ["watch", str(HEADROOM)]):
+            done = run_cli(*command, "--web.listen-address", address)
+            assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+            assert f"port {address.rpartition(':')[2]} is taken by the savings-exporter that shows {store_path}. " in (
+                done.stderr
+            )
+            assert "for example with --web.listen-address 127.0.0.1:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("tls_server_config: {cert_file: a}", "tls_server_config lacks the field key_file"),
+        ("unknown: 1", "an unknown field unknown; the fields are tls_server_config, authorization"),
+        ("authorization: {file: a}", "authorization has an unknown field file; the fields are credentials_file"),
+        ("[", "is not YAML"),
+        ("authorization: 5", "authorization must be an object or null, not an integer"),
+        ("5", "the content must be an object, not an integer"),
+    ],
+)
+def test_wrong_web_config(tmp_path: Path, store_path: Path, content: str, said: str) -> None:
     config = tmp_path / "web.yml"
     config.write_text(content)
     done = run_cli("serve", "--store", str(store_path), "--web.config.file", str(config))
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert str(config) in done.stderr
+    assert f"{config}: " in done.stderr
+    assert said in done.stderr
 
 
 def test_version_and_help() -> None:
@@ -97,6 +119,64 @@ def test_version_and_help() -> None:
         done = run_cli(*command, "--help")
         assert (done.returncode, done.stderr) == (0, "")
         assert "Usage" in done.stdout
+        assert run_cli(*command, "-h").stdout == done.stdout
+    bare = run_cli()
+    assert (bare.returncode, bare.stdout) == (0, run_cli("--help").stdout)
+
+
+@pytest.mark.parametrize("content", ['{"name": "web", "version": "1.0.0"}', '{"schema_version": 3, "name": "x"}', "[]"])
+@pytest.mark.parametrize("command", ["serve", "record", "show", "verify", "verify --repair", "watch"])
+def test_file_of_something_else(tmp_path: Path, content: str, command: str) -> None:
+    """It is refused, and nothing is written: neither to it nor beside it."""
+    path = tmp_path / "package.json"
+    path.write_text(content)
+    arguments = {"record": ["--model", "m", "--tokens-saved", "1"], "serve": ["--web.listen-address", "127.0.0.1:0"]}
+    named = [str(path)] if command == "watch" else ["--store", str(path)]
+    done = run_cli(*command.split(), *arguments.get(command, []), *named)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert f"{path}: is not a savings document" in done.stderr
+    assert "damaged" not in done.stderr
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("package.json", content)]
+
+
+def test_empty_store(store_path: Path) -> None:
+    """A service has it open, and nothing is recorded yet."""
+    with running("serve", "--store", str(store_path)):
+        for command in ("show", "verify"):
+            done = run_cli(command, "--store", str(store_path))
+            assert (done.returncode, done.stderr) == (0, "")
+            assert "the store is empty" in done.stdout
+        shown = json.loads(run_cli("show", "--json", "--store", str(store_path)).stdout)
+        assert (shown["sequence"], shown["last_record_at"]) == (0, None)
+
+
+def test_no_home_directory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As for a user that is in no list of users."""
+    for name in ("HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    for command in (["show"], ["serve", "--web.listen-address", "127.0.0.1:0"], ["verify"], ["doctor"]):
+        monkeypatch.setattr(sys, "argv", ["savings-exporter", *command])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 1
+        error = capsys.readouterr().err
+        assert error.startswith("savings-exporter: this user has no home directory")
+        assert "--store PATH" in error
+        assert error.count("\n") == 1
+
+
+def test_record_with_a_key(store_path: Path) -> None:
+    command = ["record", "--store", str(store_path), "--model", "m", "--idempotency-key", "build 7", "--tokens-saved"]
+    assert run_cli(*command, "5").stdout == "record 1: 5 tokens saved so far\n"
+    assert run_cli(*command, "5").stdout == "record 1 (counted before): 5 tokens saved so far\n"
+    other = run_cli(*command, "6")
+    assert (other.returncode, other.stderr.count("\n")) == (1, 1)
+    assert "--idempotency-key 'build 7' was used before with other content" in other.stderr
+    wrong = run_cli(
+        "record", "--store", str(store_path), "--model", "m", "--tokens-saved", "5", "--idempotency-key", ""
+    )
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 
 
 def test_start_line_has_a_command(store_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_json_has_every_figure(tmp_path: Path) -> None:
 def test_table_of_a_disk_in_memory(tmp_path: Path) -> None:
     disk = tmp_path / os.fsdecode(b"disk \xff")
     with mounted(disk, "tmpfs"):
-        done = run_cli("doctor", str(disk / "savings.json"), env={"PYTHONIOENCODING": "utf-8:strict"})
+        done = run_cli("doctor", "--store", str(disk / "savings.json"), env={"PYTHONIOENCODING": "utf-8:strict"})
         assert (done.returncode, done.stderr) == (0, "")
         assert list(disk.iterdir()) == []
     lines = done.stdout.splitlines()
@@ -101,7 +101,7 @@ def test_table_of_a_network_disk(
     disk.has_directory_fsync = disk.has_direct_io = False
     for module in (doctor, mounts):
         monkeypatch.setattr(module, "filesystem_type", lambda _path: FilesystemType("nfs", is_network=True))
-    assert run_here(monkeypatch, "doctor", str(tmp_path)) == 0
+    assert run_here(monkeypatch, "doctor", "--store", str(tmp_path)) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert f"{tmp_path}: nfs, a network filesystem" in out.splitlines()[0]
@@ -118,8 +118,8 @@ def test_table_of_a_network_disk(
     ("arguments", "status", "said"),
     [
         (["--nope"], 2, "--nope"),
-        ([".", "."], 2, "unexpected extra argument"),
-        (["missing/savings.json"], 1, "mkdir -p"),
+        (["."], 2, "unexpected extra argument"),
+        (["--store", "missing/savings.json"], 1, "mkdir -p"),
     ],
 )
 def test_mistake_gets_one_line(tmp_path: Path, arguments: list[str], status: int, said: str) -> None:
@@ -140,7 +140,7 @@ def test_mistake_gets_one_line(tmp_path: Path, arguments: list[str], status: int
 )
 def test_unusable_disk_gets_one_line(tmp_path: Path, options: str, said: str) -> None:
     with mounted(tmp_path, "tmpfs", options=options):
-        done = run_cli("doctor", str(tmp_path))
+        done = run_cli("doctor", "--store", str(tmp_path))
         assert list(tmp_path.iterdir()) == []
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
     assert str(tmp_path) in done.stderr
@@ -157,7 +157,7 @@ def test_failing_step_gets_one_line(
     step: str,
 ) -> None:
     disk.fail(step, errno.EIO)
-    assert run_here(monkeypatch, "doctor", str(tmp_path)) == 1
+    assert run_here(monkeypatch, "doctor", "--store", str(tmp_path)) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("savings-exporter: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import http.client
 import json
 import re
@@ -98,6 +99,7 @@ def test_wrong_savings_are_refused(store_path: Path) -> None:
             assert (answered, problem["status"], problem.get("field")) == (status, status, field), body[:80]
             assert problem["title"]
             assert problem["detail"]
+            assert not re.search(r"`|\b(int|str|float|object of|NoneType|Value error)\b", problem["detail"])
         assert service.post(RECORD, headers={"Content-Type": "text/plain"})[0] == 415
         assert service.post(RECORD, headers={"Idempotency-Key": "k" * 256})[1]["field"] == "Idempotency-Key"
         assert service.post({"records": [RECORD] * 10_001})[1]["field"] == "records"
@@ -431,3 +433,28 @@ def _refuses_connections(service: Service) -> bool:
     except ConnectionRefusedError:
         return True
     return False
+
+
+def test_answers_end_with_a_newline(store_path: Path) -> None:
+    """A shell's prompt follows on a line of its own."""
+    with running("serve", "--store", str(store_path)) as service:
+        for content in (RECORD, {**RECORD, "tokens_saved": "1"}):
+            connection = http.client.HTTPConnection(urlsplit(service.url).netloc)
+            connection.request("POST", "/v1/savings", json.dumps(content), {"Content-Type": "application/json"})
+            assert connection.getresponse().read().endswith(b"}\n")
+            connection.close()
+
+
+def test_answers_are_compressed(store_path: Path) -> None:
+    """For clients that accept it."""
+    with running("serve", "--store", str(store_path)) as service:
+        service.post({"records": [{"model": f"m{number}", "tokens_saved": 1} for number in range(20)]})
+        for path in ("/metrics", "/", "/v1/savings"):
+            for accepted, encoding in (("gzip, deflate", "gzip"), ("identity", None)):
+                connection = http.client.HTTPConnection(urlsplit(service.url).netloc)
+                connection.request("GET", path, headers={"Accept-Encoding": accepted})
+                answer = connection.getresponse()
+                assert answer.headers["Content-Encoding"] == encoding
+                body = answer.read()
+                assert "m19" in (gzip.decompress(body) if encoding else body).decode()
+                connection.close()

@@ -36,6 +36,7 @@ def test_public_names() -> None:
         "Health",
         "KeyConflictError",
         "NewerSchemaError",
+        "OtherFileError",
         "Receipt",
         "SavingsCollector",
         "SavingsError",

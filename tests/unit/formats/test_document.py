@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from savings_exporter.errors import CorruptStoreError, NewerSchemaError, StoreError
+from savings_exporter.errors import CorruptStoreError, NewerSchemaError, OtherFileError, StoreError
 from savings_exporter.formats.document import Document, LegacyJournal, WriterState, decode, encode
 from savings_exporter.model.history import History
 from savings_exporter.model.keys import NO_FINGERPRINT, KeyEntry, KeyTable, digest_of
@@ -240,8 +240,14 @@ def test_newer_schema(schema: int) -> None:
 @pytest.mark.parametrize("schema", [1, 0, -1, None, "6", True, 6.0, [], {}])
 def test_unknown_schema(schema: Any) -> None:
     with pytest.raises(CorruptStoreError, match="schema_version is") as caught:
-        decode(json.dumps({"schema_version": schema}).encode())
+        decode(json.dumps({"schema_version": schema, "lifetime": {}}).encode())
     assert caught.value.field == "schema_version"
+
+
+@pytest.mark.parametrize("members", [{}, {"name": "web", "version": "1.0"}, {"schema_version": 3}, {"projects": {}}])
+def test_something_else(members: dict[str, Any]) -> None:
+    with pytest.raises(OtherFileError, match="is not a savings document"):
+        decode(json.dumps(members).encode())
 
 
 @pytest.mark.parametrize(

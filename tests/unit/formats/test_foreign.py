@@ -280,7 +280,7 @@ def test_lifetime_behind_history(lifetime: Any) -> None:
         tool_tokens_saved=9,
         compared_tokens_saved=59,
         priced_requests=1,
-        last_activity_at=POINT["timestamp"],
+        last_activity_at=str(POINT["timestamp"]),
     )
 
 

@@ -1,0 +1,83 @@
+"""What msgspec says is wrong with a value, in words of JSON and YAML rather than Python's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from msgspec import inspect
+
+_KINDS = {
+    "array": "a list",
+    "bool": "true or false",
+    "datetime": "a timestamp",
+    "float": "a number",
+    "int": "an integer",
+    "null": "null",
+    "object": "an object",
+    "str": "text",
+}
+_PLAIN = {
+    "Invalid RFC3339 encoded datetime": "must be a timestamp such as 2026-01-31T12:00:00Z",
+    "Number out of range": "must be a smaller number",
+}
+_WRONG_KIND = re.compile("Expected `([^`]*)`, got `([^`]*)`")
+_MISSING = re.compile("Object missing required field `(.*)`", re.DOTALL)
+_UNKNOWN = re.compile("Object contains unknown field `(.*)`", re.DOTALL)
+_NAME = re.compile(r"\w+(?![^\[]*\])")
+
+
+class WrongValue:
+    """A value that is not what it should be.
+
+    Attributes:
+        text: what is wrong, for people.
+        field: the field that is wrong, such as ``records[3].model``; empty for the whole value.
+    """
+
+    def __init__(self, error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> None:
+        # The message may hold a key that a client made up, so it is taken apart without searching back and forth.
+        what, found, path = str(error).rpartition(" - at `$")
+        if not found:
+            what, path = str(error), ""
+        where = path.removesuffix("`").removeprefix(".")
+        named = ""
+        if wrong := _WRONG_KIND.fullmatch(what):
+            self.text = f"{where or 'the content'} must be {_kinds(wrong[1])}, not {_kinds(wrong[2])}"
+        elif missing := _MISSING.fullmatch(what):
+            named = missing[1]
+            self.text = f"{where or 'the content'} lacks the field {named}"
+        elif unknown := _UNKNOWN.fullmatch(what):
+            named = unknown[1]
+            known = ", ".join(_fields(kind, where))
+            self.text = f"{where or 'the content'} has an unknown field {named}; the fields are {known}"
+        elif what in _PLAIN:
+            self.text = f"{where} {_PLAIN[what]}"
+        else:
+            # The record's own words, which begin with the field.
+            named = what.partition(" must ")[0] if " must " in what else ""
+            self.text = f"{where}: {what}" if where else what
+        self.field = ".".join(filter(None, (where, named)))
+
+
+def _kinds(names: str) -> str:
+    return " or ".join(_KINDS.get(name, name) for name in names.split(" | "))
+
+
+def _fields(kind: type[msgspec.Struct], where: str) -> Sequence[str]:
+    """The names of the fields of a struct, or of the one in it at a path."""
+    struct = inspect.type_info(kind)
+    for name in _NAME.findall(where):
+        struct = next(field.type for field in _struct_of(struct).fields if field.name == name)
+    return [field.encode_name for field in _struct_of(struct).fields]
+
+
+def _struct_of(info: Any) -> inspect.StructType:
+    if isinstance(info, inspect.UnionType):
+        info = next(each for each in info.types if isinstance(each, inspect.StructType))
+    if isinstance(info, inspect.ListType):
+        info = info.item_type
+    assert isinstance(info, inspect.StructType)
+    return info
