@@ -166,14 +166,33 @@ def _wanted_exporter() -> str:
 
 
 def _span_exporter(wanted: str) -> SpanExporter:
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
     if wanted == "otlp":
-        return OTLPSpanExporter()
+        return _otlp_exporter()
     if wanted == "console":
         return ConsoleSpanExporter(out=sys.stderr)
     raise SettingsError(f"OTEL_TRACES_EXPORTER is {wanted!r}; otlp, console and none are there")
+
+
+def _otlp_exporter() -> SpanExporter:
+    names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    name = next((name for name in names if os.environ.get(name, "").strip()), names[1])
+    protocol = os.environ.get(name, "").strip() or "http/protobuf"
+    if protocol == "http/protobuf":
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+        return OTLPSpanExporter()
+    if protocol != "grpc":
+        raise SettingsError(f"{name} is {protocol!r}; http/protobuf and grpc are there")
+    try:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcSpanExporter
+    except ImportError:
+        raise SettingsError(
+            f"{name} is grpc, and OTLP over gRPC is not installed: install savings-exporter[otlp-grpc], or use "
+            "http/protobuf and the collector's port for it, usually 4318"
+        ) from None
+    return GrpcSpanExporter()
 
 
 class _Complaints(logging.Handler):

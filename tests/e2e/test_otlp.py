@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +19,7 @@ import pytest
 
 from savings_exporter import SavingsTracker
 from tests.support.faults import failing_directory_fsync
-from tests.support.service import Service, free_port, running
+from tests.support.service import Service, free_port, run_cli, running
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.needs("oteltap")
@@ -145,3 +151,108 @@ def test_nothing_is_sent_unless_it_is_asked_for(store_path: Path, tmp_path: Path
         check=True,
     )
     assert "AF_INET" not in log.read_text()
+
+
+@contextmanager
+def grpc_receiver() -> Iterator[tuple[int, list[Any]]]:
+    """A receiver of OTLP over gRPC: its port, and the requests that it gets."""
+    import grpc  # type: ignore[import-untyped]
+    from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+    requests: list[Any] = []
+
+    class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
+        def Export(self, request: Any, context: Any) -> Any:  # noqa: N802
+            requests.append(request)
+            return trace_service_pb2.ExportTraceServiceResponse()
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Receiver(), server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield port, requests
+    finally:
+        server.stop(None).wait()
+
+
+@contextmanager
+def http_receiver() -> Iterator[tuple[int, list[Any]]]:
+    """A receiver of OTLP over HTTP: its port, and the requests that it gets."""
+    from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
+
+    requests: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers["Content-Encoding"] == "gzip":
+                body = gzip.decompress(body)
+            requests.append(trace_service_pb2.ExportTraceServiceRequest.FromString(body))
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.server_address[1], requests
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+RECEIVERS = {"grpc": grpc_receiver, "http/protobuf": http_receiver}
+
+
+def exported(store: Path, protocol: str, **variables: str) -> list[tuple[str, dict[str, Any]]]:
+    """The names of the spans of one ``record``, each with the attributes of its resource."""
+    with RECEIVERS[protocol]() as (port, requests):
+        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}", "OTEL_EXPORTER_OTLP_PROTOCOL": protocol}
+        done = run_cli("record", "--store", str(store), "--model", "m", "--tokens-saved", "1", env={**env, **variables})
+        assert (done.returncode, done.stderr) == (0, "")
+    return [
+        (span.name, attributes(resource.resource))
+        for request in requests
+        for resource in request.resource_spans
+        for scope in resource.scope_spans
+        for span in scope.spans
+    ]
+
+
+@pytest.mark.parametrize("protocol", RECEIVERS)
+def test_standard_variables(store_path: Path, protocol: str) -> None:
+    spans = exported(store_path, protocol)
+    assert {name for name, _ in spans} >= {"savings.commit", "savings.save"}
+    assert {resource["service.name"] for _, resource in spans} == {"savings-exporter"}
+    named = exported(store_path, protocol, OTEL_SERVICE_NAME="mine", OTEL_RESOURCE_ATTRIBUTES="deployment=eu,a=b")
+    assert {(r["service.name"], r["deployment"], r["a"]) for _, r in named} == {("mine", "eu", "b")}
+    by_attribute = exported(store_path, protocol, OTEL_RESOURCE_ATTRIBUTES="service.name=theirs")
+    assert {resource["service.name"] for _, resource in by_attribute} == {"theirs"}
+    assert exported(store_path, protocol, OTEL_TRACES_SAMPLER="always_off") == []
+    ratio = exported(store_path, protocol, OTEL_TRACES_SAMPLER="traceidratio", OTEL_TRACES_SAMPLER_ARG="0")
+    assert ratio == []
+    assert exported(store_path, protocol, OTEL_TRACES_SAMPLER="parentbased_traceidratio", OTEL_TRACES_SAMPLER_ARG="1")
+    assert exported(store_path, protocol, OTEL_SDK_DISABLED="TRUE") == []
+    assert exported(store_path, protocol, OTEL_TRACES_EXPORTER="none") == []
+
+
+@pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"])
+def test_grpc_that_is_not_installed(store_path: Path, tmp_path: Path, name: str) -> None:
+    """One line at the start, instead of retries against a port that speaks another protocol."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['opentelemetry.exporter.otlp.proto.grpc'] = None"
+    )
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", name: "grpc", "PYTHONPATH": str(tmp_path)}
+    done = run_cli("serve", "--store", str(store_path), "--web.listen-address", "127.0.0.1:0", env=env)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert f"{name} is grpc" in done.stderr
+    assert "savings-exporter[otlp-grpc]" in done.stderr
+    wrong = run_cli("serve", "--store", str(store_path), env={**env, name: "http/json"})
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+    assert f"{name} is 'http/json'; http/protobuf and grpc are there" in wrong.stderr
