@@ -8,7 +8,7 @@ ARGS ?=
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast crash mutants bench lint format dashboards headroom clean
+.PHONY: help run test test-fast crash mutants bench lint format dashboards frameworks headroom clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -48,6 +48,8 @@ format: .venv/.dev ## put code in the project's format
 dashboards: .venv/.dev ## build Grafana's dashboards, and the pictures of them, from dashboards/grafana
 	@.venv/bin/python dashboards/grafana/build.py
 
+frameworks: .venv/.frameworks ## install the web frameworks that the examples of docs/embedding.md use
+
 headroom: .venv-headroom/.installed ## install the Headroom that the interop tests talk to, apart from everything else
 
 clean: ## remove environments, caches and builds
@@ -71,6 +73,11 @@ clean: ## remove environments, caches and builds
 .venv/.bench: .venv/.dev
 	@echo "installing the clients of the benchmarks' peers into .venv"
 	@.venv/$(PIP_INSTALL) --group bench
+	@touch $@
+
+.venv/.frameworks: .venv/.dev
+	@echo "installing the frameworks of the examples into .venv"
+	@.venv/$(PIP_INSTALL) --group frameworks
 	@touch $@
 
 .venv-headroom/.installed: Makefile

@@ -7,6 +7,7 @@ left out and the run ends with a line that says so; with ``REQUIRE_ALL=1`` leavi
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import signal
@@ -58,6 +59,7 @@ def _make(target: str, config: pytest.Config) -> None:
     """Make a target. Where that fails, the tests that need it are left out."""
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         subprocess.run(["make", "--no-print-directory", target], cwd=ROOT, check=False)
+    importlib.invalidate_caches()
 
 
 def _needs_of(item: pytest.Item) -> list[str]:

@@ -43,6 +43,11 @@ NEEDS = {
     ),
     "xfsprogs": Need(lambda: shutil.which("mkfs.xfs"), "mkfs.xfs is not installed (Debian: apt-get install xfsprogs)"),
     "oteltap": Need(lambda: find_spec("oteltap"), "oteltap is not installed (PyPI: oteltap)"),
+    "frameworks": Need(
+        lambda: all(map(find_spec, ("django", "fastapi", "flask", "gunicorn"))),
+        "Django, FastAPI, Flask or gunicorn is not installed (make frameworks)",
+        target="frameworks",
+    ),
     "headroom": Need(
         HEADROOM_PYTHON.exists,
         f"headroom-ai is not installed in {HEADROOM_PYTHON.parent.parent.name} (make headroom)",
