@@ -80,7 +80,7 @@ def main() -> None:
 
 def table(results: Sequence[Result]) -> str:
     """The results as a table in Markdown, and what there is to say about them."""
-    heads = ["work", "against", "ours", "the peer", "figure", "required", "met"]
+    heads = ["work", "against", "ours", "the peer", "figure", "target", "met"]
     rows = [heads, *([*_row(result)] for result in results)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     rows.insert(1, ["-" * width for width in widths])
@@ -101,8 +101,8 @@ def as_json(result: Result) -> dict[str, Any]:
         "theirs": statistics.median(result.theirs),
         "figure": result.figure,
         "figure_is": "difference" if result.bound.is_difference else "ratio",
-        "required": result.bound.value,
-        "required_is": "at least" if result.bound.at_least else "at most",
+        "target": result.bound.value,
+        "target_is": "at least" if result.bound.at_least else "at most",
         "met": result.is_met,
         "runs": {"ours": list(result.ours), "theirs": list(result.theirs)},
         "notes": list(result.notes),

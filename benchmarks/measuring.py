@@ -83,7 +83,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Bound:
-    """What is required: a ratio (``x``) of ours to the peer's figure, or a difference in the figures' own unit."""
+    """A target: a ratio (``x``) of ours to the peer's figure, or a difference in the figures' own unit."""
 
     value: float
     at_least: bool
@@ -110,7 +110,7 @@ class Result:
 
     @property
     def is_met(self) -> bool:
-        """Whether it is what is required."""
+        """Whether the figure meets its target."""
         return self.figure >= self.bound.value if self.bound.at_least else self.figure <= self.bound.value
 
 

@@ -1,4 +1,4 @@
-"""The works: what is recorded, against which peer, and what is required."""
+"""The works: what is recorded, against which peer, and with which target."""
 
 from __future__ import annotations
 

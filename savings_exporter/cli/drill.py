@@ -24,7 +24,7 @@ def drill(
             "--seconds",
             min=1,
             max=LONGEST_SECONDS,
-            help="For how long: longer than Prometheus's scrape interval. Default: until somebody should be called.",
+            help="For how long: longer than Prometheus's scrape interval. Default: until an alert should fire.",
         ),
     ] = None,
     store: Store = None,

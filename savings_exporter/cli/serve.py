@@ -47,7 +47,7 @@ def serve(
         typer.Option(
             "--enable-drill",
             envvar="SAVINGS_EXPORTER_ENABLE_DRILL",
-            help="Take fire drills from this user on this host.",
+            help="Allow drill for this service: simulated failures, to test alerts.",
         ),
     ] = False,
 ) -> None:

@@ -23,7 +23,7 @@ class BearerToken:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with 401."""
         if scope["type"] == "http" and scope["path"] not in _WITHOUT_TOKEN and not self._is_shown(scope):
-            response = problem(HTTPStatus.UNAUTHORIZED, "a bearer token is needed, and this is not the one")
+            response = problem(HTTPStatus.UNAUTHORIZED, "bearer token missing or wrong")
             response.headers["WWW-Authenticate"] = "Bearer"
             await response(scope, receive, send)
             return

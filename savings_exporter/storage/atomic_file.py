@@ -9,7 +9,7 @@
     fsync(directory)                      # and after a power loss, too
     open(path)                            # the file system has not shut down unnoticed
 
-``docs/durability.md`` says what is done when a step fails. Nothing is retried here: a file whose sync failed is never
+``docs/internals.md`` says what is done when a step fails. Nothing is retried here: a file whose sync failed is never
 synced again, because the page cache may have dropped its data and call it clean. The caller runs the whole recipe again
 with a new file.
 """

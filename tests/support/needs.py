@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -12,6 +13,11 @@ from typing import NamedTuple
 from tests.support.mounts import can_make_user_namespaces, can_mount, can_mount_fuse
 from tests.support.paths import HEADROOM_PYTHON
 from tests.support.segments import has_direct_io
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 class Need(NamedTuple):
@@ -38,6 +44,11 @@ NEEDS = {
         "Alertmanager and amtool are not installed (Debian: apt-get install prometheus-alertmanager)",
     ),
     "strace": Need(lambda: shutil.which("strace"), "strace is not installed (Debian: apt-get install strace)"),
+    "curl": Need(lambda: shutil.which("curl"), "curl is not installed (Debian: apt-get install curl)"),
+    "usual-ports": Need(
+        lambda: not any(map(_is_taken, (8000, 9478))),
+        "a port that the documents use is taken: 9478, the exporter's, or 8000, the web servers' usual one",
+    ),
     "e2fsprogs": Need(
         lambda: shutil.which("mkfs.ext4"), "mkfs.ext4 is not installed (Debian: apt-get install e2fsprogs)"
     ),
