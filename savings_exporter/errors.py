@@ -7,7 +7,8 @@
     │   ├── CorruptStoreError       a file is damaged; opening the store would lose acknowledged records
     │   │   └── OtherFileError      the file is no savings document
     │   └── NewerSchemaError        a newer program wrote the document
-    └── KeyConflictError            an idempotency key was used again with other content (also a ValueError)
+    ├── KeyConflictError            an idempotency key was used again with other content (also a ValueError)
+    └── SettingsError               a command cannot work with its settings
 """
 
 from __future__ import annotations
@@ -85,3 +86,7 @@ class NewerSchemaError(StoreError):
 
 class KeyConflictError(SavingsError, ValueError):
     """An idempotency key was used again for records that differ from the first ones."""
+
+
+class SettingsError(SavingsError):
+    """A setting is wrong. The message names it and says what it should be."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import logging
 import multiprocessing.process
@@ -15,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import platformdirs
 from opentelemetry.trace import get_current_span
 
 from savings_exporter.errors import StoreError
@@ -38,6 +36,8 @@ else:
     from typing_extensions import Required, Unpack
 
 if TYPE_CHECKING:
+    import asyncio
+
     from opentelemetry.trace import TracerProvider
 
 logger = logging.getLogger(__name__)
@@ -201,6 +201,9 @@ class SavingsTracker:
         self, records: Iterable[SavingsRecord], *, idempotency_key: str | None = None, wait: bool = True
     ) -> Receipt:
         """``record_many`` for a task."""
+        # Here, because a program that records without asyncio need not load it.
+        import asyncio
+
         checked, loop = _checked(records), asyncio.get_running_loop()
         ended = loop.create_future() if wait else None
         if len(checked) > _MANY_RECORDS or idempotency_key is not None:
@@ -378,6 +381,8 @@ def default_path() -> str:
     Raises:
         StoreError: the user has no home directory.
     """
+    import platformdirs
+
     try:
         path = os.fspath(platformdirs.user_state_path("savings-exporter", appauthor=False) / DOCUMENT_NAME)
     except (KeyError, RuntimeError):

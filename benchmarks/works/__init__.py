@@ -9,6 +9,7 @@ from benchmarks.works.bounds import after_a_million, device_bytes, memory
 from benchmarks.works.cpu import cpu_one_thread, cpu_threads
 from benchmarks.works.documents import opening, saving, scrape
 from benchmarks.works.rates import RATES, bare_latency, headroom_rates
+from benchmarks.works.startup import start_record, start_version
 from benchmarks.works.tracing import tracing_all, tracing_sampled
 
 WORKS: Mapping[str, Callable[[Setup], Result]] = {
@@ -25,5 +26,7 @@ WORKS: Mapping[str, Callable[[Setup], Result]] = {
     "device-bytes": device_bytes,
     "after-a-million": after_a_million,
     "memory": memory,
+    "start-version": start_version,
+    "start-record": start_record,
 }
 """Each work by the name that the command takes."""

@@ -10,15 +10,13 @@ import io
 import os
 import sys
 from importlib import import_module
-from importlib.metadata import version
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from savings_exporter.cli.errors import INTERRUPTED, CommandError
-from savings_exporter.errors import StoreError
-from savings_exporter.service.settings import SettingsError
+from savings_exporter.errors import SettingsError, StoreError
 
 COMMANDS = ("serve", "watch", "record", "show", "verify", "drill", "doctor")
 
@@ -53,6 +51,8 @@ def _imported(name: str) -> TyperCommand:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         print(f"savings-exporter {version('savings-exporter')}")
         raise typer.Exit
 

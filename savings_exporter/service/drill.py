@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from savings_exporter.service.settings import SettingsError
+from savings_exporter.errors import SettingsError
 from savings_exporter.storage.filesystem import LOCAL, opened_directory, socket_at
 from savings_exporter.storage.operation import (
     COMMIT,

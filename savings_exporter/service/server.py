@@ -15,9 +15,10 @@ from types import FrameType
 
 import uvicorn
 
+from savings_exporter.errors import SettingsError
 from savings_exporter.service.app import Service
 from savings_exporter.service.paths import SAVINGS_PATH
-from savings_exporter.service.settings import SettingsError, Tls
+from savings_exporter.service.settings import Tls
 
 _GRACE_SECONDS = 10
 _BACKLOG = 2048

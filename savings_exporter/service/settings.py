@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import ssl
 import sys
 import threading
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import yaml
 
+from savings_exporter.errors import SettingsError
 from savings_exporter.service.wording import WrongValue
 
 if TYPE_CHECKING:
@@ -21,10 +20,6 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
 _LONGEST_FLUSH_SECONDS = 5.0
-
-
-class SettingsError(Exception):
-    """A setting is wrong. The message names it and says what it should be."""
 
 
 class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,6 +64,8 @@ def web_config(path: str | None) -> WebConfig:
     """
     if path is None:
         return WebConfig()
+    import yaml
+
     try:
         with open(path, encoding="utf-8") as file:
             config = msgspec.convert(yaml.safe_load(file) or {}, WebConfig)
@@ -229,6 +226,8 @@ def _beside(config: WebConfig, directory: str) -> WebConfig:
 
 
 def _check_certificate(path: str, tls: Tls) -> None:
+    import ssl
+
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert_file, tls.key_file, password="")
     except OSError as error:  # ssl.SSLError is one

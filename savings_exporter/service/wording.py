@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from msgspec import inspect
+
+if TYPE_CHECKING:
+    from msgspec import inspect
 
 _KINDS = {
     "array": "a list",
@@ -68,6 +70,8 @@ def _kinds(names: str) -> str:
 
 def _fields(kind: type[msgspec.Struct], where: str) -> Sequence[str]:
     """The names of the fields of a struct, or of the one in it at a path."""
+    from msgspec import inspect
+
     struct = inspect.type_info(kind)
     for name in _NAME.findall(where):
         struct = next(field.type for field in _struct_of(struct).fields if field.name == name)
@@ -75,6 +79,8 @@ def _fields(kind: type[msgspec.Struct], where: str) -> Sequence[str]:
 
 
 def _struct_of(info: Any) -> inspect.StructType:
+    from msgspec import inspect
+
     if isinstance(info, inspect.UnionType):
         info = next(each for each in info.types if isinstance(each, inspect.StructType))
     if isinstance(info, inspect.ListType):

@@ -13,11 +13,9 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry.trace import SpanContext, format_span_id, format_trace_id
-from prometheus_client.samples import Exemplar
-from prometheus_client.utils import floatToGoString
 
 from savings_exporter.model.operations import OperationCounts
 from savings_exporter.storage.operation import (
@@ -30,6 +28,9 @@ from savings_exporter.storage.operation import (
     Step,
     error_symbol,
 )
+
+if TYPE_CHECKING:
+    from prometheus_client.samples import Exemplar
 
 COMMIT_SECONDS, COMMIT_RECORDS = "commit_seconds", "commit_records"
 SAVE_SECONDS, SAVE_STEP_SECONDS = "save_seconds", "save_step_seconds"
@@ -55,8 +56,8 @@ def flat_name(*parts: str) -> str:
 
 
 def bound_text(bound: float) -> str:
-    """A bucket's upper bound as Prometheus writes it."""
-    return str(floatToGoString(bound))  # type: ignore[no-untyped-call]
+    """A bucket's upper bound as Prometheus writes it, which for these bounds is as Python writes it."""
+    return "+Inf" if bound == math.inf else repr(bound)
 
 
 class OperationCounters:
@@ -213,5 +214,8 @@ class _Histogram:
 
 
 def _exemplar(context: SpanContext, value: float, when: float) -> Exemplar:
+    # Here, because a program that shows no metrics need not load the client.
+    from prometheus_client.samples import Exemplar
+
     labels = {"trace_id": format_trace_id(context.trace_id), "span_id": format_span_id(context.span_id)}
     return Exemplar(labels, value, when)

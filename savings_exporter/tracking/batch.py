@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from opentelemetry.trace import Span, SpanContext
 
@@ -16,6 +15,9 @@ from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.totals import Row, Sums
 from savings_exporter.storage.journal import Frame
 from savings_exporter.tracking.entered import Entered
+
+if TYPE_CHECKING:
+    import asyncio
 
 MOST_LINKS = 128
 """A commit is linked to at most so many spans of its records, as many as OpenTelemetry keeps."""

@@ -8,13 +8,12 @@ thread, as are retries.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opentelemetry.trace import INVALID_SPAN, Span, get_current_span
 
@@ -27,6 +26,9 @@ from savings_exporter.tracking.batch import Batch, finish
 from savings_exporter.tracking.entered import Entered, is_owned
 from savings_exporter.tracking.receipt import Counted, Receipt
 from savings_exporter.tracking.retry import Retry
+
+if TYPE_CHECKING:
+    import asyncio
 
 logger = logging.getLogger(__name__)
 

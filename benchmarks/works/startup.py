@@ -1,0 +1,49 @@
+"""How long a command takes, from its start to its end: a shell hook may call one for every command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from benchmarks.measuring import Bound, Result, Setup
+from benchmarks.ours import NAME
+
+_COMMAND = [sys.executable, "-m", "savings_exporter"]
+_PEER = [sys.executable, "-c", "import msgspec, typer"]
+
+
+def start_version(setup: Setup) -> Result:
+    """Only what prints the version is imported."""
+    return _compared(setup, "savings-exporter --version", [*_COMMAND, "--version"])
+
+
+def start_record(setup: Setup) -> Result:
+    """Only what records is imported; a store is opened, committed to and closed."""
+    with setup.fresh() as directory:
+        saving = ["--model", "m", "--tokens-saved", "1", "--store", str(directory / NAME)]
+        return _compared(setup, "savings-exporter record", [*_COMMAND, "record", *saving])
+
+
+def _compared(setup: Setup, work: str, command: list[str]) -> Result:
+    return Result(
+        work=work,
+        peer='python -c "import msgspec, typer"',
+        unit="ms",
+        **setup.taking_turns(_median_of(command, setup), _median_of(_PEER, setup)),
+        bound=Bound(1.5, at_least=False),
+    )
+
+
+def _median_of(command: list[str], setup: Setup) -> Callable[[], float]:
+    def median() -> float:
+        return sorted(_milliseconds(command) for _ in range(setup.count(11)))[setup.count(11) // 2]
+
+    return median
+
+
+def _milliseconds(command: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return (time.perf_counter() - began) * 1e3
