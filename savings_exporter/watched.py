@@ -69,6 +69,8 @@ class WatchedFile:
             self._reader = reader
             return self._examined()
         if self._fs.identity(reader.path) is None and not self._reader.listing().segments:
+            if self._view.identity is not None:
+                raise StoreError(f"{reader.path}: there is no such file", path=reader.path)
             return self._examined()
         try:
             view = self._reader.refresh(self._view)

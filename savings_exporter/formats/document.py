@@ -45,10 +45,8 @@ _ID = re.compile("[0-9a-f]{16}")
 # The checksum stands before every name, so the first match is the checksum itself.
 _CHECKSUM = re.compile(rb'"checksum": ?"(sha256:[0-9a-f]{64})"')
 
-# Without any of these a JSON object is somebody's file about something else. One whose schema_version is damaged is
-# told from that by the members that every savings document has.
-_MEMBERS_OF_ANY_SCHEMA = {BLOCK, "lifetime", "history"}
-_MEMBERS_OF_KNOWN_SCHEMA = KNOWN_MEMBERS - {"schema_version"} | {"display_session"}
+# Without any of these, and without a schema_version that is known, a JSON object is about something else.
+_SAVINGS_MEMBERS = {BLOCK, "lifetime", "history"}
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 # Totals hold no name and no number that is not finite, so this is ASCII with nothing lost.
@@ -128,8 +126,8 @@ def decode(data: bytes, max_keys: int = MAX_KEYS) -> Document:
     if is_number and schema > SCHEMA_VERSION:
         raise NewerSchemaError(f"schema_version is {schema}, and this program knows up to {SCHEMA_VERSION}")
     is_known = is_number and schema >= OLDEST_SCHEMA_VERSION
-    if members.keys().isdisjoint(_MEMBERS_OF_KNOWN_SCHEMA if is_known else _MEMBERS_OF_ANY_SCHEMA):
-        raise OtherFileError("is not a savings document: it holds no savings")
+    if not is_known and members.keys().isdisjoint(_SAVINGS_MEMBERS):
+        raise _no_savings()
     if not is_known:
         raise CorruptStoreError(f"not a savings document: schema_version is {shown(schema)}", field="schema_version")
     if BLOCK in members:
@@ -138,6 +136,8 @@ def decode(data: bytes, max_keys: int = MAX_KEYS) -> Document:
     if any(isinstance(value, dict) and {"format", "checksum", "store"} <= value.keys() for value in raw.values()):
         raise CorruptStoreError(f"the name of its {BLOCK} block is damaged", field=BLOCK)
     ledger, kept, problems = headroom.read(raw)
+    if ledger == Ledger() and not isinstance(raw.get("lifetime"), dict):
+        raise _no_savings()
     return Document(ledger=ledger, kept=kept, problems=problems)
 
 
@@ -161,6 +161,10 @@ def encode(document: Document) -> bytes:
         b"\n}\n",
     ]
     return b"".join((head, _digest(head, _NO_CHECKSUM, *tail), *tail))
+
+
+def _no_savings() -> OtherFileError:
+    return OtherFileError("is not a savings document: it holds no savings")
 
 
 def _document_members(data: bytes) -> Mapping[str, bytes]:

@@ -7,8 +7,10 @@ import errno
 import http.client
 import json
 import os
+import re
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from types import FrameType
@@ -24,7 +26,8 @@ _GRACE_SECONDS = 10
 _BACKLOG = 2048
 _LAST_PORT = 65535
 _ANSWER_SECONDS = 2
-_MOST_BYTES = 64 * 1024 * 1024
+_MOST_BYTES = 8192
+_STORAGE_PATH = re.compile(r'\{"storage_path":("(?:[^"\\]|\\.){,4096}")')
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -58,15 +61,25 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _who_answers(host: str, port: int) -> str:
     """What listens on a port that is taken. Another of our services says which store it shows."""
+    answers: list[str] = []
+    # In a thread, because a server may answer without an end.
+    asking = threading.Thread(target=lambda: answers.extend(_answer(host, port)), daemon=True)
+    asking.start()
+    asking.join(_ANSWER_SECONDS)
+    return answers[0] if answers else f"another program (ss -ltnp 'sport = :{port}' shows which)"
+
+
+def _answer(host: str, port: int) -> Iterator[str]:
     connection = http.client.HTTPConnection(host or "localhost", port, timeout=_ANSWER_SECONDS)
-    other = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
-    with contextlib.suppress(*other), contextlib.closing(connection):
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError), contextlib.closing(connection):
         connection.request("GET", SAVINGS_PATH)
         answer = connection.getresponse()
         if answer.status == HTTPStatus.UNAUTHORIZED and answer.headers["WWW-Authenticate"]:
-            return "a service that asks for a token"
-        return f"the savings-exporter that shows {json.loads(answer.read(_MOST_BYTES))['storage_path']}"
-    return f"another program (ss -ltnp 'sport = :{port}' shows which)"
+            yield "a service that asks for a token"
+        elif path := _STORAGE_PATH.match(answer.read(_MOST_BYTES).decode(errors="replace")):
+            shown = json.loads(path[1])
+            if shown.isprintable():
+                yield f"the savings-exporter that shows {shown}"
 
 
 def url_of(listener: socket.socket, *, tls: bool) -> str:

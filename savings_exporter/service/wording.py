@@ -28,7 +28,8 @@ _PLAIN = {
 _WRONG_KIND = re.compile("Expected `([^`]*)`, got `([^`]*)`")
 _MISSING = re.compile("Object missing required field `(.*)`", re.DOTALL)
 _UNKNOWN = re.compile("Object contains unknown field `(.*)`", re.DOTALL)
-_NAME = re.compile(r"\w+(?![^\[]*\])")
+_PATH = re.compile(r"(?:\.\w+|\[\d+\]|\[\.\.\.\])*")
+_LONGEST_PATH = 200
 
 
 class WrongValue:
@@ -40,11 +41,7 @@ class WrongValue:
     """
 
     def __init__(self, error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> None:
-        # The message may hold a key that a client made up, so it is taken apart without searching back and forth.
-        what, found, path = str(error).rpartition(" - at `$")
-        if not found:
-            what, path = str(error), ""
-        where = path.removesuffix("`").removeprefix(".")
+        what, where = _taken_apart(str(error), kind)
         named = ""
         if wrong := _WRONG_KIND.fullmatch(what):
             self.text = f"{where or 'the content'} must be {_kinds(wrong[1])}, not {_kinds(wrong[2])}"
@@ -64,26 +61,47 @@ class WrongValue:
         self.field = ".".join(filter(None, (where, named)))
 
 
+def _taken_apart(message: str, kind: type[msgspec.Struct]) -> tuple[str, str]:
+    """What is wrong, and the path of the field.
+
+    A client may have made up a key that looks like a path, so only a path that the struct has is taken for one.
+    """
+    what, found, end = message.rpartition(" - at `$")
+    path = end.removesuffix("`")
+    if found and len(path) <= _LONGEST_PATH and _PATH.fullmatch(path) and _struct_at(kind, path) is not None:
+        return what, path.removeprefix(".")
+    return message, ""
+
+
 def _kinds(names: str) -> str:
     return " or ".join(_KINDS.get(name, name) for name in names.split(" | "))
 
 
 def _fields(kind: type[msgspec.Struct], where: str) -> Sequence[str]:
     """The names of the fields of a struct, or of the one in it at a path."""
+    struct = _struct_at(kind, where)
+    return [field.encode_name for field in struct.fields] if struct is not None else []
+
+
+def _struct_at(kind: type[msgspec.Struct], path: str) -> inspect.StructType | None:
+    """The struct at a path, or the one that has the field at the path; None when there is no such field."""
     from msgspec import inspect
 
-    struct = inspect.type_info(kind)
-    for name in _NAME.findall(where):
-        struct = next(field.type for field in _struct_of(struct).fields if field.name == name)
-    return [field.encode_name for field in _struct_of(struct).fields]
+    struct = _struct_of(inspect.type_info(kind))
+    assert struct is not None
+    for name in re.findall(r"\w+", re.sub(r"\[[^\]]*\]", "", path)):
+        of_field = next((field.type for field in struct.fields if field.encode_name == name), None)
+        if of_field is None:
+            return None
+        struct = _struct_of(of_field) or struct
+    return struct
 
 
-def _struct_of(info: Any) -> inspect.StructType:
+def _struct_of(info: Any) -> inspect.StructType | None:
     from msgspec import inspect
 
     if isinstance(info, inspect.UnionType):
-        info = next(each for each in info.types if isinstance(each, inspect.StructType))
+        info = next((each for each in info.types if isinstance(each, inspect.StructType)), None)
     if isinstance(info, inspect.ListType):
         info = info.item_type
-    assert isinstance(info, inspect.StructType)
-    return info
+    return info if isinstance(info, inspect.StructType) else None

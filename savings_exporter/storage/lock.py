@@ -24,15 +24,15 @@ STORE_BYTES = 8
 
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0001, 0.02
 _MAGIC = b"SXL2"
-_NEW, _SAVED, _BEGUN = range(3)
+_NEW, _SAVED, _BEGUN, _FOREIGN = range(4)
 _OLD_MAGIC = b"SXM1"
 _OLD_MARK = struct.Struct("<8sQQQQ")
 _OLD_MARK_BYTES = 88
 
 
 class LockContent(NamedTuple):
-    """What a lock file says: the store's name (empty when it is new), whether a document was ever saved, and whether
-    the first save has begun.
+    """What a lock file says: the store's name (empty when it is new), whether a document was ever saved, whether the
+    first save has begun, and whether, before that, there was another program's document.
 
     ``earlier_records`` is how many records an earlier version of this program acknowledged, None where it did not write
     the file, ``earlier_saved`` how many of them its document held, and ``earlier_end`` the segment and the offset in it
@@ -42,6 +42,7 @@ class LockContent(NamedTuple):
     store: bytes = b""
     is_saved: bool = False
     is_begun: bool = False
+    is_foreign: bool = False
     earlier_records: int | None = None
     earlier_saved: int = 0
     earlier_end: tuple[int, int] = (0, 0)
@@ -51,7 +52,8 @@ def content_of(data: bytes) -> LockContent:
     """What the bytes of a lock file say."""
     if data.startswith(_MAGIC) and len(data) > len(_MAGIC) + STORE_BYTES:
         end = len(_MAGIC) + STORE_BYTES
-        return LockContent(data[len(_MAGIC) : end], data[end] == _SAVED, data[end] == _BEGUN)
+        state = data[end]
+        return LockContent(data[len(_MAGIC) : end], state == _SAVED, state == _BEGUN, state == _FOREIGN)
     if data.startswith(_OLD_MAGIC) and len(data) == _OLD_MARK_BYTES:
         _, epoch, offset, records, saved = _OLD_MARK.unpack_from(data, len(_OLD_MAGIC))
         return LockContent(is_saved=True, earlier_records=records, earlier_saved=saved, earlier_end=(epoch, offset))
@@ -127,14 +129,14 @@ class StoreLock:
         """What the lock file says."""
         return content_of(self._fs.read_at(self._descriptor, _OLD_MARK_BYTES, 0))
 
-    def write(self, store: bytes, *, is_saved: bool, is_begun: bool = False) -> None:
-        """Write the store's name, and whether it has a document. Called with the lock held.
+    def write(self, store: bytes, *, is_saved: bool = False, is_begun: bool = False, is_foreign: bool = False) -> None:
+        """Write the store's name, and what is known of its document. Called with the lock held.
 
         Raises:
             OSError: it was not written.
         """
-        if self.content() != LockContent(store, is_saved, is_begun):
-            state = _SAVED if is_saved else _BEGUN if is_begun else _NEW
+        if self.content() != LockContent(store, is_saved, is_begun and not is_saved, is_foreign):
+            state = _SAVED if is_saved else _BEGUN if is_begun else _FOREIGN if is_foreign else _NEW
             # As long as an earlier version's mark, of which nothing may stay.
             data = (_MAGIC + store + bytes([state])).ljust(_OLD_MARK_BYTES, b"\0")
             self._fs.write_at(self._descriptor, data, 0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from savings_exporter.errors import CorruptStoreError, NewerSchemaError, OtherFi
 from savings_exporter.formats.document import Document
 from savings_exporter.model.figures import Totals
 from savings_exporter.storage.filesystem import Identity
-from savings_exporter.storage.lock import LockContent, lock_path, new_store
+from savings_exporter.storage.lock import LockContent, new_store, read_lock
 from savings_exporter.storage.reader import Reader, bounded, described_losses, previous_document, previous_path
 from savings_exporter.storage.view import Reading, View, counted, view_of
 
@@ -162,15 +161,23 @@ def remedy_of_conflict(path: str) -> str:
 
 
 def refuse_other_file(reader: Reader) -> None:
-    """Raise when a file that is no savings document is where a new store would be, before anything is written.
+    """Raise when a file that cannot be used is where a new store would be, before anything is written.
 
     Raises:
         OSError: it cannot be read.
-        OtherFileError: it is no savings document.
+        StoreError: it is no savings document (OtherFileError), or a damaged or a newer one.
     """
-    if reader.fs.identity(lock_path(reader.path)) is None:
-        with suppress(NewerSchemaError):
-            _document_at(reader)
+    if reader.fs.identity(reader.path) is not None and not _is_store(reader):
+        _, _, damage = _document_at(reader)
+        if damage:
+            raise _nothing_left(reader.path, damage)
+
+
+def _is_store(reader: Reader) -> bool:
+    """Whether there is anything of a store of ours beside the document: it may have been in the document's place."""
+    listing, lock = reader.listing(), read_lock(reader.fs, reader.path)
+    is_known = lock.is_saved or lock.is_begun or bool(listing.segments) or bool(listing.writers)
+    return is_known or _previous_if_readable(reader) is not None
 
 
 def _previous_if_readable(reader: Reader) -> Document | None:
@@ -196,7 +203,7 @@ def _document_at(reader: Reader) -> tuple[Document | None, Identity | None, str]
             path=reader.path,
         ) from None
     except OtherFileError as error:
-        if not _has_previous(reader) and not reader.listing().segments:
+        if not _is_store(reader):
             remedy = "It is left as it is; choose another path for the store"
             raise OtherFileError(f"{reader.path}: {error}", remedy, path=reader.path) from None
         return None, identity, str(error)
@@ -235,10 +242,10 @@ def _without_document(reader: Reader, lock: LockContent, identity: Identity | No
     previous = previous_document(reader.fs, reader.path)
     segments = reader.listing().segments
     if previous is None and identity is None and not lock.is_saved and not _has_previous(reader):
-        # A new store, or one whose process died before the first save.
-        return _followed(
-            reader, view_of(Document(), None, _store_of(reader, Document(), lock)), exists=bool(segments or lock.store)
-        )
+        # A new store, or one whose process died before the first save. Where there was another program's document, it
+        # was removed.
+        exists = bool(segments) or (bool(lock.store) and not lock.is_foreign)
+        return _followed(reader, view_of(Document(), None, _store_of(reader, Document(), lock)), exists=exists)
     if previous is None:
         if segments:
             raise CorruptStoreError(

@@ -347,7 +347,7 @@ class Store:
         elif content.store:
             raise StoreError(f"{self.path}: became another store while this process had it open; stop this process")
         if content.store != self.view.store:
-            self._lock.write(self.view.store, is_saved=self.view.document.is_ours)
+            self._write_name(self.view)
 
     def _name_store(self) -> None:
         """Agree with all processes on the store's name before anything is recorded under it.
@@ -365,6 +365,10 @@ class Store:
                 self._agree_on_store()
             finally:
                 self._let_go()
+
+    def _write_name(self, view: View) -> None:
+        is_ours = view.document.is_ours
+        self._lock.write(view.store, is_saved=is_ours, is_foreign=not is_ours and view.identity is not None)
 
     def _let_go(self) -> None:
         if not self._keeps_lock:
@@ -399,7 +403,7 @@ def _recovered(
     if found.view.document.legacy is not None:
         _convert(store)
     elif lock.held:
-        _adopt(store, found.view.document.is_ours)
+        _adopt(store)
         store._let_go()
     return store
 
@@ -444,12 +448,12 @@ def _take_to_open(lock: StoreLock, path: str, is_exclusive: bool) -> None:
         lock.take()
 
 
-def _adopt(store: Store, is_ours: bool) -> None:
+def _adopt(store: Store) -> None:
     reader, view = store.reader, store.view
     try:
         content = store._lock.content()
         if content.store != view.store:
-            store._lock.write(view.store, is_saved=is_ours)
+            store._write_name(view)
         dead = checkpoint.dead_writers(reader, view, reader.listing())
         store.view = checkpoint.adopt(reader, store._file(), view, dead, store._observer)
     except OSError as error:

@@ -11,6 +11,9 @@ import re
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -137,6 +140,75 @@ def test_file_of_something_else(tmp_path: Path, content: str, command: str) -> N
     assert f"{path}: is not a savings document" in done.stderr
     assert "damaged" not in done.stderr
     assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("package.json", content)]
+
+
+@pytest.mark.parametrize(
+    "content", ['{"schema_version": 20, "name": "x"}', "no JSON", '{"schema_version": 3, "history": ["ls"]}']
+)
+@pytest.mark.parametrize("has_previous", [False, True])
+def test_nothing_is_left_beside_a_file(tmp_path: Path, content: str, has_previous: bool) -> None:
+    path, names = tmp_path / "settings.json", ["settings.json"]
+    path.write_text(content)
+    if has_previous:
+        names.append("settings.json.previous")
+        (tmp_path / names[1]).write_text(content)
+    for command in (["record", "--model", "m", "--tokens-saved", "1"], ["verify", "--repair"], ["show"], ["verify"]):
+        done = run_cli(*command, "--store", str(path))
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == names
+        assert {entry.read_text() for entry in tmp_path.iterdir()} == {content}
+
+
+def test_something_else_in_a_stores_place(store_path: Path) -> None:
+    """The store is damaged, and the error says what is lost: another path would begin at zero."""
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.record_request(model="m", tokens_saved=100).durable
+    store_path.write_text("{}")
+    store_path.with_name(store_path.name + ".previous").unlink()
+    for command in (["show"], ["verify"], ["record", "--model", "m", "--tokens-saved", "1"]):
+        done = run_cli(*command, "--store", str(store_path))
+        assert done.returncode == 1
+        assert "its totals are lost. Restore it from a backup" in done.stderr
+        assert "choose another path" not in done.stderr
+
+
+def test_port_of_a_hostile_server(store_path: Path) -> None:
+    """One that never ends its answer, and one whose path would write to the terminal."""
+
+    def answering(content: bytes) -> Callable[[socket.socket], None]:
+        def answer(client: socket.socket) -> None:
+            client.recv(4096)
+            client.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + content)
+
+        return answer
+
+    def dripping(client: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    for answer in (
+        dripping,
+        answering(b"[" * 200_000),
+        answering(json.dumps({"storage_path": "/x\x1b[2J\nsavings-exporter: all is well"}).encode()),
+        answering(json.dumps({"storage_path": "/x" * 1_000_000}).encode()),
+    ):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            thread = threading.Thread(
+                target=lambda answer=answer, server=server: answer_one(server, answer), daemon=True
+            )
+            thread.start()
+            address = f"127.0.0.1:{server.getsockname()[1]}"
+            done = run_cli("serve", "--store", str(store_path), "--web.listen-address", address)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "is taken by another program" in done.stderr
+        assert len(done.stderr) < 1000
+        assert done.stderr.strip().isprintable()
+
+
+def answer_one(server: socket.socket, answer: Callable[[socket.socket], None]) -> None:
+    with server.accept()[0] as client, suppress(OSError):
+        answer(client)
 
 
 def test_empty_store(store_path: Path) -> None:

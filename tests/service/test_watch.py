@@ -116,6 +116,22 @@ def test_advice_is_for_a_reader(watched: Path, content: str) -> None:
     assert started.count("\n") == 1
 
 
+def test_document_that_is_away(watched: Path) -> None:
+    """Also beside a tracker that took it over and has not saved: it is no empty store."""
+    with SavingsTracker(watched):
+        pass
+    file = WatchedFile(watched)
+    data = watched.read_bytes()
+    watched.unlink()
+    assert file.snapshot().lifetime.tokens_saved == OLDER_TOTAL
+    assert "there is no such file" in (file.health().reason or "")
+    found = run_cli("verify", "--store", str(watched))
+    assert (found.returncode, "there is no store yet" in found.stderr) == (1, True)
+    watched.write_bytes(data)
+    assert file.snapshot().lifetime.tokens_saved == OLDER_TOTAL
+    assert file.health().healthy
+
+
 def directory(path: Path) -> None:
     path.unlink()
     path.mkdir()

@@ -244,7 +244,12 @@ def test_unknown_schema(schema: Any) -> None:
     assert caught.value.field == "schema_version"
 
 
-@pytest.mark.parametrize("members", [{}, {"name": "web", "version": "1.0"}, {"schema_version": 3}, {"projects": {}}])
+LISTS = {"schema_version": 3, "history": ["ls -l", "make"], "projects": {"website": "https://example.org"}}
+
+
+@pytest.mark.parametrize(
+    "members", [{}, {"name": "web", "version": "1.0"}, {"schema_version": 3}, {"projects": {}}, LISTS]
+)
 def test_something_else(members: dict[str, Any]) -> None:
     with pytest.raises(OtherFileError, match="is not a savings document"):
         decode(json.dumps(members).encode())

@@ -235,7 +235,7 @@ def test_last_activity() -> None:
     document = document_of(history=history, projects=projects, display_session=session)
     assert decode(document).ledger.newest == "2026-03-01T14:00:00Z"
     for strange in ("never", 5, None):
-        assert decode(document_of(display_session={"last_activity_at": strange})).ledger.newest is None
+        assert decode(document_of(lifetime={}, display_session={"last_activity_at": strange})).ledger.newest is None
 
 
 def test_numbers_as_text() -> None:
