@@ -48,6 +48,8 @@ class WatchedFile:
         if self._reading.acquire(blocking=False):
             try:
                 self._view, self._read_at = self._refreshed(), _now()
+                if not self._health.healthy:
+                    logger.info("%s: can be read again", self._reader.path)
                 self._health = Health(healthy=True)
             except (OSError, StoreError) as error:
                 self._note_unreadable(self._problem(error))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from importlib import import_module
 from typing import Annotated, Any, NoReturn
@@ -93,7 +94,7 @@ def main() -> NoReturn:
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
     except typer.TyperException as error:
-        _exit(error.exit_code, f"{' '.join(error.format_message().split())} (--help says more)")
+        _exit(error.exit_code, f"{_plain(' '.join(error.format_message().split()))} (--help says more)")
     except BrokenPipeError:
         # The reader has closed the pipe. Python would report that again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -101,6 +102,12 @@ def main() -> NoReturn:
     except OSError as error:
         _exit(1, f"{error.filename or ''}: {error.strerror or error}".lstrip(": "))
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _plain(message: str) -> str:
+    """A message of the command line's library without the words of the library that it validates with."""
+    message = message.replace("Value error, ", "")
+    return re.sub(r"Input should be a valid (\w+), unable to .*", r"it must be a valid \1", message)
 
 
 def _exit(status: int, line: str) -> NoReturn:

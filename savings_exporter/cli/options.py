@@ -33,7 +33,7 @@ def _address(text: str) -> str:
 
 def _metrics_path(text: str) -> str:
     if not text.startswith("/") or "{" in text or text in ("/", SAVINGS_PATH, HEALTHY_PATH, READY_PATH):
-        raise typer.BadParameter(f"{text!r} must begin with / and be no other page's path")
+        raise typer.BadParameter(f"{text!r} must begin with / and must not be the path of another page")
     return text
 
 

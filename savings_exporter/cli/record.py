@@ -56,9 +56,9 @@ def record(
         # Checked after closing, which tries once more: a caller that is told of a failure records the saving again.
         if not receipt.durable:
             raise CommandError(reason or f"{tracker.storage_path}: could not be saved")
-        again = " (counted before)" if receipt.duplicate else ""
+        again = "counted before" if receipt.duplicate else "recorded"
         print(
-            f"record {receipt.sequence}{again}: {tracker.snapshot().lifetime.tokens_saved} tokens saved so far",
+            f"{again}: {tracker.snapshot().lifetime.tokens_saved:,} tokens saved in total",
             flush=True,
         )
     finally:

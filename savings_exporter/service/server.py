@@ -50,11 +50,14 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
-        taken = f": port {port} is taken by {_who_answers(host, port)}" if error.errno == errno.EADDRINUSE else ""
+        if error.errno != errno.EADDRINUSE:
+            raise SettingsError(
+                f"cannot listen on {shown}: {error.strerror}. Choose another with --web.listen-address HOST:PORT"
+            ) from None
         another = f"{f'[{host}]' if ':' in host else host}:{port + 1 if port < _LAST_PORT else port - 1}"
         raise SettingsError(
-            f"cannot listen on {shown}: {error.strerror}{taken}. Choose another port, for example with "
-            f"--web.listen-address {another}"
+            f"cannot listen on {shown}: {error.strerror}: port {port} is taken by {_who_answers(host, port)}. Choose "
+            f"another port, for example with --web.listen-address {another}"
         ) from None
     return listener
 

@@ -68,7 +68,8 @@ def web_config(path: str | None) -> WebConfig:
 
     try:
         with open(path, encoding="utf-8") as file:
-            config = msgspec.convert(yaml.safe_load(file) or {}, WebConfig)
+            content = yaml.safe_load(file)
+            config = msgspec.convert(_without_gaps(path, content), WebConfig)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: cannot be read: {_why(error)}") from None
     except yaml.YAMLError as error:
@@ -93,7 +94,7 @@ def listen_address(text: str) -> tuple[str, int]:
     elif ":" in host:
         colon = ""
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{text!r} is not HOST:PORT")
+        raise ValueError(f"{text!r} is not HOST:PORT with a port up to 65535")
     return host, int(port)
 
 
@@ -225,13 +226,31 @@ def _beside(config: WebConfig, directory: str) -> WebConfig:
     return WebConfig(absolute(config.tls_server_config), absolute(config.authorization))
 
 
+def _without_gaps(path: str, content: Any) -> Any:
+    """The content, in which nothing is empty: a service must not be open because a template came out empty."""
+    if content is None:
+        raise SettingsError(f"{path}: is empty; leave --web.config.file out for a service without TLS and token")
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if value is None:
+            raise SettingsError(f"{path}: {name} is empty; fill it in, or remove it")
+    return content
+
+
 def _check_certificate(path: str, tls: Tls) -> None:
     import ssl
 
+    for name, file in msgspec.structs.asdict(tls).items():
+        try:
+            open(file, "rb").close()
+        except OSError as error:
+            raise SettingsError(f"{path}: tls_server_config.{name}: {file} cannot be read: {_why(error)}") from None
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert_file, tls.key_file, password="")
     except OSError as error:  # ssl.SSLError is one
-        raise SettingsError(f"{path}: tls_server_config: the certificate cannot be used: {_why(error)}") from None
+        raise SettingsError(
+            f"{path}: {tls.cert_file} and {tls.key_file} are no certificate and key in PEM that belong together: "
+            f"{_why(error)}"
+        ) from None
 
 
 def _why(error: Exception) -> str:

@@ -44,7 +44,8 @@ class WrongValue:
         what, where = _taken_apart(str(error), kind)
         named = ""
         if wrong := _WRONG_KIND.fullmatch(what):
-            self.text = f"{where or 'the content'} must be {_kinds(wrong[1])}, not {_kinds(wrong[2])}"
+            found = "one with a fraction" if wrong[1] == "int" and wrong[2] == "float" else _kinds(wrong[2])
+            self.text = f"{where or 'the content'} must be {_kinds(wrong[1])}, not {found}"
         elif missing := _MISSING.fullmatch(what):
             named = missing[1]
             self.text = f"{where or 'the content'} lacks the field {named}"

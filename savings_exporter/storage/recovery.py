@@ -363,8 +363,9 @@ def _has_previous(reader: Reader) -> bool:
 
 def _nothing_left(path: str, damage: str) -> CorruptStoreError:
     return CorruptStoreError(
-        f"{path}: {damage}; there is no whole previous document, so its totals are lost",
-        f"Restore it from a backup, or move all files {path}* away to start from zero",
+        f"{path}: {damage}",
+        "There is no whole previous document, so its totals are lost. Restore it from a backup, or"
+        f" move all files {path}* away to start from zero",
         path=path,
     )
 

@@ -47,7 +47,9 @@ def filled(store_path: Path) -> Path:
         (["nonsense"], 2, "nonsense"),
         (["watch"], 2, "PATH"),
         (["record", "--model", "m"], 2, "--tokens-saved"),
-        (["record", "--model", "m", "--tokens-saved", "many"], 2, "--tokens-saved"),
+        (["record", "--model", "m", "--tokens-saved", "many"], 2, "'--tokens-saved': it must be a valid integer ("),
+        (["serve", "--log.level", "loud"], 2, "'loud' is not one of"),
+        (["serve", "--web.listen-address", "192.0.2.1:9478"], 1, "Choose another with --web.listen-address"),
         (["record", "--model", "m", "--tokens-saved", "-1"], 2, "tokens_saved must not be negative"),
         (["record", "--model", "m", "--tokens-saved", "1", "--savings-usd", "nan"], 2, "savings_usd must be finite"),
         (["serve", "--web.listen-address", "nowhere"], 2, "HOST:PORT"),
@@ -105,6 +107,9 @@ def test_port_of_another_service(store_path: Path) -> None:
         ("[", "is not YAML"),
         ("authorization: 5", "authorization must be an object or null, not an integer"),
         ("5", "the content must be an object, not an integer"),
+        ("", "is empty"),
+        ("authorization:", "authorization is empty"),
+        ("tls_server_config: {cert_file: /none.crt, key_file: b}", "tls_server_config.cert_file: /none.crt cannot be"),
     ],
 )
 def test_wrong_web_config(tmp_path: Path, store_path: Path, content: str, said: str) -> None:
@@ -240,8 +245,8 @@ def test_no_home_directory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 def test_record_with_a_key(store_path: Path) -> None:
     command = ["record", "--store", str(store_path), "--model", "m", "--idempotency-key", "build 7", "--tokens-saved"]
-    assert run_cli(*command, "5").stdout == "record 1: 5 tokens saved so far\n"
-    assert run_cli(*command, "5").stdout == "record 1 (counted before): 5 tokens saved so far\n"
+    assert run_cli(*command, "5").stdout == "recorded: 5 tokens saved in total\n"
+    assert run_cli(*command, "5").stdout == "counted before: 5 tokens saved in total\n"
     other = run_cli(*command, "6")
     assert (other.returncode, other.stderr.count("\n")) == (1, 1)
     assert "--idempotency-key 'build 7' was used before with other content" in other.stderr
@@ -265,7 +270,7 @@ def test_start_line_has_a_command(store_path: Path) -> None:
 def test_default_store(tmp_path: Path) -> None:
     env = {"XDG_STATE_HOME": str(tmp_path / "new" / "state")}
     done = run_cli("record", "--model", "m", "--tokens-saved", "7", env=env)
-    assert done.stdout == "record 1: 7 tokens saved so far\n"
+    assert done.stdout == "recorded: 7 tokens saved in total\n"
     assert (tmp_path / "new" / "state" / "savings-exporter" / "proxy_savings.json").exists()
     assert run_cli("show", env=env).stdout.startswith("7 tokens saved in 1 requests")
 
@@ -527,7 +532,7 @@ finally:
 """
     command = ["record", "--store", str(store_path), "--model", "m", "--tokens-saved", "1"]
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=WAIT_SECONDS)
-    assert done.stdout.splitlines() == ["record 1: 1 tokens saved so far", "[]"], done.stderr
+    assert done.stdout.splitlines() == ["recorded: 1 tokens saved in total", "[]"], done.stderr
 
 
 def test_record_that_cannot_be_saved(

@@ -147,7 +147,7 @@ def test_owner_unknown_in_a_container(store_path: Path) -> None:
     inside = ["unshare", "--user", "--map-root-user", *command, "--model", "m", "--tokens-saved", "2"]
     done = subprocess.run(inside, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith(": 3 tokens saved so far\n")
+    assert done.stdout.endswith(": 3 tokens saved in total\n")
 
 
 class CannotGiveAway(FileSystem):

@@ -236,7 +236,7 @@ def test_both_documents(kept: Kept, junk: bytes) -> None:
 def test_all_but_lock_gone(kept: Kept) -> None:
     """The lock file says that a document was saved: no new store."""
     path = kept.put(document=None, previous=None, segment=None)
-    with pytest.raises(CorruptStoreError, match=r"is missing; .* its totals are lost"):
+    with pytest.raises(CorruptStoreError, match=r"is missing. There .* its totals are lost"):
         SavingsTracker(path)
     path = kept.put(document=None, previous=None, segment=None, lock=None, writer=None)
     assert opened(path)[0] == 0
