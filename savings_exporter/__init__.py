@@ -1,4 +1,4 @@
-"""Keeps the LLM tokens you saved, durably, and shows every step of it.
+"""Keeps lifetime LLM token savings durably, for Prometheus and OpenTelemetry.
 
 ``SavingsTracker`` is the API for a program; ``SavingsCollector`` shows a tracker to Prometheus.
 """

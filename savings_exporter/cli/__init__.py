@@ -60,7 +60,7 @@ def _print_version(wanted: bool) -> None:
 
 app = typer.Typer(
     name="savings-exporter",
-    help="Keeps the LLM tokens you saved, durably, and shows every step of it.",
+    help="Keeps lifetime LLM token savings durably, for Prometheus and OpenTelemetry.",
     cls=_Commands,
     **_SETTINGS,
 )

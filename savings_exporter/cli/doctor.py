@@ -31,7 +31,7 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what a saving costs on a disk, for some seconds; say what is wrong with that disk for a store."""
+    """Measure a disk for some seconds, and check that it suits a store."""
     settings.be_quiet()
     directory = directory_of(store)
     # An exception in the main thread, so that temporary files are removed on the way out.

@@ -29,7 +29,7 @@ def drill(
     ] = None,
     store: Store = None,
 ) -> None:
-    """Have the running service behave as if a step failed, to test your paging. Its store is not touched."""
+    """Simulate failures in a running service, to test alerts. The store is not touched."""
     settings.be_quiet()
     kind, path = KINDS[name], store if store is not None else default_path()
     lasts = kind.usual_seconds if seconds is None else seconds

@@ -36,7 +36,7 @@ def record(
     store: Store = None,
     sync_method: SyncMethodOption = "auto",
 ) -> None:
-    """Record one saving in a store, also while a service keeps it."""
+    """Record one saving, also beside a running service."""
     arguments: dict[str, Any] = {**locals()}
     del arguments["store"], arguments["sync_method"], arguments["idempotency_key"]
     settings.be_quiet()

@@ -51,7 +51,7 @@ def serve(
         ),
     ] = False,
 ) -> None:
-    """Keep the savings that proxies POST, and show them to Prometheus."""
+    """Take savings over HTTP, and serve metrics and totals."""
     settings.configure_logging(log_level, log_format)
     config = settings.web_config(web_config_file)
     token = config.token()

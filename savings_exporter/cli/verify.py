@@ -26,7 +26,7 @@ def verify(
         ),
     ] = False,
 ) -> None:
-    """Report what a store holds and what is wrong with it; exit 1 when something has to be done."""
+    """Check a store. Exits with 1 when something has to be done."""
     settings.be_quiet()
     path = store if store is not None else default_path()
     if repair_store:

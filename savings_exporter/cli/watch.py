@@ -24,7 +24,7 @@ def watch(
     log_level: LogLevel = "info",
     log_format: LogFormat = "logfmt",
 ) -> None:
-    """Show the totals of a file that another program owns, Headroom's included. Never writes to it."""
+    """Serve the totals of another program's file. Only reads it."""
     settings.configure_logging(log_level, log_format)
     config = settings.web_config(web_config_file)
     token = config.token()
