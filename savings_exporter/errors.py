@@ -66,12 +66,10 @@ class CorruptStoreError(StoreError):
         remedy: str = "",
         *,
         path: str | None = None,
-        step: str | None = None,
-        errno: int | None = None,
         field: str | None = None,
         lost: int | None = None,
     ) -> None:
-        super().__init__(problem, remedy, path=path, step=step, errno=errno)
+        super().__init__(problem, remedy, path=path)
         self.field = field
         self.lost = lost
 

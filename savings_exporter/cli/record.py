@@ -56,11 +56,8 @@ def record(
         # Checked after closing, which tries once more: a caller that is told of a failure records the saving again.
         if not receipt.durable:
             raise CommandError(reason or f"{tracker.storage_path}: could not be saved")
-        again = "counted before" if receipt.duplicate else "recorded"
-        print(
-            f"{again}: {tracker.snapshot().lifetime.tokens_saved:,} tokens saved in total",
-            flush=True,
-        )
+        what = "counted before" if receipt.duplicate else "recorded"
+        print(f"{what}: {tracker.snapshot().lifetime.tokens_saved:,} tokens saved in total", flush=True)
     finally:
         if provider_of_spans is not None:
             settings.flush_spans(provider_of_spans)

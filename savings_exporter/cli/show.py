@@ -47,7 +47,7 @@ def show(
         writer = csv.DictWriter(sys.stdout, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    elif not snapshot.lifetime.requests and not snapshot.lifetime.tokens_saved:
+    elif snapshot.lifetime.is_empty:
         print(f"{watched.storage_path}: the store is empty: no savings are recorded yet")
     else:
         _print_tables(snapshot, watched.storage_path)

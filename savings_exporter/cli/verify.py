@@ -39,7 +39,7 @@ def verify(
     if found.ledger is not None:
         lifetime = found.ledger.lifetime
         held = f"{lifetime.tokens_saved} tokens saved in {lifetime.requests} records"
-        print(f"{path}: {held if found.ledger.records else 'the store is empty'}{saved(found.saved_at)}")
+        print(f"{path}: {'the store is empty' if lifetime.is_empty else held}{saved(found.saved_at)}")
     for note in found.notes:
         print(note)
     if found.problems:

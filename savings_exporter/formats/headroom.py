@@ -106,7 +106,7 @@ def _pairs(lifetime: Totals, by_model: Mapping[str, Totals]) -> dict[Pair, Total
     """The lifetime totals by provider and model; what is not broken down by model is unknown."""
     pairs: dict[Pair, Totals] = {(UNKNOWN, model): totals for model, totals in by_model.items()}
     rest = lifetime.beyond(total_of(by_model.values())).with_assumed_records()
-    if rest != Totals(last_activity_at=rest.last_activity_at):
+    if not rest.is_empty:
         pair = (UNKNOWN, UNKNOWN)
         pairs[pair] = pairs.get(pair, Totals()) + rest
     return pairs

@@ -63,6 +63,11 @@ class Totals(msgspec.Struct, frozen=True):
     total_output_cost_usd: float = 0.0
     last_activity_at: str | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether every figure is zero. The time of the last activity is no figure."""
+        return self == Totals(last_activity_at=self.last_activity_at)
+
     def __add__(self, other: Totals) -> Totals:
         return self.plus(numbers_of(other), other.last_activity_at)
 

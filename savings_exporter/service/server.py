@@ -66,23 +66,25 @@ def _who_answers(host: str, port: int) -> str:
     """What listens on a port that is taken. Another of our services says which store it shows."""
     answers: list[str] = []
     # In a thread, because a server may answer without an end.
-    asking = threading.Thread(target=lambda: answers.extend(_answer(host, port)), daemon=True)
+    asking = threading.Thread(target=lambda: answers.append(_answer(host, port)), daemon=True)
     asking.start()
     asking.join(_ANSWER_SECONDS)
-    return answers[0] if answers else f"another program (ss -ltnp 'sport = :{port}' shows which)"
+    return "".join(answers) or f"another program (ss -ltnp 'sport = :{port}' shows which)"
 
 
-def _answer(host: str, port: int) -> Iterator[str]:
+def _answer(host: str, port: int) -> str:
+    """Which of our services answers; empty when something else does."""
     connection = http.client.HTTPConnection(host or "localhost", port, timeout=_ANSWER_SECONDS)
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError), contextlib.closing(connection):
         connection.request("GET", SAVINGS_PATH)
         answer = connection.getresponse()
         if answer.status == HTTPStatus.UNAUTHORIZED and answer.headers["WWW-Authenticate"]:
-            yield "a service that asks for a token"
-        elif path := _STORAGE_PATH.match(answer.read(_MOST_BYTES).decode(errors="replace")):
+            return "a service that asks for a token"
+        if path := _STORAGE_PATH.match(answer.read(_MOST_BYTES).decode(errors="replace")):
             shown = json.loads(path[1])
             if shown.isprintable():
-                yield f"the savings-exporter that shows {shown}"
+                return f"the savings-exporter that shows {shown}"
+    return ""
 
 
 def url_of(listener: socket.socket, *, tls: bool) -> str:

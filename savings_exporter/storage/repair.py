@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from savings_exporter.errors import CorruptStoreError, OtherFileError, StoreError
+from savings_exporter.errors import CorruptStoreError, StoreError
 from savings_exporter.formats.document import decode, encode
 from savings_exporter.model.totals import Ledger, Limits
 from savings_exporter.storage.atomic_file import AtomicFile, Directory
@@ -100,8 +100,6 @@ def repair(path: str, observer: Observer, fs: FileSystem = LOCAL) -> Repaired:
             raise StoreError(f"{path}: another process is saving it; stop that process first", path=path)
         try:
             found = examine(reader, lock.content())
-        except OtherFileError:
-            raise
         except CorruptStoreError:
             found = salvage(reader, lock.content())
         if any(reader.is_alive(writer) for writer in reader.listing().writers):

@@ -20,7 +20,7 @@ import pytest
 
 from savings_exporter import SavingsTracker, cli, tracker
 from tests.support.faults import FaultyFileSystem
-from tests.support.paths import DATA
+from tests.support.paths import DATA, ROOT
 from tests.support.service import run_cli, running
 from tests.support.wait import WAIT_SECONDS
 
@@ -130,6 +130,30 @@ def test_version_and_help() -> None:
         assert run_cli(*command, "-h").stdout == done.stdout
     bare = run_cli()
     assert (bare.returncode, bare.stdout) == (0, run_cli("--help").stdout)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_options_are_documented(command: str) -> None:
+    """docs/cli.md has each option of a command, and says so for this command."""
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(--[\w.-]+)[^|]*\| ([^|]*) \|", page, re.MULTILINE)
+    documented = {option for option, commands in rows if f"`{command}`" in commands or commands == "all but `watch`"}
+    if command == "watch":
+        documented.discard("--store")
+    if command == "record":
+        documented |= set(re.findall(r"`(--[\w-]+)", page.split("`record` takes")[1].split("## ")[0]))
+    shown = set(re.findall(r"^  (?:-h, )?(--[\w.-]+)", run_cli(command, "--help").stdout, re.MULTILINE))
+    assert documented == shown - {"--help"}
+
+
+@pytest.mark.parametrize("total", [5, 0])
+def test_document_without_requests(tmp_path: Path, total: int) -> None:
+    """As early releases of Headroom wrote it: what it holds is counted all the same."""
+    path = tmp_path / "proxy_savings.json"
+    path.write_text(json.dumps({"schema_version": 2, "lifetime": {"tokens_saved": total}}))
+    for command, said in (("show", "5 tokens saved in 0 requests"), ("verify", "5 tokens saved in 0 records")):
+        printed = run_cli(command, "--store", str(path)).stdout
+        assert (said in printed, "the store is empty" in printed) == (bool(total), not total)
 
 
 @pytest.mark.parametrize("content", ['{"name": "web", "version": "1.0.0"}', '{"schema_version": 3, "name": "x"}', "[]"])
