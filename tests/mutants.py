@@ -321,6 +321,20 @@ MUTANTS = [
         f"{RECOVERY}::test_torn_tail",
     ),
     mutant(
+        "Another program's document that is away is no empty store",
+        "storage/recovery.py",
+        "(bool(lock.store) and not lock.is_foreign)",
+        "bool(lock.store)",
+        "tests/service/test_watch.py::test_document_that_is_away",
+    ),
+    mutant(
+        "Something else in a store's place is damage, and its loss is stated",
+        "storage/recovery.py",
+        "lock.is_saved or lock.is_begun or bool(listing.segments) or bool(listing.writers)",
+        "bool(listing.segments)",
+        "tests/service/test_commands.py::test_something_else_in_a_stores_place",
+    ),
+    mutant(
         "A writer's file stays until its counters are in a document",
         "storage/checkpoint.py",
         "        if after.ended and before is not None and before.ended and len(needless) == len(numbers):\n",

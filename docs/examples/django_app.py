@@ -1,4 +1,4 @@
-"""Django: gunicorn --workers 4 --config gunicorn_conf.py django_app:application.
+"""Django: gunicorn --workers 4 django_app:application.
 
 In a project of yours the tracker goes into a module of its own, such as ``savings.py``, and the views import it.
 """

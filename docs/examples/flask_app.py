@@ -1,4 +1,4 @@
-"""Flask: gunicorn --workers 4 --config gunicorn_conf.py flask_app:app, with --preload or without."""
+"""Flask: gunicorn --workers 4 flask_app:app, with --preload or without."""
 
 import os
 

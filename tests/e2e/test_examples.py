@@ -25,7 +25,7 @@ FOLDER = ROOT / "docs" / "examples"
 PAGE = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
 REQUESTS = 40
 
-GUNICORN = ["gunicorn", "--workers", "4", "--config", "gunicorn_conf.py"]
+GUNICORN = ["gunicorn", "--workers", "4"]
 SERVED = {
     "fastapi": ["uvicorn", "fastapi_app:app", "--workers", "4"],
     "flask": [*GUNICORN, "flask_app:app"],

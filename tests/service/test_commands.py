@@ -219,8 +219,8 @@ def test_port_of_a_hostile_server(store_path: Path) -> None:
     for answer in (
         dripping,
         answering(b"[" * 200_000),
-        answering(json.dumps({"storage_path": "/x\x1b[2J\nsavings-exporter: all is well"}).encode()),
-        answering(json.dumps({"storage_path": "/x" * 1_000_000}).encode()),
+        answering(b'{"storage_path":"/x\\u001b[2J\\nsavings-exporter: all is well"}'),
+        answering(b'{"storage_path":"' + b"/x" * 1_000_000 + b'"}'),
     ):
         with socket.create_server(("127.0.0.1", 0)) as server:
             thread = threading.Thread(
