@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import multiprocessing.process
-import multiprocessing.util
 import os
 import sys
 import threading
@@ -344,9 +342,11 @@ class SavingsTracker:
         return self._background.group.accept(records, key, ended)
 
     def _close_with_process(self) -> None:
-        if multiprocessing.process.parent_process() is not None:
-            # Such a process ends without running what is registered to be run at its exit.
-            multiprocessing.util.Finalize(self, self.close, exitpriority=0)
+        # A process of multiprocessing ends without running what is registered to be run at its exit. It has these
+        # modules loaded; other programs do not pay for the import.
+        process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
+        if process is not None and util is not None and process.parent_process() is not None:
+            util.Finalize(self, self.close, exitpriority=0)
 
     def _publish_failure(self) -> None:
         # At once: the process may be killed for it.

@@ -8,71 +8,46 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import sys
 from importlib import import_module
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
-import typer
-from typer.core import TyperCommand, TyperGroup
+import click
 
 from savings_exporter.cli.errors import INTERRUPTED, CommandError
 from savings_exporter.errors import SettingsError, StoreError
+from savings_exporter.version import VERSION
 
 COMMANDS = ("serve", "watch", "record", "show", "verify", "drill", "doctor")
 
-_SETTINGS: dict[str, Any] = {
-    "add_completion": False,
-    "pretty_exceptions_enable": False,
-    "rich_markup_mode": None,
-    "context_settings": {"help_option_names": ["-h", "--help"]},
-}
 
-
-class _Commands(TyperGroup):
+class _Commands(click.Group):
     """The commands, by name. ``--help`` needs all of them, and a call only its own."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        # Typer's suggestions for a misspelt command come from these names.
-        self.commands = dict.fromkeys(COMMANDS, TyperCommand(None))
+        # Click's suggestions for a misspelt command come from these names.
+        self.commands = dict.fromkeys(COMMANDS, click.Command(None))
 
-    def get_command(self, _context: Any, name: str) -> TyperCommand | None:
-        return _imported(name) if name in COMMANDS else None
+    def list_commands(self, _context: click.Context) -> list[str]:
+        return list(COMMANDS)
 
-
-def _imported(name: str) -> TyperCommand:
-    function = getattr(import_module(f"{__name__}.{name}"), name)
-    alone = typer.Typer(**_SETTINGS)
-    alone.command(name)(function)
-    command = typer.main.get_command(alone)
-    assert isinstance(command, TyperCommand)
-    return command
+    def get_command(self, _context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"{__name__}.{name}"), name)
+        return command
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        print(f"savings-exporter {version('savings-exporter')}")
-        raise typer.Exit
-
-
-app = typer.Typer(
-    name="savings-exporter",
-    help="Keeps lifetime LLM token savings durably, for Prometheus and OpenTelemetry.",
+@click.group(
     cls=_Commands,
-    **_SETTINGS,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
-
-
-@app.callback(invoke_without_command=True)
-def _options(
-    context: typer.Context,
-    _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
+@click.version_option(VERSION, message="savings-exporter %(version)s", help="Print the version and exit.")
+@click.pass_context
+def app(context: click.Context) -> None:
+    """Keeps lifetime LLM token savings durably, for Prometheus and OpenTelemetry."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -91,10 +66,10 @@ def main() -> NoReturn:
         _exit(error.status, str(error))
     except (StoreError, SettingsError) as error:
         _exit(1, str(error))
-    except (typer.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
-    except typer.TyperException as error:
-        _exit(error.exit_code, f"{_plain(' '.join(error.format_message().split()))} (--help says more)")
+    except click.ClickException as error:
+        _exit(error.exit_code, f"{' '.join(error.format_message().split())} (--help says more)")
     except BrokenPipeError:
         # The reader has closed the pipe. Python would report that again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,12 +77,6 @@ def main() -> NoReturn:
     except OSError as error:
         _exit(1, f"{error.filename or ''}: {error.strerror or error}".lstrip(": "))
     sys.exit(status if isinstance(status, int) else 0)
-
-
-def _plain(message: str) -> str:
-    """A message of the command line's library without the words of the library that it validates with."""
-    message = message.replace("Value error, ", "")
-    return re.sub(r"Input should be a valid (\w+), unable to .*", r"it must be a valid \1", message)
 
 
 def _exit(status: int, line: str) -> NoReturn:

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import Annotated
 
-import typer
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from savings_exporter.cli.options import AsJson, expanded
+from savings_exporter.cli.options import expanded, json_option
 from savings_exporter.cli.output import print_json
 from savings_exporter.cli.tables import stdout_console, table
 from savings_exporter.doctor import Report, directory_of, examine, readable
 from savings_exporter.service import settings
 
 
+@click.command()
+@click.option(
+    "--store",
+    metavar="PATH",
+    envvar="SAVINGS_EXPORTER_STORE",
+    show_envvar=True,
+    callback=expanded,
+    help="A store's document, or a directory. Default: the default store.",
+)
+@json_option
 def doctor(
-    store: Annotated[
-        str | None,
-        typer.Option(
-            "--store",
-            metavar="PATH",
-            envvar="SAVINGS_EXPORTER_STORE",
-            callback=expanded,
-            help="A store's document, or a directory. Default: the default store.",
-        ),
-    ] = None,
-    as_json: AsJson = False,
+    store: str | None,
+    as_json: bool,
 ) -> None:
     """Measure a disk for some seconds, and check that it suits a store."""
     settings.be_quiet()

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-import typer
+import click
 
 from savings_exporter.cli.errors import CommandError
-from savings_exporter.cli.options import Store
+from savings_exporter.cli.options import store_option
 from savings_exporter.service import settings
 from savings_exporter.service.drill import KINDS, LONGEST_SECONDS, DrillError, ask
 from savings_exporter.tracker import default_path
 
 
+@click.command()
+@click.argument("name", metavar="KIND", type=click.Choice(list(KINDS)))
+@click.option(
+    "--seconds",
+    metavar="SECONDS",
+    type=click.FloatRange(1, LONGEST_SECONDS),
+    help="For how long: longer than Prometheus's scrape interval. Default: until an alert should fire.",
+)
+@store_option
 def drill(
-    name: Annotated[
-        Literal["dir-fsync", "file-fsync", "journal-fsync", "save-latency"],
-        typer.Argument(metavar="|".join(KINDS), help="What is simulated to fail, or with save-latency to be slow."),
-    ],
-    seconds: Annotated[
-        float | None,
-        typer.Option(
-            "--seconds",
-            min=1,
-            max=LONGEST_SECONDS,
-            help="For how long: longer than Prometheus's scrape interval. Default: until an alert should fire.",
-        ),
-    ] = None,
-    store: Store = None,
+    name: str,
+    seconds: float | None,
+    store: str | None,
 ) -> None:
-    """Simulate failures in a running service, to test alerts. The store is not touched."""
+    """Simulate failures in a running service, to test alerts.
+
+    KIND is dir-fsync, file-fsync or journal-fsync, which fail, or save-latency: saves are slow. The store is not
+    touched.
+    """
     settings.be_quiet()
     kind, path = KINDS[name], store if store is not None else default_path()
     lasts = kind.usual_seconds if seconds is None else seconds

@@ -1,18 +1,17 @@
-"""Options and arguments that several commands share."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
 
-import typer
+import click
 
 from savings_exporter.cli.errors import WrongUsageError
 from savings_exporter.service import settings
 from savings_exporter.service.paths import HEALTHY_PATH, READY_PATH, SAVINGS_PATH
 
 
-def expanded(path: str | None) -> str | None:
+def expanded(_context: click.Context, _option: click.Parameter, path: str | None) -> str | None:
     """A path whose ``~`` is expanded.
 
     Raises:
@@ -23,73 +22,81 @@ def expanded(path: str | None) -> str | None:
     return os.path.expanduser(path) if path is not None else None
 
 
-def _address(text: str) -> str:
+def _address(_context: click.Context, _option: click.Parameter, text: str) -> str:
     try:
         settings.listen_address(text)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise click.BadParameter(str(error)) from None
     return text
 
 
-def _metrics_path(text: str) -> str:
+def _metrics_path(_context: click.Context, _option: click.Parameter, text: str) -> str:
     if not text.startswith("/") or "{" in text or text in ("/", SAVINGS_PATH, HEALTHY_PATH, READY_PATH):
-        raise typer.BadParameter(f"{text!r} must begin with / and must not be the path of another page")
+        raise click.BadParameter(f"{text!r} must begin with / and must not be the path of another page")
     return text
 
 
-Store = Annotated[
-    str | None,
-    typer.Option(
-        "--store",
-        metavar="PATH",
-        envvar="SAVINGS_EXPORTER_STORE",
-        callback=expanded,
-        help="The document. Default: in the user's state directory.",
-    ),
-]
-ListenAddress = Annotated[
-    str,
-    typer.Option(
-        "--web.listen-address",
-        metavar="HOST:PORT",
-        envvar="SAVINGS_EXPORTER_WEB_LISTEN_ADDRESS",
-        callback=_address,
-        help="Where to listen; port 0 takes a free one.",
-    ),
-]
-TelemetryPath = Annotated[
-    str,
-    typer.Option(
-        "--web.telemetry-path",
-        metavar="PATH",
-        envvar="SAVINGS_EXPORTER_WEB_TELEMETRY_PATH",
-        callback=_metrics_path,
-        help="Where the metrics are.",
-    ),
-]
-WebConfigFile = Annotated[
-    str | None,
-    typer.Option(
-        "--web.config.file",
-        metavar="PATH",
-        envvar="SAVINGS_EXPORTER_WEB_CONFIG_FILE",
-        help="YAML with tls_server_config (cert_file, key_file) and authorization (credentials_file).",
-    ),
-]
-SyncMethodOption = Annotated[
-    Literal["auto", "direct", "fdatasync"],
-    typer.Option(
-        "--store.sync-method",
-        envvar="SAVINGS_EXPORTER_SYNC_METHOD",
-        help="How the journal is written; doctor measures both.",
-    ),
-]
-LogLevel = Annotated[
-    Literal["debug", "info", "warning", "error"],
-    typer.Option("--log.level", envvar="SAVINGS_EXPORTER_LOG_LEVEL", help="What to log to standard error."),
-]
-LogFormat = Annotated[
-    Literal["logfmt", "json"],
-    typer.Option("--log.format", envvar="SAVINGS_EXPORTER_LOG_FORMAT", help="How to log it."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+store_option = click.option(
+    "--store",
+    metavar="PATH",
+    envvar="SAVINGS_EXPORTER_STORE",
+    show_envvar=True,
+    callback=expanded,
+    help="The document. Default: in the user's state directory.",
+)
+listen_address_option = click.option(
+    "--web.listen-address",
+    "listen_address",
+    metavar="HOST:PORT",
+    default="127.0.0.1:9478",
+    envvar="SAVINGS_EXPORTER_WEB_LISTEN_ADDRESS",
+    show_envvar=True,
+    callback=_address,
+    help="Where to listen; port 0 takes a free one.",
+)
+telemetry_path_option = click.option(
+    "--web.telemetry-path",
+    "telemetry_path",
+    metavar="PATH",
+    default="/metrics",
+    envvar="SAVINGS_EXPORTER_WEB_TELEMETRY_PATH",
+    show_envvar=True,
+    callback=_metrics_path,
+    help="Where the metrics are.",
+)
+web_config_file_option = click.option(
+    "--web.config.file",
+    "web_config_file",
+    metavar="PATH",
+    envvar="SAVINGS_EXPORTER_WEB_CONFIG_FILE",
+    show_envvar=True,
+    help="YAML with tls_server_config (cert_file, key_file) and authorization (credentials_file).",
+)
+sync_method_option = click.option(
+    "--store.sync-method",
+    "sync_method",
+    type=click.Choice(["auto", "direct", "fdatasync"]),
+    default="auto",
+    envvar="SAVINGS_EXPORTER_SYNC_METHOD",
+    show_envvar=True,
+    help="How the journal is written; doctor measures both.",
+)
+log_level_option = click.option(
+    "--log.level",
+    "log_level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    envvar="SAVINGS_EXPORTER_LOG_LEVEL",
+    show_envvar=True,
+    help="What to log to standard error.",
+)
+log_format_option = click.option(
+    "--log.format",
+    "log_format",
+    type=click.Choice(["logfmt", "json"]),
+    default="logfmt",
+    envvar="SAVINGS_EXPORTER_LOG_FORMAT",
+    show_envvar=True,
+    help="How to log it.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from datetime import datetime
-from importlib.metadata import version
 from typing import Any
 
 import msgspec
 
 from savings_exporter.service.views import utc
+from savings_exporter.version import VERSION
 
 
 def print_json(content: Any) -> None:
@@ -26,4 +26,4 @@ def saved(moment: datetime | None) -> str:
 
 def announcement(what: str, path: str, url: str, more: str) -> str:
     """The line that a service prints when it answers requests."""
-    return f"savings-exporter {version('savings-exporter')} {what} {path}, on {url}; {more}"
+    return f"savings-exporter {VERSION} {what} {path}, on {url}; {more}"

@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
 from savings_exporter.cli.errors import CommandError, WrongUsageError
-from savings_exporter.cli.options import Store, SyncMethodOption
+from savings_exporter.cli.options import store_option, sync_method_option
 from savings_exporter.errors import KeyConflictError
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.service import settings
+from savings_exporter.storage.segment import SyncMethod
 from savings_exporter.tracker import SavingsTracker
 
 
-def record(
-    model: Annotated[str, typer.Option(help="The model that was asked.")],
-    tokens_saved: Annotated[int, typer.Option(help="Input tokens that compression saved.")],
-    input_tokens: Annotated[int, typer.Option(help="Input tokens that were sent.")] = 0,
-    tool_search_saved: Annotated[int, typer.Option(help="Input tokens that deferred tool schemas saved.")] = 0,
-    output_tokens_saved: Annotated[int, typer.Option(help="Output tokens that were saved.")] = 0,
-    output_tokens: Annotated[int, typer.Option(help="Output tokens that came back.")] = 0,
-    provider: Annotated[str | None, typer.Option(help="Who runs the model.")] = None,
-    agent: Annotated[str | None, typer.Option(help="The agent that asked.")] = None,
-    project: Annotated[str | None, typer.Option(help="The project it asked for.")] = None,
-    cache_read_tokens: Annotated[int, typer.Option(help="Input tokens read from a prompt cache.")] = 0,
-    cache_write_tokens: Annotated[int, typer.Option(help="Input tokens written to a prompt cache.")] = 0,
-    uncached_input_tokens: Annotated[int, typer.Option(help="Input tokens neither read nor written there.")] = 0,
-    timestamp: Annotated[str | None, typer.Option(help="When, ISO 8601. Default: now.")] = None,
-    savings_usd: Annotated[float | None, typer.Option(help="US dollars saved; may be negative.")] = None,
-    input_cost_usd: Annotated[float | None, typer.Option(help="US dollars paid for input.")] = None,
-    idempotency_key: Annotated[
-        str | None, typer.Option(help="A name for this saving: recorded again under the same name, it counts once.")
-    ] = None,
-    store: Store = None,
-    sync_method: SyncMethodOption = "auto",
-) -> None:
+@click.command()
+@click.option("--model", metavar="NAME", required=True, help="The model that was asked.")
+@click.option("--tokens-saved", metavar="N", type=int, required=True, help="Input tokens that compression saved.")
+@click.option("--input-tokens", metavar="N", type=int, default=0, help="Input tokens that were sent.")
+@click.option(
+    "--tool-search-saved", metavar="N", type=int, default=0, help="Input tokens that deferred tool schemas saved."
+)
+@click.option("--output-tokens-saved", metavar="N", type=int, default=0, help="Output tokens that were saved.")
+@click.option("--output-tokens", metavar="N", type=int, default=0, help="Output tokens that came back.")
+@click.option("--provider", metavar="NAME", help="Who runs the model.")
+@click.option("--agent", metavar="NAME", help="The agent that asked.")
+@click.option("--project", metavar="NAME", help="The project it asked for.")
+@click.option("--cache-read-tokens", metavar="N", type=int, default=0, help="Input tokens read from a prompt cache.")
+@click.option("--cache-write-tokens", metavar="N", type=int, default=0, help="Input tokens written to a prompt cache.")
+@click.option(
+    "--uncached-input-tokens", metavar="N", type=int, default=0, help="Input tokens neither read nor written there."
+)
+@click.option("--timestamp", metavar="TIME", help="When, ISO 8601, such as 2026-01-31T23:59:00Z. Default: now.")
+@click.option("--savings-usd", metavar="USD", type=float, help="US dollars saved; may be negative.")
+@click.option("--input-cost-usd", metavar="USD", type=float, help="US dollars paid for input.")
+@click.option(
+    "--idempotency-key",
+    metavar="KEY",
+    help="A name for this saving: recorded again under the same name, it counts once.",
+)
+@store_option
+@sync_method_option
+def record(store: str | None, sync_method: SyncMethod, idempotency_key: str | None, **fields: Any) -> None:
     """Record one saving, also beside a running service."""
-    arguments: dict[str, Any] = {**locals()}
-    del arguments["store"], arguments["sync_method"], arguments["idempotency_key"]
     settings.be_quiet()
     try:
-        saving = SavingsRecord(**arguments)
+        saving = SavingsRecord(**fields)
     except (TypeError, ValueError) as error:
-        raise WrongUsageError(str(error)) from None
+        field, _, problem = str(error).partition(" ")
+        raise WrongUsageError(f"--{field.replace('_', '-')} {problem}") from None
     provider_of_spans = settings.tracer_provider()
     try:
         with SavingsTracker(store, tracer_provider=provider_of_spans, sync_method=sync_method) as tracker:

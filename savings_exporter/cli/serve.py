@@ -7,19 +7,19 @@ import signal
 import sys
 import tempfile
 from contextlib import ExitStack
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
-import typer
+import click
 
 from savings_exporter.cli.errors import INTERRUPTED, CommandError, WrongUsageError
 from savings_exporter.cli.options import (
-    ListenAddress,
-    LogFormat,
-    LogLevel,
-    Store,
-    SyncMethodOption,
-    TelemetryPath,
-    WebConfigFile,
+    listen_address_option,
+    log_format_option,
+    log_level_option,
+    store_option,
+    sync_method_option,
+    telemetry_path_option,
+    web_config_file_option,
 )
 from savings_exporter.cli.output import announcement
 from savings_exporter.service import server, settings
@@ -27,29 +27,37 @@ from savings_exporter.service.app import Service
 from savings_exporter.service.demo import DemoTraffic
 from savings_exporter.service.drill import taking_drills
 from savings_exporter.service.paths import SAVINGS_PATH
+from savings_exporter.storage.segment import SyncMethod
 from savings_exporter.telemetry.metrics import SavingsCollector
 from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker
 
 
+@click.command()
+@store_option
+@sync_method_option
+@listen_address_option
+@telemetry_path_option
+@web_config_file_option
+@log_level_option
+@log_format_option
+@click.option("--demo", is_flag=True, help="Record made-up traffic; without --store, in a temporary store.")
+@click.option(
+    "--enable-drill",
+    is_flag=True,
+    envvar="SAVINGS_EXPORTER_ENABLE_DRILL",
+    show_envvar=True,
+    help="Allow drill for this service: simulated failures, to test alerts.",
+)
 def serve(
-    store: Store = None,
-    sync_method: SyncMethodOption = "auto",
-    listen_address: ListenAddress = "127.0.0.1:9478",
-    telemetry_path: TelemetryPath = "/metrics",
-    web_config_file: WebConfigFile = None,
-    log_level: LogLevel = "info",
-    log_format: LogFormat = "logfmt",
-    demo: Annotated[
-        bool, typer.Option("--demo", help="Record made-up traffic; without --store, in a temporary store.")
-    ] = False,
-    enable_drill: Annotated[
-        bool,
-        typer.Option(
-            "--enable-drill",
-            envvar="SAVINGS_EXPORTER_ENABLE_DRILL",
-            help="Allow drill for this service: simulated failures, to test alerts.",
-        ),
-    ] = False,
+    store: str | None,
+    sync_method: SyncMethod,
+    listen_address: str,
+    telemetry_path: str,
+    web_config_file: str | None,
+    log_level: str,
+    log_format: str,
+    demo: bool,
+    enable_drill: bool,
 ) -> None:
     """Take savings over HTTP, and serve metrics and totals."""
     settings.configure_logging(log_level, log_format)

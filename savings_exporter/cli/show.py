@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import sys
-from typing import Annotated
 
-import typer
+import click
 from rich.text import Text
 
 from savings_exporter.cli.errors import CommandError, WrongUsageError
-from savings_exporter.cli.options import AsJson, Store
+from savings_exporter.cli.options import json_option, store_option
 from savings_exporter.cli.output import print_json, saved
 from savings_exporter.cli.tables import stdout_console, table
 from savings_exporter.model.snapshot import Snapshot
@@ -22,10 +21,14 @@ from savings_exporter.watched import WatchedFile
 _BAR_WIDTH = 16
 
 
+@click.command()
+@store_option
+@json_option
+@click.option("--csv", "as_csv", is_flag=True, help="As CSV.")
 def show(
-    store: Store = None,
-    as_json: AsJson = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+    store: str | None,
+    as_json: bool,
+    as_csv: bool,
 ) -> None:
     """Print a store's totals. Only reads; also reads a document that Headroom wrote."""
     settings.be_quiet()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+import click
 
 from savings_exporter.cli.errors import CommandError
-from savings_exporter.cli.options import Store
+from savings_exporter.cli.options import store_option
 from savings_exporter.cli.output import saved
 from savings_exporter.service import settings
 from savings_exporter.storage.observers import Observers
@@ -15,16 +13,18 @@ from savings_exporter.storage.repair import inspect, repair
 from savings_exporter.tracker import default_path
 
 
+@click.command()
+@store_option
+@click.option(
+    "--repair",
+    "repair_store",
+    is_flag=True,
+    help="Save what is whole, keep damaged files aside, and report what is lost. Exits with 0 when the store can be "
+    "opened again, with 1 when it left out records that another program's document holds.",
+)
 def verify(
-    store: Store = None,
-    repair_store: Annotated[
-        bool,
-        typer.Option(
-            "--repair",
-            help="Save what is whole, keep damaged files aside, and report what is lost. Exits with 0 when the store "
-            "can be opened again, with 1 when it left out records that another program's document holds.",
-        ),
-    ] = False,
+    store: str | None,
+    repair_store: bool,
 ) -> None:
     """Check a store. Exits with 1 when something has to be done."""
     settings.be_quiet()

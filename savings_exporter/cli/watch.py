@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+import click
 
 from savings_exporter.cli.errors import CommandError
-from savings_exporter.cli.options import ListenAddress, LogFormat, LogLevel, TelemetryPath, WebConfigFile
+from savings_exporter.cli.options import (
+    listen_address_option,
+    log_format_option,
+    log_level_option,
+    telemetry_path_option,
+    web_config_file_option,
+)
 from savings_exporter.cli.output import announcement
 from savings_exporter.errors import StoreError
 from savings_exporter.service import server, settings
@@ -16,15 +20,25 @@ from savings_exporter.telemetry.metrics import WatchCollector
 from savings_exporter.watched import OWNER_HAS_TO_FIX_IT, WatchedFile
 
 
+@click.command()
+@click.argument("path", metavar="PATH")
+@listen_address_option
+@telemetry_path_option
+@web_config_file_option
+@log_level_option
+@log_format_option
 def watch(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A proxy_savings.json that another program writes.")],
-    listen_address: ListenAddress = "127.0.0.1:9478",
-    telemetry_path: TelemetryPath = "/metrics",
-    web_config_file: WebConfigFile = None,
-    log_level: LogLevel = "info",
-    log_format: LogFormat = "logfmt",
+    path: str,
+    listen_address: str,
+    telemetry_path: str,
+    web_config_file: str | None,
+    log_level: str,
+    log_format: str,
 ) -> None:
-    """Serve the totals of another program's file. Only reads it."""
+    """Serve the totals of another program's file.
+
+    PATH is a proxy_savings.json, for example Headroom's. It is only read.
+    """
     settings.configure_logging(log_level, log_format)
     config = settings.web_config(web_config_file)
     token = config.token()

@@ -149,7 +149,7 @@ def _usd(field: str, value: Any, *, least: float) -> float:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{field} must be finite, got {value}")
     if not least <= value <= MAX_USD:
-        raise ValueError(f"{field} must be between {least:g} and {MAX_USD:g} US dollars")
+        raise ValueError(f"{field} must be between {least:,.0f} and {MAX_USD:,.0f} US dollars")
     return float(value)
 
 
@@ -162,5 +162,5 @@ def _utc(field: str, value: Any) -> datetime:
         raise TypeError(f"{field} must be a datetime or an ISO 8601 string, not {type(value).__name__}")
     moment = parse_timestamp(value)
     if moment is None:
-        raise ValueError(f"{field} must be an ISO 8601 timestamp, got {value[:64]!r}")
+        raise ValueError(f"{field} must be an ISO 8601 timestamp such as 2026-01-31T23:59:00Z, got {value[:64]!r}")
     return moment

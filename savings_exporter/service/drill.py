@@ -34,7 +34,7 @@ from savings_exporter.tracker import SavingsTracker
 
 logger = logging.getLogger(__name__)
 
-LONGEST_SECONDS = 3600.0
+LONGEST_SECONDS = 3600
 
 _PAUSE_SECONDS = 1.0
 _SLOW_SAVE_SECONDS = 2.0

@@ -11,7 +11,6 @@ import hashlib
 import os
 import platform
 import re
-import secrets
 import stat
 import sys
 import threading
@@ -194,7 +193,7 @@ class FileSystem:
     def temporary_name(self, path: str) -> str:
         """A new name for a temporary file beside ``path``."""
         directory, name = os.path.split(path)
-        return os.path.join(directory, f".{name}.{secrets.token_hex(6)}{_TEMPORARY}")
+        return os.path.join(directory, f".{name}.{os.urandom(6).hex()}{_TEMPORARY}")
 
     def create(self, path: str, like: str) -> int:
         """Make a file that is not there yet, with the mode and, if permitted, the owner of another file, and open it.
@@ -518,7 +517,7 @@ def place(path: str) -> str:
 
 def unused_name(path: str, suffix: str) -> str:
     """A name beside ``path`` that is not taken, to keep a file aside under."""
-    return f"{path}.{suffix}-{secrets.token_hex(6)}"
+    return f"{path}.{suffix}-{os.urandom(6).hex()}"
 
 
 def socket_at(path: str) -> tuple[int, int] | None:

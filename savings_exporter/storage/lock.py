@@ -7,7 +7,7 @@ earlier version of this program holds a mark instead; it is replaced, so that su
 from __future__ import annotations
 
 import errno
-import secrets
+import os
 import struct
 import time
 from typing import NamedTuple
@@ -163,4 +163,4 @@ class StoreLock:
 
 def new_store() -> bytes:
     """A name for a new store."""
-    return secrets.token_bytes(STORE_BYTES)
+    return os.urandom(STORE_BYTES)

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
-import secrets
 import struct
 import zlib
 from contextlib import suppress
@@ -67,7 +67,7 @@ class Writer:
     """
 
     def __init__(self, fs: FileSystem, document: str, store: bytes, writer: bytes | None = None) -> None:
-        self.id = writer or secrets.token_bytes(WRITER_BYTES)
+        self.id = writer or os.urandom(WRITER_BYTES)
         self.name = self.id.hex()
         self.path = writer_path(document, self.id)
         self.watermark = 0

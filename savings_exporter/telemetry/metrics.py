@@ -11,7 +11,6 @@ import platform
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
@@ -46,6 +45,7 @@ from savings_exporter.telemetry.counters import (
     bound_text,
     flat_name,
 )
+from savings_exporter.version import VERSION
 
 if TYPE_CHECKING:
     from savings_exporter.model.snapshot import Health, Snapshot
@@ -186,7 +186,7 @@ def totals_families(snapshot: Snapshot, health: Health) -> Iterator[Metric]:
         ("journal_size_bytes", "How much of the journals' segments is written.", snapshot.journal_bytes),
     ):
         yield GaugeMetricFamily(f"savings_{name}", help_text, value=float(number))
-    build = {"version": version("savings-exporter"), "python_version": platform.python_version()}
+    build = {"version": VERSION, "python_version": platform.python_version()}
     # Two exporters may show one store, and then their totals must not be added up.
     yield InfoMetricFamily("savings_store", "The store that the totals are of.", value={"store": snapshot.store_id})
     yield InfoMetricFamily("savings_build", "The exporter that answers.", value=build)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from opentelemetry import trace
@@ -10,6 +9,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, Status, StatusCode
 
 from savings_exporter.storage.operation import COMMIT, FSYNC_DIR, Operation, Step, error_symbol
+from savings_exporter.version import VERSION
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -35,7 +35,7 @@ class StoreTracing:
     """
 
     def __init__(self, provider: TracerProvider | None = None) -> None:
-        self._tracer = trace.get_tracer("savings_exporter", version("savings-exporter"), tracer_provider=provider)
+        self._tracer = trace.get_tracer("savings_exporter", VERSION, tracer_provider=provider)
 
     def ended(self, operation: Operation) -> None:
         """Make the spans of an operation. Attributes are computed only where a span is recorded."""

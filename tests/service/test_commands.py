@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from savings_exporter import SavingsTracker, cli, tracker
+from savings_exporter.service.drill import KINDS
 from tests.support.faults import FaultyFileSystem
 from tests.support.paths import DATA, ROOT
 from tests.support.service import run_cli, running
@@ -47,11 +48,13 @@ def filled(store_path: Path) -> Path:
         (["nonsense"], 2, "nonsense"),
         (["watch"], 2, "PATH"),
         (["record", "--model", "m"], 2, "--tokens-saved"),
-        (["record", "--model", "m", "--tokens-saved", "many"], 2, "'--tokens-saved': it must be a valid integer ("),
+        (["record", "--model", "m", "--tokens-saved", "many"], 2, "'--tokens-saved': 'many' is not a valid integer."),
         (["serve", "--log.level", "loud"], 2, "'loud' is not one of"),
         (["serve", "--web.listen-address", "192.0.2.1:9478"], 1, "Choose another with --web.listen-address"),
-        (["record", "--model", "m", "--tokens-saved", "-1"], 2, "tokens_saved must not be negative"),
-        (["record", "--model", "m", "--tokens-saved", "1", "--savings-usd", "nan"], 2, "savings_usd must be finite"),
+        (["record", "--model", "m", "--tokens-saved", "-1"], 2, ": --tokens-saved must not be negative"),
+        (["record", "--model", "m", "--tokens-saved", "1", "--savings-usd", "nan"], 2, ": --savings-usd must be finite"),
+        (["record", "--model", "m", "--tokens-saved", "1", "--timestamp", "x"], 2, "timestamp such as 2026-01-31T23:59"),
+        (["drill", "nonsense"], 2, "'KIND': 'nonsense' is not one of 'dir-fsync'"),
         (["serve", "--web.listen-address", "nowhere"], 2, "HOST:PORT"),
         (["serve", "--web.listen-address", "127.0.0.1:70000"], 2, "HOST:PORT"),
         (["serve", "--web.telemetry-path", "/v1/savings"], 2, "/v1/savings"),
@@ -128,6 +131,7 @@ def test_version_and_help() -> None:
         assert (done.returncode, done.stderr) == (0, "")
         assert "Usage" in done.stdout
         assert run_cli(*command, "-h").stdout == done.stdout
+    assert [kind for kind in KINDS if kind not in run_cli("drill", "--help").stdout] == []
     bare = run_cli()
     assert (bare.returncode, bare.stdout) == (0, run_cli("--help").stdout)
 

@@ -97,7 +97,7 @@ def test_command_and_its_version(metadata: Message) -> None:
 
 def test_import_without_web_server() -> None:
     """A proxy that embeds the tracker does not pay for the service."""
-    heavy = {"uvicorn", "starlette", "typer"}
+    heavy = {"uvicorn", "starlette", "click"}
     code = f"import sys, savings_exporter; print(sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT_SECONDS)
     assert done.stdout.strip() == "[]", done.stderr
