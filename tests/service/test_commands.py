@@ -52,8 +52,16 @@ def filled(store_path: Path) -> Path:
         (["serve", "--log.level", "loud"], 2, "'loud' is not one of"),
         (["serve", "--web.listen-address", "192.0.2.1:9478"], 1, "Choose another with --web.listen-address"),
         (["record", "--model", "m", "--tokens-saved", "-1"], 2, ": --tokens-saved must not be negative"),
-        (["record", "--model", "m", "--tokens-saved", "1", "--savings-usd", "nan"], 2, ": --savings-usd must be finite"),
-        (["record", "--model", "m", "--tokens-saved", "1", "--timestamp", "x"], 2, "timestamp such as 2026-01-31T23:59"),
+        (
+            ["record", "--model", "m", "--tokens-saved", "1", "--savings-usd", "nan"],
+            2,
+            "--savings-usd must be finite",
+        ),
+        (
+            ["record", "--model", "m", "--tokens-saved", "1", "--timestamp", "x"],
+            2,
+            "timestamp such as 2026-01-31T23:59",
+        ),
         (["drill", "nonsense"], 2, "'KIND': 'nonsense' is not one of 'dir-fsync'"),
         (["serve", "--web.listen-address", "nowhere"], 2, "HOST:PORT"),
         (["serve", "--web.listen-address", "127.0.0.1:70000"], 2, "HOST:PORT"),
