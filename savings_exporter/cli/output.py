@@ -24,6 +24,6 @@ def saved(moment: datetime | None) -> str:
     return f", saved {utc(moment)}" if moment else ""
 
 
-def announcement(what: str, path: str, url: str, more: str) -> str:
-    """The line that a service prints when it answers requests."""
-    return f"savings-exporter {VERSION} {what} {path}, on {url}; {more}"
+def announcement(what: str, path: str, url: str, *more: str) -> str:
+    """What a service prints when it answers requests."""
+    return "\n".join((f"savings-exporter {VERSION} {what} {path}, on {url}", *more))

@@ -82,9 +82,10 @@ def serve(
             stack.enter_context(DemoTraffic(tracker))
         service = Service(tracker, SavingsCollector(tracker), telemetry_path=telemetry_path, token=token)
         what = "keeps made-up savings in" if demo else "keeps savings in"
-        line = announcement(what, tracker.storage_path, url, _first_saving(url, config))
+        more = f"record one: {_first_saving(url, config)}", f"metrics: {url}{telemetry_path}"
+        lines = announcement(what, tracker.storage_path, url, *more)
         try:
-            server.run(service, listener, config.tls_server_config, started=lambda: print(line, flush=True))
+            server.run(service, listener, config.tls_server_config, started=lambda: print(lines, flush=True))
             is_saved = tracker.close()
         except KeyboardInterrupt:
             _end_at_once(tracker)
@@ -96,7 +97,7 @@ def _first_saving(url: str, config: settings.WebConfig) -> str:
     body = '{"model": "claude-sonnet-4-5", "provider": "anthropic", "input_tokens": 12000, "tokens_saved": 4096}'
     trust = f" --cacert {config.tls_server_config.cert_file}" if config.tls_server_config else ""
     show = " -H 'Authorization: Bearer TOKEN'" if config.authorization else ""
-    return f"record one: curl{trust}{show} -H 'Content-Type: application/json' -d '{body}' {url}{SAVINGS_PATH}"
+    return f"curl{trust}{show} -H 'Content-Type: application/json' -d '{body}' {url}{SAVINGS_PATH}"
 
 
 def _end_at_once(tracker: SavingsTracker) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Iterator
 
 import click
 from rich.text import Text
@@ -12,7 +13,9 @@ from savings_exporter.cli.errors import CommandError, WrongUsageError
 from savings_exporter.cli.options import json_option, store_option
 from savings_exporter.cli.output import print_json, saved
 from savings_exporter.cli.tables import stdout_console, table
+from savings_exporter.model.names import UNKNOWN
 from savings_exporter.model.snapshot import Snapshot
+from savings_exporter.model.totals import Totals
 from savings_exporter.service import settings, views
 from savings_exporter.storage.repair import is_begun
 from savings_exporter.tracker import default_path
@@ -56,22 +59,31 @@ def show(
         _print_tables(snapshot, watched.storage_path)
 
 
+def _tables_of(snapshot: Snapshot) -> Iterator[tuple[str, list[tuple[str, Totals]]]]:
+    """The breakdowns without empty rows. Only one table of models is printed when each model has one provider."""
+    found = {kind: [row for row in rows if not row[1].is_empty] for kind, rows in views.breakdowns(snapshot)}
+    models, pairs = found["model"], found["provider/model"]
+    if [totals for _, totals in models] == [totals for _, totals in pairs]:
+        has_providers = any(not name.startswith(f"{UNKNOWN}/") for name, _ in pairs)
+        del found["model" if has_providers else "provider/model"]
+    yield from ((kind, rows) for kind, rows in found.items() if rows)
+
+
 def _print_tables(snapshot: Snapshot, path: str) -> None:
     console = stdout_console()
     lifetime = snapshot.lifetime
     console.print(
         Text(
-            f"{lifetime.tokens_saved:,} tokens saved in {lifetime.requests:,} requests, "
-            f"{lifetime.tool_tokens_saved:,} more by deferred tool schemas: {views.percent(lifetime.savings_percent)} "
-            f"of the input, {views.dollars(lifetime.savings_usd)} US dollars"
+            f"{lifetime.tokens_saved:,} tokens saved in {views.requests(lifetime)}, "
+            f"{lifetime.tool_tokens_saved:,} more by deferred tool schemas. "
+            f"Share of the input: {views.percent(lifetime.savings_percent)}. "
+            f"US dollars saved: {views.dollars(lifetime.savings_usd)}"
         )
     )
     newest = snapshot.last_record_at
     last = views.moment_and_age(newest, snapshot.read_at) if newest else views.UNKNOWN_FIGURE
     console.print(Text(f"Last saving: {last}"))
-    for kind, rows in views.breakdowns(snapshot):
-        if not rows:
-            continue
+    for kind, rows in _tables_of(snapshot):
         largest = rows[0][1].tokens_saved
         shown = table(kind, "tokens saved", "tool tokens", "of input", "requests", "US dollars")
         shown.add_column("", no_wrap=True, width=_BAR_WIDTH)

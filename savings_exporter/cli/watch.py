@@ -49,5 +49,5 @@ def watch(
     with server.listen(*settings.listen_address(listen_address)) as listener:
         service = Service(watched, WatchCollector(watched), telemetry_path=telemetry_path, token=token)
         url = server.url_of(listener, tls=config.tls_server_config is not None)
-        line = announcement("watches", watched.storage_path, url, f"metrics: {url}{telemetry_path}")
-        server.run(service, listener, config.tls_server_config, started=lambda: print(line, flush=True))
+        lines = announcement("watches", watched.storage_path, url, f"metrics: {url}{telemetry_path}")
+        server.run(service, listener, config.tls_server_config, started=lambda: print(lines, flush=True))

@@ -37,8 +37,8 @@ _LEAST_COMPRESSED_BYTES = 1024
 class Service:
     """The routes over one source of totals; only a tracker takes savings.
 
-    ``stopping`` is set when the service begins to stop: what is in flight is answered, and new savings are refused,
-    so that nothing is accepted that could not be saved any more.
+    ``stopping`` is set when the service begins to stop. Requests in flight are answered, and new savings are refused,
+    because they could no longer be saved.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Service:
         try:
             encode, content_type = choose_encoder(request.headers.get("accept", ""))
         except (TypeError, ValueError):
-            # A version that is no number: the client gets what one without a preference gets.
+            # The client asked for an invalid version: it gets the default format.
             encode, content_type = choose_encoder("")
         return Response(await run_in_threadpool(encode, self._registry), headers={"Content-Type": content_type})
 

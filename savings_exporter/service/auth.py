@@ -14,7 +14,7 @@ _WITHOUT_TOKEN = (HEALTHY_PATH, READY_PATH)
 
 
 class BearerToken:
-    """Middleware that refuses requests without the token; the liveness and readiness checks need none."""
+    """Middleware that refuses requests without the token; the health and readiness checks need none."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""Made-up traffic, so that a newcomer sees numbers move. Seeded: every run shows the same."""
+"""Made-up traffic for a first look. It is seeded, so every run records the same savings."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Fire drills: for a while, a store's observers are told of failures that are simulated, to test alerting.
+"""Fire drills: for a limited time, simulated failures are reported to a store's observers, to test alerting.
 
-The store itself is not touched: records that are acknowledged meanwhile are durable. Simulated failures are counted
-like real ones, for good, because a counter must not go back. A service accepts drills over a socket beside its
+The store itself is not touched: records that are acknowledged during a drill are durable. Simulated failures stay in
+the counters like real ones, because a counter must not go back. A service accepts drills over a socket beside its
 document, which only processes of its own user and root on the same host can reach.
 """
 
@@ -40,7 +40,7 @@ _PAUSE_SECONDS = 1.0
 _SLOW_SAVE_SECONDS = 2.0
 _MOST_BYTES = 4096
 _PATIENCE_SECONDS = 5.0
-# A question comes in one piece. A client that sends none delays the stop of the service by so long.
+# A question arrives in one piece. A client that sends nothing delays the stop of the service by at most this time.
 _QUESTION_SECONDS = 1.0
 _MARKED = {"drill": "true"}
 
@@ -59,7 +59,7 @@ class _Answer(msgspec.Struct):
 
 
 class Kind(NamedTuple):
-    """What a drill simulates: that a step of an operation fails or, where ``seconds`` are given, takes so long."""
+    """What a drill simulates: a step of an operation fails or, where ``seconds`` is given, takes that long."""
 
     operation: str
     step: str
@@ -90,7 +90,7 @@ class Drills:
         """Begin a drill that ends by itself.
 
         Raises:
-            DrillError: another one is running, there is no such drill, or no thread for it.
+            DrillError: another one is running, there is no such drill, or no thread could be started.
         """
         if name not in KINDS or not 0 < seconds <= LONGEST_SECONDS:
             raise DrillError(f"a drill is one of {', '.join(KINDS)}, and lasts {LONGEST_SECONDS:.0f} seconds at most")
@@ -164,7 +164,7 @@ def ask(path: str, name: str, seconds: float) -> None:
     """
     path = LOCAL.resolved(path)
     no_service = (
-        f"{path}: no service that takes drills keeps this store; start it with: savings-exporter serve --enable-drill"
+        f"{path}: no service that accepts drills uses this store; start one with: savings-exporter serve --enable-drill"
     )
     try:
         answer = _exchange(path, _Question(name, seconds))
@@ -191,11 +191,11 @@ def _bound(path: str) -> Iterator[socket.socket]:
             with suppress(FileNotFoundError, ConnectionRefusedError), _socket() as other:
                 _at(path, other.connect)
                 raise SettingsError(
-                    f"{path}: another service takes drills for this store; stop it, or start only one so"
+                    f"{path}: another service accepts drills for this store; stop it, or start this one without drills"
                 )
             if socket_at(_socket_path(path)) is not None:
                 LOCAL.discard(_socket_path(path))
-            # No other user may connect, from the beginning.
+            # Set before the socket exists, so that no other user can ever connect.
             before = os.umask(0o177)
             try:
                 _at(path, listener.bind)
@@ -204,7 +204,9 @@ def _bound(path: str) -> Iterator[socket.socket]:
             ours = socket_at(_socket_path(path))
             listener.listen()
         except OSError as error:
-            raise SettingsError(f"{_socket_path(path)}: cannot take drills there: {error.strerror or error}") from None
+            raise SettingsError(
+                f"{_socket_path(path)}: cannot accept drills: {error.strerror or error}"
+            ) from None
         try:
             yield listener
         finally:
@@ -235,7 +237,7 @@ def _answer(connection: socket.socket, drills: Drills) -> None:
         except DrillError as error:
             answer.refused = str(error)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            answer.refused = "this is no drill"
+            answer.refused = "the request is not a drill"
         connection.sendall(msgspec.json.encode(answer))
 
 

@@ -17,8 +17,8 @@ from savings_exporter.model.record import SavingsRecord
 from savings_exporter.service.problems import RefusedError
 from savings_exporter.service.wording import WrongValue
 
-# The rest of a body that is too large is read and dropped, because a client that is cut off while it sends does not
-# get to see why. Beyond this it is cut off all the same.
+# The rest of a body that is too large is read and dropped, because a client whose connection is closed while it sends
+# does not see the answer. Beyond this size the connection is closed all the same.
 _MAX_DROPPED_BYTES = 256 * 1024 * 1024
 
 # A larger body is decoded in a thread, so that other requests are answered meanwhile, and one after the other, because
@@ -38,7 +38,7 @@ class IntakeLimits(NamedTuple):
 
 
 class Posted(NamedTuple):
-    """What a request carries."""
+    """The content of a request."""
 
     records: list[SavingsRecord]
     idempotency_key: str | None
@@ -55,7 +55,7 @@ class Intake:
 
     @asynccontextmanager
     async def received(self, request: Request) -> AsyncIterator[Posted]:
-        """What a request carries. It counts as in flight until the block ends.
+        """The content of a request. The request counts as in flight until the block ends.
 
         Raises:
             RefusedError: it is not valid, or a limit is reached.

@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ExceptionHandler
 
+from savings_exporter.service.paths import SAVINGS_PATH
 from savings_exporter.service.views import printable
 
 # An answer repeats no more than this of what a client sent.
@@ -64,7 +65,10 @@ async def _refused(_request: Request, error: Exception) -> Response:
 
 async def _http_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = problem(HTTPStatus(error.status_code), error.detail)
+    detail = error.detail
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        detail = f"there is no such path; the page / links to the metrics, and savings are at {SAVINGS_PATH}"
+    response = problem(HTTPStatus(error.status_code), detail)
     response.headers.update(error.headers or {})
     return response
 

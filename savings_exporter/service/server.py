@@ -1,4 +1,4 @@
-"""Running the application: the listening socket, signals, and a stop that answers what is in flight."""
+"""Running the application: the listening socket, signals, and a stop that answers the requests in flight."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _who_answers(host: str, port: int) -> str:
-    """What listens on a port that is taken. Another of our services says which store it shows."""
+    """The program that listens on a port. Another savings-exporter says which store it shows."""
     answers: list[str] = []
     # In a thread, because a server may answer without an end.
     asking = threading.Thread(target=lambda: answers.append(_answer(host, port)), daemon=True)
@@ -73,7 +73,7 @@ def _who_answers(host: str, port: int) -> str:
 
 
 def _answer(host: str, port: int) -> str:
-    """Which of our services answers; empty when something else does."""
+    """A description of the savings-exporter that answers; empty when another program does."""
     connection = http.client.HTTPConnection(host or "localhost", port, timeout=_ANSWER_SECONDS)
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError), contextlib.closing(connection):
         connection.request("GET", SAVINGS_PATH)
@@ -94,9 +94,9 @@ def url_of(listener: socket.socket, *, tls: bool) -> str:
 
 
 def run(service: Service, listener: socket.socket, tls: Tls | None, started: Callable[[], None]) -> None:
-    """Answer requests until SIGTERM or SIGINT, then those that are in flight, and return.
+    """Answer requests until SIGTERM or SIGINT. Then answer those in flight, and return.
 
-    ``started`` is called when requests are answered and both signals are waited for.
+    ``started`` is called when requests are answered and both signals are handled.
     """
     config = uvicorn.Config(
         service.app,
@@ -134,5 +134,5 @@ class _Server(uvicorn.Server):
         try:
             yield
         finally:
-            # What follows is the last save. Another SIGTERM must not cut it short; an impatient Ctrl-C may.
+            # The last save follows. Another SIGTERM must not interrupt it; a second Ctrl-C may.
             signal.signal(signal.SIGINT, interrupt)

@@ -1,4 +1,4 @@
-"""What the commands are told from outside: addresses, the web configuration file, logging, tracing."""
+"""Settings of the commands: addresses, the web configuration file, logging, tracing."""
 
 from __future__ import annotations
 
@@ -113,10 +113,10 @@ def be_quiet() -> None:
 
 
 def tracer_provider() -> TracerProvider | None:
-    """A provider that exports as the standard ``OTEL_*`` variables say, or None when they ask for nothing.
+    """A provider that exports as the standard ``OTEL_*`` variables say, or None when they configure no exporter.
 
     Raises:
-        SettingsError: they ask for something that is not there, or say what OpenTelemetry does not understand.
+        SettingsError: a variable names an exporter that is not supported, or has a value that OpenTelemetry refuses.
     """
     names = ", ".join(sorted(name for name in os.environ if name.startswith("OTEL_")))
     complaints = _Complaints()
@@ -132,7 +132,7 @@ def tracer_provider() -> TracerProvider | None:
 
 
 def flush_spans(provider: TracerProvider) -> None:
-    """Send what is left and stop; this takes at most 5 seconds when the collector does not answer."""
+    """Send the remaining spans and stop. This takes at most 5 seconds when the collector does not answer."""
     # The provider's own shutdown waits 30 s for its exporter, and takes no timeout.
     flush = threading.Thread(target=provider.shutdown, daemon=True)
     flush.start()
@@ -143,7 +143,7 @@ def _provider() -> TracerProvider | None:
     wanted = _wanted_exporter()
     if wanted == "none":
         return None
-    # Imported here, because some of the variables are read, and may be refused, by the import.
+    # Imported here, because the import reads some of the variables, and may refuse their values.
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
@@ -170,7 +170,7 @@ def _span_exporter(wanted: str) -> SpanExporter:
         return _otlp_exporter()
     if wanted == "console":
         return ConsoleSpanExporter(out=sys.stderr)
-    raise SettingsError(f"OTEL_TRACES_EXPORTER is {wanted!r}; otlp, console and none are there")
+    raise SettingsError(f"OTEL_TRACES_EXPORTER is {wanted!r}; use otlp, console or none")
 
 
 def _otlp_exporter() -> SpanExporter:
@@ -182,7 +182,7 @@ def _otlp_exporter() -> SpanExporter:
 
         return OTLPSpanExporter()
     if protocol != "grpc":
-        raise SettingsError(f"{name} is {protocol!r}; http/protobuf and grpc are there")
+        raise SettingsError(f"{name} is {protocol!r}; use http/protobuf or grpc")
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcSpanExporter
     except ImportError:
@@ -194,7 +194,7 @@ def _otlp_exporter() -> SpanExporter:
 
 
 class _Complaints(logging.Handler):
-    """What OpenTelemetry logs in the block: it replaces most values that it does not understand by its defaults."""
+    """Collects what OpenTelemetry logs in the block: for most invalid values it only logs and uses its defaults."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -227,7 +227,7 @@ def _beside(config: WebConfig, directory: str) -> WebConfig:
 
 
 def _without_gaps(path: str, content: Any) -> Any:
-    """The content, in which nothing is empty: a service must not be open because a template came out empty."""
+    """The content, after a check that no field is empty: an empty template must not open a service to all."""
     if content is None:
         raise SettingsError(f"{path}: is empty; leave --web.config.file out for a service without TLS and token")
     for name, value in content.items() if isinstance(content, dict) else ():
@@ -248,8 +248,7 @@ def _check_certificate(path: str, tls: Tls) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert_file, tls.key_file, password="")
     except OSError as error:  # ssl.SSLError is one
         raise SettingsError(
-            f"{path}: {tls.cert_file} and {tls.key_file} are no certificate and key in PEM that belong together: "
-            f"{_why(error)}"
+            f"{path}: {tls.cert_file} and {tls.key_file} are not a certificate and its key in PEM: {_why(error)}"
         ) from None
 
 

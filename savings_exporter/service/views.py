@@ -1,4 +1,4 @@
-"""A snapshot as JSON, as CSV rows and as bars: what the service and the command line show alike."""
+"""A snapshot as JSON, as CSV rows and as text, for the service and the command line."""
 
 from __future__ import annotations
 
@@ -73,19 +73,20 @@ def bar(value: int, largest: int, width: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that can be written as UTF-8: the half of a surrogate pair, with which Python stands for the bytes of a path
-    that are no UTF-8, and which JSON may hold, becomes what it is written as in Python.
+    """Text that can be written as UTF-8. A lone surrogate becomes its escape sequence in Python.
+
+    Python puts lone surrogates in place of the bytes of a path that are not UTF-8, and JSON may contain them.
     """
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _point(point: Mapping[str, Any]) -> dict[str, Any]:
-    """A point of history, whatever another program has put into it."""
+    """A point of history. Another program may have written values of any type into it."""
     return {printable(key): _plain(value) for key, value in point.items()}
 
 
 def _plain(value: Any) -> Any:
-    """Text, or a number that JSON readers take; what is neither becomes null."""
+    """Text, or a number that every JSON reader accepts; any other value becomes null."""
     if isinstance(value, str):
         return printable(value)
     return value if isinstance(value, (int, float)) and abs(value) <= LARGEST_NUMBER else None
@@ -94,6 +95,11 @@ def _plain(value: Any) -> Any:
 def percent(share: float | None) -> str:
     """A share in percent as people read it; a dash when it is not known."""
     return UNKNOWN_FIGURE if share is None else f"{share} %"
+
+
+def requests(totals: Totals) -> str:
+    """How many requests, as people read it."""
+    return f"{totals.requests:,} request{'' if totals.requests == 1 else 's'}"
 
 
 def count(number: int | None) -> str:
@@ -116,7 +122,7 @@ def _age(seconds: float) -> str:
         return "in the future"
     if seconds < _CLOCK_DIFFERENCE_SECONDS:
         return "just now"
-    # From two of a unit on: 90 minutes say more than an hour.
+    # A unit is used from two of it on: "90 min" is more precise than "1 h".
     name, length = next(unit for unit in _UNITS if seconds >= 2 * unit[1])
     return f"{seconds // length:,.0f} {name} ago"
 
@@ -134,7 +140,7 @@ def dollars(amount: float | None) -> str:
 
 
 def _entry(totals: Totals) -> dict[str, Any]:
-    # An amount that is not known is null. Of those that no record can give, zero says the same.
+    # An unknown amount is null. No record can give some of the amounts: for these, zero means unknown, too.
     unknown = {name: getattr(totals, name) or None for name in AMOUNTS}
     return {
         **msgspec.structs.asdict(totals),

@@ -1,4 +1,4 @@
-"""What msgspec says is wrong with a value, in words of JSON and YAML rather than Python's."""
+"""Messages of msgspec in the terms of JSON and YAML in place of Python's types."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LONGEST_PATH = 200
 
 
 class WrongValue:
-    """A value that is not what it should be.
+    """A value that does not have the expected type or range.
 
     Attributes:
         text: what is wrong, for people.
@@ -56,7 +56,7 @@ class WrongValue:
         elif what in _PLAIN:
             self.text = f"{where} {_PLAIN[what]}"
         else:
-            # The record's own words, which begin with the field.
+            # A message of SavingsRecord, which begins with the field.
             named = what.partition(" must ")[0] if " must " in what else ""
             self.text = f"{where}: {what}" if where else what
         self.field = ".".join(filter(None, (where, named)))
@@ -65,7 +65,7 @@ class WrongValue:
 def _taken_apart(message: str, kind: type[msgspec.Struct]) -> tuple[str, str]:
     """What is wrong, and the path of the field.
 
-    A client may have made up a key that looks like a path, so only a path that the struct has is taken for one.
+    A client can send a key that looks like a path, so only a path that the struct has is taken for one.
     """
     what, found, end = message.rpartition(" - at `$")
     path = end.removesuffix("`")

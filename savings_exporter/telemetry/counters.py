@@ -1,4 +1,4 @@
-"""Operation counters: commits, saves and failures of this process, in the form in which the store sums them up.
+"""Operation counters: commits, saves and failures of this process, in the form that the store adds up over its writers.
 
 The store publishes ``OperationCounters.counts()`` and adds up those of all its writers, living and dead. A flat name is
 ``family/label/.../last``, where the last part of a histogram's name is a bucket's upper bound or ``sum``. Buckets hold
@@ -40,9 +40,9 @@ SUM = "sum"
 """Parts of flat names. How often a histogram was observed is the sum of its buckets: commits and saves tried."""
 
 DIR_FSYNC_SUCCESS, DIR_FSYNC_SUPPORTED = "dir_fsync_success", "dir_fsync_supported"
-"""What the latest directory fsync gave, 1 or 0. Drills are not in it."""
+"""The result of the latest directory fsync, 1 or 0. Drills do not change it."""
 
-# From an fsync of a fast NVMe disk to a disk that hangs, in seconds.
+# In seconds: from an fsync of a fast NVMe disk to a disk that hangs.
 LATENCY_BOUNDS = (
     *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01),
     *(0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf),
@@ -117,7 +117,7 @@ class OperationCounters:
             self._simulates_dir_fsync_failure = False
 
     def counts(self) -> OperationCounts:
-        """What this process has counted until now, without zeros.
+        """The counts of this process, without zeros.
 
         Takes no lock: a thread that a signal interrupts in ``ended`` would hold it for as long as the handler runs.
         """
@@ -214,7 +214,7 @@ class _Histogram:
 
 
 def _exemplar(context: SpanContext, value: float, when: float) -> Exemplar:
-    # Here, because a program that shows no metrics need not load the client.
+    # Imported here, so that a program that shows no metrics does not load the client.
     from prometheus_client.samples import Exemplar
 
     labels = {"trace_id": format_trace_id(context.trace_id), "span_id": format_span_id(context.span_id)}

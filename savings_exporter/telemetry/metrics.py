@@ -1,7 +1,7 @@
 """Prometheus metrics: what a store holds and what happened to it, read at each scrape.
 
-Nothing here counts. Totals and operation counters are the store's, so all families are the same from whichever process
-they are scraped, and go on across restarts; gauges of what is pending, of health and of drills are the process's own.
+This module counts nothing. Totals and operation counters come from the store: every process shows the same values, and
+they continue across restarts. Gauges of pending records, of health and of drills belong to the process.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ if TYPE_CHECKING:
 DRILLS = ("dir-fsync", "file-fsync", "journal-fsync", "save-latency")
 """What a drill can simulate."""
 
-# The errors that disks and file systems give; others get a series when they first happen.
+# The usual errors of disks and file systems. Any other error gets a series when it first happens.
 _LIKELY_ERRORS = tuple(
     errno.errorcode[number] for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 )
-# Also what another process or another program causes.
+# These, and the errors that another process or program causes.
 _PREPARE_ERRORS = (*_LIKELY_ERRORS, *(errno.errorcode[number] for number in (errno.EAGAIN, errno.ESTALE)))
 _RECOVERY_KINDS = ("corrupt_document", "previous_document", "torn_tail")
 
@@ -75,7 +75,7 @@ _MODEL_COUNTERS = {
         "store's lifetime.",
     ),
 }
-# An amount that no record gave has no sample: it is not known, which is not zero.
+# An amount that no record gave has no sample, because unknown is not zero.
 _MODEL_GAUGES: Mapping[str, tuple[Callable[[Totals], float | None], str]] = {
     "cost_saved_usd": (
         lambda totals: totals.savings_usd,
@@ -100,13 +100,13 @@ Bucket = tuple[str, float] | tuple[str, float, Exemplar]
 
 
 class Source(Protocol):
-    """What totals are collected from: a tracker, or a watched file."""
+    """The origin of totals: a tracker or a watched file."""
 
     def snapshot(self) -> Snapshot:
         """The durable totals."""
 
     def health(self) -> Health:
-        """Whether they can still be kept."""
+        """Whether savings can still be kept."""
 
 
 class TrackedSource(Source, Protocol):
@@ -152,7 +152,7 @@ class WatchCollector(Collector):
 
 def totals_families(snapshot: Snapshot, health: Health) -> Iterator[Metric]:
     """The families that show what a store holds."""
-    # An empty store shows a zero, and it stays, so that a sum over models is never without data.
+    # This series is always there, so that a sum over models has data for an empty store, too.
     pairs = {(UNKNOWN, UNKNOWN): None, **snapshot.by_provider_model}.items()
     for name, (field, help_text) in _MODEL_COUNTERS.items():
         yield _filled(CounterMetricFamily(f"savings_{name}", help_text, labels=["provider", "model"]), pairs, field)
@@ -187,7 +187,7 @@ def totals_families(snapshot: Snapshot, health: Health) -> Iterator[Metric]:
     ):
         yield GaugeMetricFamily(f"savings_{name}", help_text, value=float(number))
     build = {"version": VERSION, "python_version": platform.python_version()}
-    # Two exporters may show one store, and then their totals must not be added up.
+    # Two exporters may show one store. This label lets queries count it once.
     yield InfoMetricFamily("savings_store", "The store that the totals are of.", value={"store": snapshot.store_id})
     yield InfoMetricFamily("savings_build", "The exporter that answers.", value=build)
 
@@ -260,7 +260,7 @@ class _Counts:
         return sum(value for last, value in self._groups.get(group, {}).items() if last != SUM)
 
     def failures(self, name: str, help_text: str, family: str, steps: Sequence[str]) -> Metric:
-        """Failures by step and error; what can be expected is there at 0."""
+        """Failures by step and error. Series of likely errors exist from the start, at 0."""
         metric = CounterMetricFamily(name, help_text, labels=["step", "error"])
         expected = [(PREPARE, error) for error in _PREPARE_ERRORS]
         expected += [(step, error) for step in steps for error in _LIKELY_ERRORS]
@@ -273,7 +273,7 @@ class _Counts:
         return metric
 
     def events(self, name: str, help_text: str, label: str, family: str, expected: Iterable[str]) -> Metric:
-        """Events by one label; what can be expected is there at 0."""
+        """Events by one label. Series of the ``expected`` values exist from the start, at 0."""
         metric = CounterMetricFamily(name, help_text, labels=[label])
         for value, count in {**dict.fromkeys(expected, 0.0), **self._groups.get(family, {})}.items():
             metric.add_metric([value], count)

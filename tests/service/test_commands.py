@@ -294,8 +294,8 @@ def test_record_with_a_key(store_path: Path) -> None:
 
 def test_start_line_has_a_command(store_path: Path) -> None:
     with running("serve", "--store", str(store_path)) as service:
-        assert str(store_path) in service.first_line
-        command = service.first_line[service.first_line.index("curl ") :].strip()
+        assert str(store_path) in service.announcement
+        command = service.announcement.partition("record one: ")[2].splitlines()[0]
         done = subprocess.run(command, shell=True, capture_output=True, check=True)
         answered = json.loads(done.stdout)
         assert (answered["sequence"], answered["accepted"], answered["durable"]) == (1, 1, True)
@@ -308,7 +308,7 @@ def test_default_store(tmp_path: Path) -> None:
     done = run_cli("record", "--model", "m", "--tokens-saved", "7", env=env)
     assert done.stdout == "recorded: 7 tokens saved in total\n"
     assert (tmp_path / "new" / "state" / "savings-exporter" / "proxy_savings.json").exists()
-    assert run_cli("show", env=env).stdout.startswith("7 tokens saved in 1 requests")
+    assert run_cli("show", env=env).stdout.startswith("7 tokens saved in 1 request, ")
 
 
 def test_show_draws_a_table_with_bars(filled: Path) -> None:
@@ -316,15 +316,31 @@ def test_show_draws_a_table_with_bars(filled: Path) -> None:
     assert lines[0].startswith("4,000 tokens saved in 2 requests")
     assert lines[1].startswith("Last saving: ")
     assert lines[1].endswith(" UTC (just now)")
-    (claude,) = [line for line in lines if line.startswith("claude")]
-    (gpt,) = [line for line in lines if line.startswith("gpt [bold]x")]
-    (anthropic,) = [line for line in lines if line.startswith("anthropic/claude")]
-    assert "3,000" in anthropic
+    (claude,) = [line for line in lines if "claude" in line]
+    (gpt,) = [line for line in lines if line.startswith("openai/gpt [bold]x")]
+    assert claude.startswith("anthropic/claude")
     assert "3,000" in claude
     assert "75.0 %" in claude
     assert claude.count("█") > 2 * gpt.count("█") > 0
     assert "-0.50" in gpt
     assert any(line.startswith("web") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("providers", "names"),
+    [
+        ([None], {"m"}),
+        (["openai"], {"openai/m"}),
+        (["openai", "azure"], {"m", "openai/m", "azure/m"}),
+    ],
+)
+def test_show_lists_each_model_once(store_path: Path, providers: list[str | None], names: set[str]) -> None:
+    """Two tables of models are printed only where they differ."""
+    with SavingsTracker(store_path) as tracker:
+        for provider in providers:
+            tracker.record_request(model="m", provider=provider, tokens_saved=7)
+    shown = run_cli("show", "--store", str(store_path)).stdout
+    assert set(re.findall(r"^((?:\w+/)?m)\b", shown, re.MULTILINE)) == names
 
 
 def test_unknown_figures_are_no_zeros(store_path: Path) -> None:
@@ -337,7 +353,7 @@ def test_unknown_figures_are_no_zeros(store_path: Path) -> None:
     assert unknown.split()[:6] == ["without-input", "1,000,000", "0", "–", "1", "–"]
     assert known.split()[:7] == ["priced", "1", "0", "25.0", "%", "1", "0.00"]
     # The share of the records that gave both, and not of the million beside them.
-    assert "25.0 % of the input" in shown
+    assert "Share of the input: 25.0 %. US" in shown
     with running("serve", "--store", str(store_path)) as service:
         totals = json.loads(service.get("/v1/savings")[1])
         page, metrics = service.get("/")[1], service.get("/metrics")[1]

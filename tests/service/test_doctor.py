@@ -172,11 +172,12 @@ def test_failing_step_gets_one_line(
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "reached"),
-    [(signal.SIGINT, 130, "*/proxy_savings.json.journal.*"), (signal.SIGTERM, 143, "*/document")],
+    ("number", "status", "reached", "printed"),
+    # After the ^C of a terminal, Click begins a new line.
+    [(signal.SIGINT, 130, "*/proxy_savings.json.journal.*", "\n"), (signal.SIGTERM, 143, "*/document", "")],
     ids=["SIGINT while threads record", "SIGTERM while saves are measured"],
 )
-def test_interrupt_leaves_nothing(tmp_path: Path, number: int, status: int, reached: str) -> None:
+def test_interrupt_leaves_nothing(tmp_path: Path, number: int, status: int, reached: str, printed: str) -> None:
     command = [sys.executable, "-m", "savings_exporter", "doctor"]
     with subprocess.Popen(
         command,
@@ -191,7 +192,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path, number: int, status: int, reac
             out, err = process.communicate(timeout=WAIT_SECONDS)
         finally:
             process.kill()
-    assert (process.returncode, out, err) == (status, "", "")
+    assert (process.returncode, out, err) == (status, "", printed)
     assert list(tmp_path.iterdir()) == []
 
 

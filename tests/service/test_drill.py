@@ -131,7 +131,7 @@ def test_only_the_services_own_user_reaches_it_and_nothing_of_it_stays(tmp_path:
         assert stat.S_IMODE(socket.stat().st_mode) == 0o600
         other = run_cli("serve", "--store", str(store), "--enable-drill", "--web.listen-address", "127.0.0.1:0")
         assert other.returncode == 1
-        assert "another service takes drills" in other.stderr
+        assert "another service accepts drills" in other.stderr
         assert run_cli("drill", "dir-fsync", "--seconds", "60", "--store", str(store)).returncode == 0
         assert service.stop()[0] == 0
     assert not [entry for entry in os.listdir(directory) if "drill" in entry]
@@ -166,7 +166,7 @@ def short_directory() -> Iterator[Path]:
 )
 def test_what_is_no_question_is_refused_and_the_next_is_answered(question: bytes, short_directory: Path) -> None:
     with SavingsTracker(short_directory / "proxy_savings.json") as tracker, taking_drills(tracker):
-        assert asked(short_directory, question) == b'{"refused":"this is no drill"}'
+        assert asked(short_directory, question) == b'{"refused":"the request is not a drill"}'
         assert asked(short_directory, b'{"drill": "dir-fsync", "seconds": 1}') == b'{"refused":""}'
 
 
@@ -183,7 +183,7 @@ def test_a_file_that_is_no_socket_stays(store_path: Path) -> None:
     other.write_text("somebody's")
     service = run_cli("serve", "--store", str(store_path), "--enable-drill", "--web.listen-address", "127.0.0.1:0")
     assert service.returncode == 1
-    assert f"{other}: cannot take drills there: Address already in use" in service.stderr
+    assert f"{other}: cannot accept drills: Address already in use" in service.stderr
     assert other.read_text() == "somebody's"
 
 

@@ -104,7 +104,9 @@ def test_wrong_savings_are_refused(store_path: Path) -> None:
         assert service.post(RECORD, headers={"Idempotency-Key": "k" * 256})[1]["field"] == "Idempotency-Key"
         assert service.post({"records": [RECORD] * 10_001})[1]["field"] == "records"
         assert service.post(b" " * 100_000_000)[0] == 413
-        assert json.loads(service.get("/nowhere")[1])["status"] == 404
+        nowhere = json.loads(service.get("/nowhere")[1])
+        assert nowhere["status"] == 404
+        assert "/v1/savings" in nowhere["detail"]
         assert json.loads(service.get("/v1/savings")[1])["sequence"] == 0
         _, both = service.post({"records": [RECORD, RECORD]})
         assert (both["sequence"], both["accepted"], both["durable"]) == (2, 2, True)
@@ -250,7 +252,7 @@ def test_record_beside_a_service(store_path: Path) -> None:
 def test_demo_leaves_nothing(tmp_path: Path) -> None:
     with running("serve", "--demo", env={"TMPDIR": str(tmp_path)}) as service:
         eventually(lambda: json.loads(service.get("/v1/savings")[1])["sequence"] > 2, "made-up savings")
-        assert "made-up" in service.first_line
+        assert "made-up" in service.announcement
         assert service.stop()[0] == 0
     assert list(tmp_path.iterdir()) == []
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,9 +35,9 @@ def run_cli(*arguments: str, env: dict[str, str] | None = None, **options: Any) 
 class Service:
     """A running ``savings-exporter`` process that answers at ``url``."""
 
-    def __init__(self, process: subprocess.Popen[str], first_line: str, url: str) -> None:
+    def __init__(self, process: subprocess.Popen[str], announcement: str, url: str) -> None:
         self.process = process
-        self.first_line = first_line
+        self.announcement = announcement
         self.url = url
 
     def tell(self, command: str) -> None:
@@ -104,17 +104,25 @@ def running(
     )
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        announcement = "".join(_through_last_line(process.stdout))
+        found = re.search(r"http://127\.0\.0\.1:\d+", announcement)
         if found is None:
             process.kill()
             out, err = process.communicate()
-            raise AssertionError(f"the service did not start: {line}{out}{err}")
-        yield Service(process, line, found[0])
+            raise AssertionError(f"the service did not start: {announcement}{out}{err}")
+        yield Service(process, announcement, found[0])
     finally:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+def _through_last_line(output: Iterable[str]) -> Iterator[str]:
+    """The lines of a service's announcement; all output of a command that printed none."""
+    for line in output:
+        yield line
+        if line.startswith("metrics: "):
+            return
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""The status page: one HTML document, nothing loaded from anywhere, readable without JavaScript."""
+"""The status page: one HTML document that loads nothing and needs no JavaScript."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from html import escape
 
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Totals
-from savings_exporter.service.views import UNKNOWN_FIGURE, bar, count, dollars, moment_and_age, percent, ranked, utc
+from savings_exporter.service.views import (
+    UNKNOWN_FIGURE,
+    bar,
+    count,
+    dollars,
+    moment_and_age,
+    percent,
+    ranked,
+    requests,
+    utc,
+)
 
 # The page runs nothing and loads nothing, whatever name a client has made up.
 HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
@@ -39,8 +49,8 @@ tr + tr {{ border-top: 1px solid #8884; }}
 <h1>savings-exporter</h1>
 {trouble}
 <p class="total">{tokens}</p>
-<p>tokens saved by compression in {requests} requests, {tools} more by deferred tool schemas:
-{percent} of the input. {dollars} US dollars saved. Last saving: {last_record}. {pending}</p>
+<p>tokens saved by compression in {requests}, {tools} more by deferred tool schemas.
+Share of the input: {percent}. US dollars saved: {dollars}. Last saving: {last_record}. {pending}</p>
 {models}
 {projects}
 {agents}
@@ -56,7 +66,7 @@ def render(snapshot: Snapshot, health: Health, storage_path: str, metrics_path: 
     lifetime, newest = snapshot.lifetime, snapshot.last_record_at
     return _PAGE.format(
         tokens=f"{lifetime.tokens_saved:,}",
-        requests=f"{lifetime.requests:,}",
+        requests=requests(lifetime),
         tools=f"{lifetime.tool_tokens_saved:,}",
         percent=percent(lifetime.savings_percent),
         dollars=dollars(lifetime.savings_usd),
