@@ -1,14 +1,14 @@
-"""Every exception of this package. Data about the failure is in attributes, so no caller has to parse a message.
+"""All exceptions of this package. Attributes carry the data about a failure, so callers never need to parse a message.
 
 ::
 
     SavingsError
     ├── StoreError                  the store cannot be opened or used
     │   ├── CorruptStoreError       a file is damaged; opening the store would lose acknowledged records
-    │   │   └── OtherFileError      the file is no savings document
+    │   │   └── OtherFileError      the file is not a savings document
     │   └── NewerSchemaError        a newer program wrote the document
-    ├── KeyConflictError            an idempotency key was used again with other content (also a ValueError)
-    └── SettingsError               a command cannot work with its settings
+    ├── KeyConflictError            an idempotency key was reused with different content (also a ValueError)
+    └── SettingsError               a setting is wrong
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class SavingsError(Exception):
     Attributes:
         path: the file or directory concerned, None when the error does not concern one.
         step: the step of a save or commit that failed (``write``, ``fsync_file``, ...), None outside of one.
-        errno: the number of the operating system's error, None when there was none.
+        errno: the operating system's error number, None when there was none.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class StoreError(SavingsError):
     """The store cannot be opened or used. The message names the file, the reason and the remedy.
 
     Attributes:
-        problem: the message without the remedy, for who only reads the store.
+        problem: the message without the remedy, for programs that only read the store.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CorruptStoreError(StoreError):
     """A file of the store is damaged, and opening the store would lose acknowledged records.
 
     Attributes:
-        field: the field that cannot be read, such as ``lifetime.tokens_saved``; None when it is not one field.
+        field: the field that cannot be read, such as ``lifetime.tokens_saved``; None when no single field is affected.
         lost: how many acknowledged records are missing, None when the number is not known.
     """
 
@@ -75,15 +75,15 @@ class CorruptStoreError(StoreError):
 
 
 class OtherFileError(CorruptStoreError):
-    """The file at the path is whole and is no savings document; it is left as it is."""
+    """The file at the path is intact but is not a savings document. It is left unchanged."""
 
 
 class NewerSchemaError(StoreError):
-    """A newer program wrote the document. Rewriting it would lose what only that program knows."""
+    """A newer program wrote the document. Rewriting it would lose data that only that program understands."""
 
 
 class KeyConflictError(SavingsError, ValueError):
-    """An idempotency key was used again for records that differ from the first ones."""
+    """An idempotency key was reused for records that differ from the first ones."""
 
 
 class SettingsError(SavingsError):

@@ -1,1 +1,1 @@
-"""Bytes of documents and frames to values of the model and back: no file, no clock, no lock."""
+"""Encodes and decodes documents and frames. These modules use no files, no clock and no locks."""

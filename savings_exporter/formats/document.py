@@ -1,10 +1,10 @@
-"""Bytes of a ``proxy_savings.json`` to values and back.
+"""Encodes and decodes ``proxy_savings.json``.
 
-The layout is Headroom's schema 6, so everything that reads ``proxy_savings.json`` today goes on reading it, and one
-block of our own, ``savings_exporter``: the totals by provider and model and by agent, what has been counted of each
-writer's journal, the idempotency keys, the operation counters, and a checksum over every byte of the document.
+The layout is Headroom's schema 6, so existing readers of ``proxy_savings.json`` continue to work. Our own block,
+``savings_exporter``, adds the totals by provider and model and by agent, how far each writer's journal is counted, the
+idempotency keys, the operation counters, and a checksum over every byte of the document.
 
-Schemas 2 to 6 are read, and of our own block formats 1 and 2. Keys that are not known are kept.
+This module reads schemas 2 to 6, and formats 1 and 2 of our own block. It keeps unknown keys.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ from savings_exporter.model.operations import OperationCounts
 from savings_exporter.model.totals import Ledger, Pair, Totals
 
 FORMAT = 2
-"""The format of our block that is written."""
+"""The format of our block that this program writes."""
 
 _NO_CHECKSUM = b"sha256:" + b"0" * 64
 _ID = re.compile("[0-9a-f]{16}")
-# The checksum stands before every name, so the first match is the checksum itself.
+# The checksum precedes every name, so the first match is the checksum itself.
 _CHECKSUM = re.compile(rb'"checksum": ?"(sha256:[0-9a-f]{64})"')
 
-# Without any of these, and without a schema_version that is known, a JSON object is about something else.
+# A JSON object without any of these members and without a known schema_version is not a savings document.
 _SAVINGS_MEMBERS = {BLOCK, "lifetime", "history"}
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-# Totals hold no name and no number that is not finite, so this is ASCII with nothing lost.
+# Totals hold no names and only finite numbers, so this encoding is ASCII and lossless.
 _encoded = msgspec.json.Encoder().encode
 _ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
 _DECODE_TOTALS = msgspec.json.Decoder(Totals).decode
 
 
 class WriterState(msgspec.Struct, frozen=True):
-    """What the document holds of one writer.
+    """A writer's entry in the document.
 
     Attributes:
-        through: the sequence number up to which its records are in the totals.
-        segment, offset: where in its journal the first record after that one is; zero when the writer records no more.
-        ended: whether the writer is gone and its operation counters are in the document's ``operations``.
+        through: the sequence number up to which the writer's records are in the totals.
+        segment, offset: the position in the journal after that record; zero when the writer records no more.
+        ended: whether the writer has ended and its operation counters are in the document's ``operations``.
     """
 
     through: int
@@ -71,25 +71,25 @@ class WriterState(msgspec.Struct, frozen=True):
 
 
 class LegacyJournal(msgspec.Struct, frozen=True):
-    """From where on the journal of a store of format 1 holds records that its document does not."""
+    """The position in the journal of a format 1 store after which its records are not in the document."""
 
     epoch: int
     offset: int
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True):
-    """What a document says.
+    """The content of a document.
 
     Attributes:
         ledger: all totals.
-        store: names the store for good, 16 hexadecimal digits; empty in a document that another program wrote.
-        writers: what of each writer is in the totals, by its id, 16 hexadecimal digits.
+        store: the permanent name of the store, 16 hexadecimal digits; empty in a document that another program wrote.
+        writers: the writers' entries, by writer id (16 hexadecimal digits).
         keys: the idempotency keys that were counted.
-        operations: the operation counters of writers that ended.
-        saved_at: when it was saved.
-        kept: members and entries' keys that are not known.
-        problems: what was left out when it was read, in words.
-        legacy: where the journal of a document of format 1 goes on, None for every other document.
+        operations: the operation counters of writers that have ended.
+        saved_at: when the document was saved.
+        kept: unknown members, and unknown keys of entries.
+        problems: descriptions of what was left out when the document was read.
+        legacy: the journal position of a format 1 document; None for every other document.
     """
 
     ledger: Ledger = Ledger()
@@ -104,7 +104,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_ours(self) -> bool:
-        """Whether this program wrote the document. Only then was there a checksum to be checked."""
+        """Whether this program wrote the document. Only such a document has a checksum, which ``decode`` verifies."""
         return bool(self.store)
 
 
@@ -116,9 +116,8 @@ def decode(data: bytes, max_keys: int = MAX_KEYS) -> Document:
         max_keys: how many idempotency keys the document's table keeps.
 
     Raises:
-        CorruptStoreError: it is not the document that was written; OtherFileError: it is something else than a savings
-            document.
-        NewerSchemaError: a newer program wrote it.
+        CorruptStoreError: the document is damaged; OtherFileError: the file is not a savings document.
+        NewerSchemaError: a newer program wrote the document.
     """
     members = _document_members(data)
     schema = _value(members.get("schema_version", b"null"))
@@ -142,7 +141,7 @@ def decode(data: bytes, max_keys: int = MAX_KEYS) -> Document:
 
 
 def encode(document: Document) -> bytes:
-    """Write a document as schema 6 with our block of format 2: ASCII, one entry a line.
+    """Encode a document as schema 6 with our block in format 2: ASCII, one entry per line.
 
     ``legacy`` and ``problems`` are not written.
     """
@@ -237,7 +236,7 @@ def _decode_checked(
 
 
 def _block(document: Document) -> bytes:
-    """Our block. The checksum stands before everything that can hold a name."""
+    """Our block. The checksum precedes all members that can contain a name."""
     members = {
         "format": ascii_json(FORMAT),
         "checksum": b'"' + _NO_CHECKSUM + b'"',
@@ -290,23 +289,23 @@ def _read_pair(entry: bytes) -> tuple[Pair, Totals]:
 
 
 def _read_entries(data: bytes) -> tuple[dict[str, Totals], dict[str, dict[str, Any]]]:
-    """The totals of each name, and of each entry the keys that are not known."""
+    """The totals by name, and the unknown keys of each entry."""
     named: dict[str, Totals] = {}
     kept: dict[str, dict[str, Any]] = {}
     for name, entry in _members(data).items():
         named[name] = totals = _totals(entry)
-        # Most entries have nothing else, and that is told fastest by writing them again.
+        # Most entries have no unknown keys. Encoding the totals again is the fastest way to check that.
         if _encoded(totals) != entry and (unknown := unknown_keys(_value(entry))):
             kept[name] = unknown
     return named, kept
 
 
 def _members(data: bytes) -> Mapping[str, bytes]:
-    """The members of a JSON object, each as JSON of its own.
+    """The members of a JSON object, each as separate JSON bytes.
 
     Raises:
-        ValueError: it is no JSON.
-        TypeError: it is no object.
+        ValueError: the data is not JSON.
+        TypeError: the JSON value is not an object.
     """
     try:
         return {key: bytes(value) for key, value in _MEMBERS.decode(data).items()}
@@ -318,11 +317,11 @@ def _members(data: bytes) -> Mapping[str, bytes]:
 
 
 def _items(data: bytes) -> Iterable[bytes]:
-    """The items of a JSON list, each as JSON of its own.
+    """The items of a JSON array, each as separate JSON bytes.
 
     Raises:
-        ValueError: it is no JSON.
-        TypeError: it is no list.
+        ValueError: the data is not JSON.
+        TypeError: the JSON value is not an array.
     """
     try:
         return list(map(bytes, _ITEMS.decode(data)))
@@ -344,7 +343,8 @@ def _totals(entry: bytes) -> Totals:
     try:
         return _DECODE_TOTALS(entry)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        # Another program's key beside them can hold what msgspec takes nowhere, such as half of a surrogate pair.
+        # Another key of the entry, from another program, can hold a value that msgspec never accepts, such as half of a
+        # surrogate pair.
         value = json.loads(entry)
     if not isinstance(value, dict):
         raise TypeError(f"not an object: {shown(value)}")
@@ -359,7 +359,7 @@ def _typed(data: bytes, kind: Any) -> Any:
 
 
 def _digest(*pieces: bytes | memoryview) -> bytes:
-    """The checksum of all pieces, one after the other."""
+    """The checksum of the concatenated pieces."""
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece)

@@ -1,12 +1,13 @@
-"""Frames: what one commit writes into a segment of a writer's journal. Pure.
+"""Frames: the data that one commit writes to a segment of a writer's journal. All functions here are pure.
 
 ::
 
     frame   = magic "SXJ2", CRC-32 of the rest of the frame, store, writer, first, count, length of the payload, payload
     payload = a JSON array of groups; a group holds records, or sums of records, or the records of one idempotency key
 
-The records of a frame have the sequence numbers ``first`` to ``first + count - 1`` of its writer. A frame that fits
-into a block of 4 KiB lies in one, so that its commit writes one block; the rest of the block before it stays zero.
+The records of a frame have the writer's sequence numbers ``first`` to ``first + count - 1``. A frame that fits into a
+block of 4 KiB never crosses a block boundary, so that its commit writes only one block. If the frame does not fit into
+the rest of the current block, that rest stays zero, and the frame begins in the next block.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ _HEADER = struct.Struct("<4sI8s8sQII")
 
 
 class Line(SavingsRecord, frozen=True, kw_only=True, forbid_unknown_fields=False):
-    """A record as a frame holds it. Fields that a later version adds are ignored."""
+    """A record in a frame. Fields that a later version adds are ignored."""
 
     def __post_init__(self) -> None:
-        """Nothing is validated or cleaned again: the checksum says that this is what was written."""
+        """Skips validation and cleaning: the checksum proves that the record was read as it was written."""
 
 
 class Group(msgspec.Struct, frozen=True, omit_defaults=True):
     """Records that are counted together.
 
-    With a ``key`` (a digest, 32 hexadecimal digits) they are counted once, however often the key appears; ``print`` is
-    the fingerprint of what the key carried, ``at`` the place of the group's last record in its frame, from 1. ``sums``
-    stand for records of which only the sums were kept.
+    With a ``key`` (a digest, 32 hexadecimal digits), the records are counted once, no matter how often the key appears.
+    ``print`` is the fingerprint of the key's records. ``at`` is the position of the group's last record in its frame,
+    starting at 1. ``sums`` represent records of which only the sums were kept.
     """
 
     records: Sequence[SavingsRecord] = ()
@@ -58,9 +59,10 @@ class Group(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ReadGroup(msgspec.Struct, frozen=True, gc=False):
-    """A group as it is read; its fields are those of ``Group``.
+    """A group that was read from a frame. Its fields are those of ``Group``.
 
-    It takes part in no reference cycle. A journal has many groups, and the garbage collector need not look at them.
+    Its objects cannot be in a reference cycle. The garbage collector therefore does not track them, which saves time
+    because a journal has many groups.
     """
 
     records: tuple[Line, ...] = ()
@@ -71,13 +73,13 @@ class ReadGroup(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def count(self) -> int:
-        """How many records it stands for."""
+        """How many records the group represents."""
         records = len(self.records)
         return records + sum(row.requests for row in self.sums) if self.sums else records
 
 
 class Frame(NamedTuple):
-    """A good frame in a segment's bytes, from ``start`` to ``end``; it holds ``records`` records."""
+    """A valid frame in a segment's bytes, from ``start`` to ``end``, with ``records`` records."""
 
     start: int
     end: int
@@ -92,7 +94,7 @@ class Frame(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """Bytes of a segment that are no frame, and not zero either."""
+    """Bytes of a segment that are neither a frame nor zeros."""
 
     start: int
     end: int
@@ -104,24 +106,24 @@ _decoder = msgspec.json.Decoder(tuple[tuple[ReadGroup, ...], ...])
 
 
 def encode_frame(store: bytes, writer: bytes, first: int, count: int, groups: Sequence[Group]) -> bytes:
-    """A frame as it is written."""
+    """Encode a frame."""
     payload = _encoder.encode(groups)
     return frame_of(store, writer, first, count, payload)
 
 
 def frame_of(store: bytes, writer: bytes, first: int, count: int, payload: bytes) -> bytes:
-    """A frame with a payload that is encoded already."""
+    """Build a frame from an encoded payload."""
     rest = _REST.pack(store, writer, first, count, len(payload))
     return b"".join((_CHECK.pack(_MAGIC, zlib.crc32(payload, zlib.crc32(rest))), rest, payload))
 
 
 def decode_groups(frames: Sequence[Frame]) -> Sequence[Sequence[ReadGroup]]:
-    """What each frame holds.
+    """Decode the groups of each frame.
 
     Raises:
-        CorruptStoreError: one holds something else, though its checksum is right.
+        CorruptStoreError: a frame's content is invalid although its checksum matches.
     """
-    # All in one call, as one JSON array: a journal has many frames.
+    # All frames are decoded in one call, as one JSON array, because a journal has many frames.
     parts = [part for frame in frames for part in (b",", frame.payload)]
     parts[:1] = [b"["]
     try:
@@ -129,14 +131,14 @@ def decode_groups(frames: Sequence[Frame]) -> Sequence[Sequence[ReadGroup]]:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptStoreError(f"a frame's checksum matches, but its content cannot be read: {error}") from None
     if [sum(map(_COUNT, groups)) for groups in decoded] != [frame.records for frame in frames]:
-        raise CorruptStoreError("a frame's checksum matches, but it holds another number of records than it says")
+        raise CorruptStoreError("a frame's checksum matches, but its number of records differs from its header")
     return decoded
 
 
 def place_for(size: int, offset: int) -> int:
-    """Where a frame begins that is written when the segment is full up to ``offset``."""
+    """The offset for a frame of ``size`` bytes in a segment that is filled up to ``offset``."""
     inside = offset % BLOCK_BYTES
-    # At the start of a block it fits, or fits into no block.
+    # A frame moves to the next block only if it fits into one block but not into the rest of the current block.
     return offset - inside + BLOCK_BYTES if inside and size <= BLOCK_BYTES < inside + size else offset
 
 
@@ -146,12 +148,12 @@ def next_block(offset: int) -> int:
 
 
 def store_of(data: bytes) -> bytes:
-    """The store that the first frame of a segment's bytes names; empty when there is no frame."""
+    """The store named in the first frame of a segment's bytes; empty when there is no frame."""
     return bytes(data[8:16]) if data.startswith(_MAGIC) else b""
 
 
 def size_at_start(data: bytes) -> int:
-    """The size that the header at the start of a segment's bytes gives its frame; 0 when there is none."""
+    """The size of the frame at the start of a segment's bytes, from its header; 0 when there is no header."""
     if not data.startswith(_MAGIC) or len(data) < HEADER_BYTES:
         return 0
     return HEADER_BYTES + int(_HEADER.unpack_from(data)[-1])
@@ -160,9 +162,9 @@ def size_at_start(data: bytes) -> int:
 def frames_in_row(
     data: bytes, start: int, store: bytes, writer: bytes, first: int, limit: int | None
 ) -> Sequence[Frame]:
-    """The good frames from an offset on that follow each other without a gap: what ``scan`` finds, faster.
+    """The valid frames from an offset on that follow each other without a gap. This is a faster version of ``scan``.
 
-    The first one's records begin with number ``first``, and no record's number is above ``limit``.
+    The first record of the first frame has the number ``first``. No record has a number above ``limit``.
     """
     view, size, frames = memoryview(data), len(data), []
     position = start
@@ -186,7 +188,9 @@ def frames_in_row(
 
 
 def scan(data: bytes, store: bytes, writer: bytes, start: int = 0) -> Iterator[Frame | Damage]:
-    """Everything in a segment's bytes from an offset on, in order; frames of other stores and writers are damage."""
+    """All frames and damaged bytes of a segment from an offset on, in order. Frames of other stores and writers are
+    damage.
+    """
     view, end = memoryview(data), start + len(data[start:].rstrip(b"\0"))
     position = start
     while position < end:

@@ -1,7 +1,8 @@
-"""Documents of schema 2 to 6 that another program wrote: Headroom, or one that writes what Headroom reads.
+"""Reads documents of schemas 2 to 6 from another program: Headroom, or a program that writes Headroom's format.
 
-Such a document has no checksum. A figure that cannot be read is damage: counting it as zero would make a total silently
-smaller. Entries without a usable name are left out and reported as problems, because other figures hold their sum.
+Such a document has no checksum. A figure that cannot be read is treated as damage, because counting it as zero would
+silently reduce a total. Entries without a usable name are left out and reported as problems. This loses nothing,
+because other figures include their values.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from savings_exporter.model.record import parse_timestamp
 from savings_exporter.model.totals import AMOUNTS, COUNTS, Ledger, Pair, Totals, iso_utc, total_of
 
 SCHEMA_VERSION = 6
-"""The newest schema that is known."""
+"""The newest known schema."""
 
 OLDEST_SCHEMA_VERSION = 2
 
@@ -30,7 +31,7 @@ KNOWN_MEMBERS = frozenset({"schema_version", BLOCK, "lifetime", "projects", "by_
 
 TOTALS_FIELDS = frozenset(Totals.__struct_fields__)
 
-# What compression saved can be negative. Headroom takes every other amount as zero or more.
+# The savings of compression can be negative. In Headroom, every other amount is zero or more.
 _SIGNED_AMOUNTS = frozenset({"compression_savings_usd", "compression_savings_list_usd"})
 
 _POINT_OF_LIST = (
@@ -43,12 +44,12 @@ _POINT_OF_LIST = (
 
 
 class Foreign(NamedTuple):
-    """What another program's document says.
+    """The content of another program's document.
 
     Attributes:
         ledger: its totals.
-        kept: its members, and its entries' keys, that are not known.
-        problems: what was left out, in words.
+        kept: unknown members, and unknown keys of entries.
+        problems: descriptions of what was left out.
     """
 
     ledger: Ledger
@@ -57,7 +58,7 @@ class Foreign(NamedTuple):
 
 
 def read(raw: Mapping[str, Any]) -> Foreign:
-    """Read a document, as parsed JSON, whose ``schema_version`` has been checked.
+    """Read a document from parsed JSON. The caller has checked its ``schema_version``.
 
     Raises:
         CorruptStoreError: a figure cannot be read; ``field`` names it.
@@ -86,24 +87,24 @@ def kept_of(
     projects: Mapping[str, Any],
     by_model: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The members that are not known, and the keys that are not known of the other three."""
+    """The unknown members, and the unknown keys of ``lifetime``, ``projects`` and ``by_model``."""
     kept = {key: value for key, value in members.items() if key not in KNOWN_MEMBERS}
     entries = {"lifetime": lifetime, "projects": projects, "by_model": by_model}
     return kept | {key: value for key, value in entries.items() if value}
 
 
 def unknown_keys(entry: Any) -> dict[str, Any]:
-    """What an entry holds beside totals."""
+    """The keys of an entry that are not fields of ``Totals``."""
     return {key: value for key, value in entry.items() if key not in TOTALS_FIELDS} if isinstance(entry, dict) else {}
 
 
 def _basis(raw: Mapping[str, Any]) -> dict[str, Any]:
-    # Until schema 6 every saving was priced at list prices, and nothing in the document said so.
+    # Before schema 6, all savings were calculated at list prices, and the document did not state this.
     return {"savings_basis": "list"} if raw["schema_version"] < SCHEMA_VERSION else {}
 
 
 def _pairs(lifetime: Totals, by_model: Mapping[str, Totals]) -> dict[Pair, Totals]:
-    """The lifetime totals by provider and model; what is not broken down by model is unknown."""
+    """The lifetime totals by provider and model. Totals without a model count as ``unknown``."""
     pairs: dict[Pair, Totals] = {(UNKNOWN, model): totals for model, totals in by_model.items()}
     rest = lifetime.beyond(total_of(by_model.values())).with_assumed_records()
     if not rest.is_empty:
@@ -113,7 +114,9 @@ def _pairs(lifetime: Totals, by_model: Mapping[str, Totals]) -> dict[Pair, Total
 
 
 def _without_tools(projects: Mapping[str, Totals], raw: Mapping[str, Any]) -> Mapping[str, Totals]:
-    """The totals of projects in a document that counts tokens of deferred tool schemas, but not by project."""
+    """The projects' totals. If the document does not count tokens of deferred tool schemas by project, their share is
+    marked as unknown.
+    """
     if any("tool_tokens_saved" in entry for entry in raw.values() if isinstance(entry, dict)):
         return projects
     return {
@@ -122,18 +125,18 @@ def _without_tools(projects: Mapping[str, Totals], raw: Mapping[str, Any]) -> Ma
 
 
 def _lifetime(raw: Mapping[str, Any], models: Totals, point: Mapping[str, Any], problems: list[str]) -> Totals:
-    """The lifetime totals, never less than the document's own parts show.
+    """The lifetime totals. They are never lower than other parts of the document show.
 
-    The last point of history is cumulative and written together with the totals. Headroom trusts the point where it is
-    ahead, and so does this. Amounts are taken from it only when a count shows that the totals are behind, because an
-    amount may rightly fall.
+    The last point of the history is cumulative and is written together with the totals. If the point is higher than the
+    totals, Headroom uses the point, and so does this function. The savings of compression can decrease. They are taken
+    from the point only when the totals lack them, or when a count shows that the totals are outdated.
     """
     block = raw.get("lifetime")
     if block is not None and not isinstance(block, dict):
         raise _damaged("lifetime", block)
     block = block or {}
     lifetime = _totals(block, "lifetime", problems)
-    # The figures of points have been checked.
+    # The figures of points were checked when the points were read.
     checkpoint = Totals(**{name: point[key] for name, key in POINT_KEYS.items() if key in point})
     is_behind = "compression_savings_usd" not in block or any(
         getattr(lifetime, name) < getattr(checkpoint, name) for name in COUNTS
@@ -153,7 +156,7 @@ def _lifetime(raw: Mapping[str, Any], models: Totals, point: Mapping[str, Any], 
 
 
 def _last_activity(raw: Mapping[str, Any], lifetime: Totals, point: Mapping[str, Any]) -> str | None:
-    """The newest time at which the document says that something happened. Headroom's totals name none themselves."""
+    """The newest activity time in the document. Headroom's totals do not contain a time themselves."""
     session, projects = raw.get("display_session"), raw.get("projects")
     entries = [session, *(projects.values() if isinstance(projects, dict) else ())]
     stamps = [entry.get("last_activity_at") for entry in entries if isinstance(entry, dict)]
@@ -178,10 +181,10 @@ def _totals(entry: Mapping[str, Any], where: str, problems: list[str]) -> Totals
 
 
 def _figure(value: Any, kind: Callable[[Any], Any], where: str, *, is_signed: bool) -> Any:
-    """A number as Headroom reads it: text that holds a number counts.
+    """Read a number as Headroom does: a string that contains a number is accepted.
 
     Raises:
-        CorruptStoreError: it is not a number, or none that can have been counted.
+        CorruptStoreError: the value is not a number, or is outside of the valid range.
     """
     try:
         number = kind(value)
@@ -199,12 +202,12 @@ def _damaged(field: str, value: Any) -> CorruptStoreError:
 def _named(
     raw: Any, where: str, cleaned: Callable[[str], str | None], problems: list[str]
 ) -> tuple[dict[str, Totals], dict[str, dict[str, Any]]]:
-    """The totals of each name, and what else each entry holds."""
+    """The totals by name, and the unknown keys of each entry."""
     named: dict[str, Totals] = {}
     kept: dict[str, dict[str, Any]] = {}
     if not isinstance(raw, dict):
         if raw is not None:
-            problems.append(f"{where} is left out, it is not an object: {shown(raw)}")
+            problems.append(f"{where} is left out because it is not an object: {shown(raw)}")
         return named, kept
     for key, value in raw.items():
         name = cleaned(key)
@@ -223,17 +226,17 @@ def _model(name: str) -> str:
 
 
 def _points(raw: Any, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """The points of history, their figures as numbers. Headroom's first releases wrote points as lists."""
+    """The points of the history, with their figures as numbers. Headroom's first releases wrote points as lists."""
     if not isinstance(raw, list):
         if raw is not None:
-            problems.append(f"history is left out, it is not a list: {shown(raw)}")
+            problems.append(f"history is left out because it is not a list: {shown(raw)}")
         return
     for position, value in enumerate(raw):
         point = dict(zip(_POINT_OF_LIST, value, strict=False)) if isinstance(value, list) else value
         stamp = point.get("timestamp") if isinstance(point, dict) else None
         moment = parse_timestamp(stamp) if isinstance(stamp, str) else None
         if moment is None:
-            problems.append(f"history[{position}] is left out, it has no timestamp: {shown(value)}")
+            problems.append(f"history[{position}] is left out because it has no timestamp: {shown(value)}")
             continue
         yield {**point, "timestamp": iso_utc(moment), **_figures(point, f"history[{position}]")}
 
@@ -247,6 +250,6 @@ def _figures(point: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value as a message can hold it."""
+    """A short text of a value, for a message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

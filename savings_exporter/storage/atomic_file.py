@@ -1,17 +1,17 @@
-"""The recipe that replaces a file so that a power loss leaves the old version or the new one, whole.
+"""Atomic file replacement: after a power loss the file is either the complete old version or the complete new one.
 
 ::
 
     temp = create(directory, O_EXCL | O_NOFOLLOW, mode of the old file)
-    write(temp); fsync(temp)              # the new bytes are on stable storage, under a name that is not read
-    link(path, previous)                  # the old bytes keep a name
-    rename(temp, path)                    # readers see the new file from here on
-    fsync(directory)                      # and after a power loss, too
-    open(path)                            # the file system has not shut down unnoticed
+    write(temp); fsync(temp)              # the new version is on stable storage, under a name that no reader opens
+    link(path, previous)                  # the old version gets a second name
+    rename(temp, path)                    # from here on readers see the new version
+    fsync(directory)                      # the rename survives a power loss
+    open(path)                            # detects a file system that has shut down
 
-``docs/internals.md`` says what is done when a step fails. Nothing is retried here: a file whose sync failed is never
-synced again, because the page cache may have dropped its data and call it clean. The caller runs the whole recipe again
-with a new file.
+``docs/internals.md`` describes what happens when a step fails. This module retries nothing. A file whose sync failed is
+never synced again, because the page cache may have dropped its data and marked the pages as clean. The caller repeats
+all steps with a new file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Directory:
-    """The directory of a store, whose entries are synced. New files get mode and owner of ``like``, the document."""
+    """A store's directory, whose entries can be synced. New files get the mode and owner of ``like``, the document."""
 
     def __init__(self, fs: FileSystem, document: str) -> None:
         self.path = os.path.dirname(document)
@@ -35,13 +35,13 @@ class Directory:
         self._devices_without_fsync: set[int] = set()
 
     def sync(self, step: Step, path: str) -> None:
-        """Make the directory's entries durable; ``path`` is the entry that was made.
+        """Make the directory's entries durable. ``path`` is the entry that was created.
 
-        Where the file system has no directory fsync, the file of that name is synced instead, and the step's outcome is
-        ``unsupported``.
+        If the file system does not support fsync of a directory, the file at ``path`` is synced instead, and the step's
+        outcome is ``unsupported``.
 
         Raises:
-            OSError: it failed, or the file cannot be opened: then the file system has shut down.
+            OSError: the sync failed, or the file cannot be opened because the file system has shut down.
         """
         device = self._fs.device_of(self.path)
         if device not in self._devices_without_fsync:
@@ -63,7 +63,7 @@ class Directory:
 
 
 class AtomicFile:
-    """A file that is only ever replaced as a whole. ``path`` is absolute and no symlink."""
+    """A file that is always replaced as a whole. ``path`` is absolute and is not a symlink."""
 
     def __init__(self, fs: FileSystem, path: str, directory: Directory) -> None:
         self.path = path
@@ -72,15 +72,16 @@ class AtomicFile:
         self._fs = fs
 
     def save(self, data: bytes, operation: Operation, *, both: bool) -> Identity:
-        """Replace the file, and keep the version before it under the name ``previous``.
+        """Replace the file, and keep the old version under the name ``previous``.
 
-        With ``both``, the new version gets both names: as two files, so that damage to one leaves the other.
+        With ``both``, the new version is written under both names, as two files. Damage to one does not affect the
+        other.
 
         Returns:
             The new file's identity.
 
         Raises:
-            OSError: some step failed. If the replace was tried, a power loss may bring back either version.
+            OSError: a step failed. If the replace was attempted, either version may be there after a power loss.
         """
         written: list[str] = []
         try:
@@ -92,10 +93,10 @@ class AtomicFile:
                     self._fs.keep_copy(self.path, self.previous)
                 self._fs.replace(written[-1], self.path)
                 if both:
-                    # Not before the other: a previous version newer than the file itself looks like a damage.
+                    # Only after the file itself: a previous version that is newer than the file looks like damage.
                     self._fs.replace(written[0], self.previous)
         finally:
-            # After a replace these names are gone.
+            # A successful replace has already removed these names.
             for temporary in written:
                 self._fs.discard(temporary)
         with operation.step(FSYNC_DIR, "directory") as step:

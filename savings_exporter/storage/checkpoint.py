@@ -1,7 +1,8 @@
-"""Saving the document, adopting the journals of dead writers, and retiring segments: functions over a view.
+"""Saves the document, adopts the journals of dead writers, and removes segments that are no longer needed.
 
-Called with the store's lock held. Nothing is acknowledged on the strength of a document: a save is a checkpoint. At
-every instant {document, journals} and {previous document, journals} both hold every acknowledged record.
+These functions work on a view and require the store's lock. A save is a checkpoint: no record is acknowledged because a
+document holds it. At all times, {document, journals} and {previous document, journals} each hold every acknowledged
+record.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from savings_exporter.storage.writers import read_counts, set_watermark, writer_
 logger = logging.getLogger(__name__)
 
 MOST_TORN_TAILS = 10
-"""How many torn tails are kept aside: the newest ones. One has at most the size of a segment."""
+"""How many files with torn tails are kept: the newest ones. Each is at most as large as a segment."""
 
 
 def save(
@@ -44,23 +45,23 @@ def save(
     *,
     closing: bool = False,
 ) -> View:
-    """Save the document with all that is durable by now, and remove the segments that are not needed any more.
+    """Save the document with everything that is durable now, and remove the segments that are no longer needed.
 
-    The save's steps become those of ``operation``. With ``closing``, this process has ended its journal: the document
-    gets both names, so that all segments of its writer and of dead ones can be removed.
+    The steps of the save are recorded in ``operation``. With ``closing``, this process has ended its journal. The
+    document is then written under both names, so that all segments of this writer and of dead writers can be removed.
 
     Raises:
-        OSError: it failed, or the outcome is unknown; nothing was removed. ESTALE: another program replaced the
-            document.
+        OSError: the save failed, or its outcome is unknown; no segment was removed. ESTALE: another program replaced
+            the document.
     """
     listing = reader.listing()
-    # Before anything is counted: a writer that dies after that may have committed more.
+    # Determined before the journals are counted: a writer that dies later may have committed more records.
     dead = dead_writers(reader, view, listing)
     view = adopt(reader, file, _refreshed(reader, view), dead, observer)
     gone = _gone(reader, view, listing)
     if gone:
-        # Their segments were removed by an earlier save. Should one come back after a power loss, it would be
-        # counted twice.
+        # An earlier save removed their segments. Without this sync, a power loss could restore a segment, and its
+        # records would be counted twice.
         with operation.step(FSYNC_DIR, "directory") as step:
             file.directory.sync(step, reader.path if view.identity is not None else lock_path(reader.path))
     own = reader.own.id if closing and reader.own is not None else None
@@ -71,7 +72,7 @@ def save(
     if view.identity is not None and not view.is_whole:
         _keep_damaged(reader, observer)
     identity = file.save(data, operation, both=both)
-    # Without those that are gone: the next save would write their entries again.
+    # Positions of removed writers are dropped: otherwise the next save would write their entries again.
     positions = {writer: position for writer, position in view.positions.items() if writer not in gone}
     saved = msgspec.structs.replace(view, document=document, identity=identity, positions=positions, is_whole=True)
     finished = dead | {own} if own is not None else dead
@@ -80,13 +81,14 @@ def save(
 
 
 def adopt(reader: Reader, file: AtomicFile, view: View, dead: Iterable[bytes], observer: Observer) -> View:
-    """Write the tails of dead writers again, and count them; keep torn writes aside.
+    """Rewrite the uncounted frames of dead writers and count them. Keep torn writes in separate files.
 
-    A frame above a dead writer's watermark was attempted, perhaps not acknowledged, and after a failed sync it can be
-    readable without being on the disk. So it is written again, the same frame with the same number, before it counts.
+    A frame above a dead writer's watermark was written but perhaps not acknowledged. After a failed sync such a frame
+    can be readable without being on the disk. It is therefore written again, with the same content and the same
+    sequence numbers, before it is counted.
 
     Raises:
-        OSError: it failed. The next save tries again.
+        OSError: the adoption failed. The next save tries again.
     """
     segments = reader.listing().segments
     for writer in dead:
@@ -102,7 +104,7 @@ def adopt(reader: Reader, file: AtomicFile, view: View, dead: Iterable[bytes], o
                     reader.fs, path, next_block(len(data)), operation, file.directory, "fdatasync", data
                 ).close()
             set_watermark(reader.fs, writer_path(reader.path, writer), reading.position.sequence)
-            # Reading goes on after the copy: after a power loss the first one may be gone.
+            # The next read starts after the copy: a power loss may remove the original.
             copied = reading._replace(position=Position(reading.position.sequence, number, len(data)))
             view = counted(view, [copied], reader.limits, datetime.now(timezone.utc))
         if reading.tail is not None:
@@ -124,7 +126,7 @@ def dead_writers(reader: Reader, view: View, listing: Listing) -> set[bytes]:
 
 
 def _keep_damaged(reader: Reader, observer: Observer) -> None:
-    """Keep the file in the document's place, which could not be used, under a name of its own before it is replaced."""
+    """Keep a copy of the unusable file at the document's path under another name, before the save replaces it."""
     aside = unused_name(reader.path, "corrupt")
     reader.fs.keep_copy(reader.path, aside)
     observer.recovered("corrupt_document")
@@ -132,7 +134,7 @@ def _keep_damaged(reader: Reader, observer: Observer) -> None:
 
 
 def _refreshed(reader: Reader, view: View) -> View:
-    """All that is durable now, under the document that is to be replaced."""
+    """The view of everything that is durable now, based on the document that the save will replace."""
     try:
         view = reader.refresh(view)
     except StoreError as error:
@@ -143,9 +145,10 @@ def _refreshed(reader: Reader, view: View) -> View:
 
 
 def _gone(reader: Reader, view: View, listing: Listing) -> list[bytes]:
-    """Dead writers of which nothing is left but their entry in the document.
+    """Dead writers that have no files left, only an entry in the document.
 
-    Only those that a save found dead by their files: all files of a living writer may have been removed by hand.
+    Only writers that an earlier save marked as ended are included: an operator may have removed all files of a living
+    writer.
     """
     known = (bytes.fromhex(writer) for writer, state in view.document.writers.items() if state.ended)
     return [
@@ -158,7 +161,7 @@ def _gone(reader: Reader, view: View, listing: Listing) -> list[bytes]:
 def _next_document(
     reader: Reader, view: View, gone: Iterable[bytes], ended: Iterable[bytes], closing: bytes | None
 ) -> Document:
-    """The document of what is counted; it takes in the operation counters of ended writers."""
+    """The next document: everything that is counted, with the operation counters of ended writers added."""
     operations, writers = view.document.operations, view.document.writers
     ended = [writer for writer in ended if not (state := writers.get(writer.hex())) or not state.ended]
     for writer in ended:
@@ -176,7 +179,7 @@ def _next_document(
 
 
 def _retire(reader: Reader, new: Document, old: Document, listing: Listing, finished: set[bytes]) -> None:
-    """Remove the segments that both documents cover, and the files of ended writers of which no segment is left."""
+    """Remove the segments that both documents cover, and the files of ended writers that have no segment left."""
     for writer in listing.segments.keys() | listing.writers:
         numbers = listing.segments.get(writer, ())
         after, before = new.writers.get(writer.hex()), old.writers.get(writer.hex())
@@ -185,7 +188,7 @@ def _retire(reader: Reader, new: Document, old: Document, listing: Listing, fini
         needless = _needless(numbers, after, before, is_finished=writer in finished)
         for number in needless:
             reader.fs.discard(segment_path(reader.path, writer, number))
-        # Not before both documents hold its operation counters.
+        # Removed only when both documents hold the writer's operation counters.
         if after.ended and before is not None and before.ended and len(needless) == len(numbers):
             reader.fs.discard(writer_path(reader.path, writer))
 
@@ -197,12 +200,12 @@ def _needless(
         before = WriterState(through=0)
     if is_finished and before.through >= after.through:
         return numbers
-    # The last one that holds a counted frame may be the one that a living writer writes.
+    # The segment with the last counted frame is kept: a living writer may still be writing to it.
     return [number for number in numbers if number < min(after.segment, before.segment)]
 
 
 def _keep_torn_tail(reader: Reader, segment: str, data: bytes, observer: Observer) -> None:
-    """Keep the rest of a torn write under a name of its own, once."""
+    """Save the bytes of a torn write to a separate file, unless that file exists."""
     aside = f"{segment}.torn-{zlib.crc32(data):08x}"
     if reader.fs.identity(aside) is not None:
         return

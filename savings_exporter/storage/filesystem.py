@@ -1,7 +1,7 @@
-"""The file system as an object that is passed down; the only module that touches the disk.
+"""File system access as an object that callers pass down. Only this module accesses the disk.
 
-Each method is one step and raises plain ``OSError``. Tests pass an object whose steps fail, and Windows has one of its
-own: SQLite's VFS is the model.
+Each method is one step and raises plain ``OSError``. Tests pass an object whose steps fail. Windows has its own class.
+The design follows SQLite's VFS.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _NEW_FILE_MODE = 0o600
 _ZEROS = bytes(256 * 1024)
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _BOOT_ID_BYTES = 16
-# On Windows a locked byte cannot be read through another handle. One far beyond the end may be locked, too (LockFile;
-# SQLite's PENDING_BYTE is the same).
+# On Windows a locked byte cannot be read through another handle, so the lock is on a byte far beyond the end of the
+# file. LockFile allows that, and SQLite's PENDING_BYTE has the same offset.
 _LOCKED_BYTE = 0x40000000
 
 
 class Identity(NamedTuple):
-    """What tells one version of a file from another without reading it."""
+    """Identifies one version of a file without reading its content."""
 
     device: int
     inode: int
@@ -53,24 +53,25 @@ class Identity(NamedTuple):
 
 
 class NotAFileError(OSError):
-    """Something that is no regular file has the name: a FIFO, a socket, a device."""
+    """The path is not a regular file but, for example, a FIFO, a socket or a device."""
 
     def __init__(self, path: str) -> None:
         super().__init__(errno.EINVAL, "Not a regular file", path)
 
 
 NO_SUCH_FILE = (FileNotFoundError, IsADirectoryError, NotAFileError)
-"""There is no such file, or something else has its name. Any other error says nothing about the file."""
+"""The file does not exist, or the path is not a regular file. Any other error does not show whether the file exists."""
 
 
 class DirectoryFsyncUnsupportedError(Exception):
-    """This file system has no directory fsync. That is a property of it, not a failure."""
+    """This file system does not support fsync of a directory. This is a property of the file system, not a failure."""
 
 
 class FileSystem:
-    """The files of a POSIX system.
+    """File system access on POSIX.
 
-    ``is_shared`` says whether several processes may use a store: whether locks of other processes can be seen.
+    ``is_shared`` says whether several processes may use a store. This requires that a process can see the locks of
+    other processes.
     """
 
     is_shared = True
@@ -78,14 +79,14 @@ class FileSystem:
     # Names and properties.
 
     def resolved(self, path: str) -> str:
-        """The file that a path means: absolute, symlinks followed, so that a link is never replaced by a file."""
+        """The absolute path with all symlinks resolved. Saving to it never replaces a symlink with a file."""
         return os.path.realpath(path)
 
     def identity(self, path: str) -> Identity | None:
-        """The file's identity, or None when there is no file.
+        """The file's identity, or None when the file does not exist.
 
         Raises:
-            OSError: also when it is not a regular file.
+            OSError: the file cannot be examined, or it is not a regular file.
         """
         try:
             status = os.stat(path)
@@ -98,24 +99,24 @@ class FileSystem:
         return Identity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
 
     def identity_of(self, descriptor: int) -> Identity:
-        """The identity of an open file. It stays the file's own when the file gets another name."""
+        """The identity of an open file. Renaming the file does not change it."""
         status = os.fstat(descriptor)
         return Identity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
 
     def device_of(self, path: str) -> int:
-        """The device that a path lies on."""
+        """The device that holds a path."""
         return os.stat(path).st_dev
 
     def is_directory(self, path: str) -> bool:
-        """Whether the path is a directory (also through a symlink)."""
+        """Whether the path is a directory or a symlink to one."""
         return os.path.isdir(path)
 
     def is_network(self, directory: str) -> bool:
-        """Whether other hosts may use this file system, too."""
+        """Whether other hosts may also use this file system."""
         return mounts.filesystem_type(directory).is_network
 
     def is_at(self, path: str, descriptor: int) -> bool:
-        """Whether a path leads to an open file: it was neither removed nor renamed nor replaced."""
+        """Whether a path still refers to this open file, which means that it was not removed, renamed or replaced."""
         try:
             return os.path.samestat(os.stat(path), os.fstat(descriptor))
         except FileNotFoundError:
@@ -127,23 +128,23 @@ class FileSystem:
         return [entry for entry in os.listdir(directory) if entry.startswith(name)]
 
     def temporaries(self, path: str) -> list[str]:
-        """Temporary files that were made for the document at ``path``, its previous version, or a writer's file."""
+        """Temporary files for the document at ``path``, its previous version, or a writer's file."""
         directory, name = os.path.split(path)
-        # Not every name that begins alike: another store's name may begin with this one's and a dot.
+        # A prefix match is not enough: another store's name may begin with this store's name and a dot.
         made_here = re.compile(
             rf"\.{re.escape(name)}(\.previous|\.writer\.[0-9a-f]{{16}})?\.[0-9a-f]{{12}}{re.escape(_TEMPORARY)}"
         )
         return [os.path.join(directory, entry) for entry in os.listdir(directory) if made_here.fullmatch(entry)]
 
     def modified_ns(self, path: str) -> int:
-        """When a file was last changed, in nanoseconds since 1970."""
+        """The time of a file's last change, in nanoseconds since 1970."""
         return os.stat(path).st_mtime_ns
 
     def boot_id(self) -> bytes:
-        """What tells this boot of the machine from every other one (16 bytes); zeros where the platform does not say.
+        """The id of the machine's current boot (16 bytes), or zeros when the platform does not provide one.
 
         Raises:
-            OSError: the platform says it, but it cannot be read now.
+            OSError: the platform provides the id, but it cannot be read now.
         """
         if sys.platform != "linux":
             return bytes(_BOOT_ID_BYTES)
@@ -151,20 +152,20 @@ class FileSystem:
             with open(_BOOT_ID, encoding="ascii") as file:
                 return bytes.fromhex(file.read().strip().replace("-", ""))
         except FileNotFoundError:
-            # Without /proc, such as in a chroot.
+            # There is no /proc, for example in a chroot.
             return bytes(_BOOT_ID_BYTES)
 
     # Reading.
 
     def read(self, path: str) -> tuple[bytes, Identity]:
-        """The whole file, and the identity of what was read."""
+        """The content of the whole file, and the identity of the version that was read."""
         with self.opened(path) as descriptor:
             return self.read_at(descriptor, sys.maxsize, 0), self.identity_of(descriptor)
 
     @contextmanager
     def opened(self, path: str) -> Iterator[int]:
-        """A regular file, opened to be read."""
-        # Not blocking: a FIFO of that name would wait for its other end.
+        """Open a regular file for reading."""
+        # O_NONBLOCK: opening a FIFO at this path would otherwise wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | _NO_WAIT | _CLOSE_ON_EXEC | _BINARY)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -174,7 +175,7 @@ class FileSystem:
             self.close(descriptor)
 
     def read_at(self, descriptor: int, size: int, offset: int) -> bytes:
-        """The bytes at an offset, fewer where the file ends."""
+        """Up to ``size`` bytes at an offset; fewer when the file ends before."""
         chunks, left = [], size
         while left > 0 and (chunk := self._pread(descriptor, min(left, 1 << 22), offset)):
             chunks.append(chunk)
@@ -182,9 +183,9 @@ class FileSystem:
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def probe(self, path: str) -> None:
-        """Open a file by its name and close it.
+        """Open a file by its path and close it.
 
-        After XFS has shut down, an fsync of a directory may still succeed, while an open fails with EIO.
+        This detects a shutdown of XFS: an fsync of a directory may still succeed then, but an open fails with EIO.
         """
         self.close(os.open(path, os.O_RDONLY | _NO_WAIT | _CLOSE_ON_EXEC | _BINARY))
 
@@ -196,12 +197,12 @@ class FileSystem:
         return os.path.join(directory, f".{name}.{os.urandom(6).hex()}{_TEMPORARY}")
 
     def create(self, path: str, like: str) -> int:
-        """Make a file that is not there yet, with the mode and, if permitted, the owner of another file, and open it.
+        """Create and open a new file with the mode and, if permitted, the owner of the file ``like``.
 
-        Where there is no such other file, the new one is for its owner's eyes only.
+        If ``like`` does not exist, only the owner can read and write the new file.
 
         Raises:
-            FileExistsError: the name is taken.
+            FileExistsError: a file with this name exists.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _CLOSE_ON_EXEC | _BINARY
         descriptor = os.open(path, flags, _NEW_FILE_MODE)
@@ -214,35 +215,35 @@ class FileSystem:
         return descriptor
 
     def open_to_write(self, path: str) -> int:
-        """Open a file that is there, to read and write it."""
+        """Open an existing file for reading and writing."""
         return os.open(path, os.O_RDWR | _NO_FOLLOW | _NO_WAIT | _CLOSE_ON_EXEC | _BINARY)
 
     def open_direct(self, path: str) -> int:
-        """Open a file so that each write is on stable storage when it returns, past the page cache (open(2)).
+        """Open a file for writes that bypass the page cache and are on stable storage when they return (open(2)).
 
         Raises:
-            OSError: EINVAL, this file system or platform has no such way.
+            OSError: it cannot be opened; EINVAL when this file system or platform does not support such writes.
         """
         if not _DIRECT or not _SYNCHRONOUS:
             raise OSError(errno.EINVAL, "No direct I/O on this platform", path)
         return os.open(path, os.O_WRONLY | _DIRECT | _SYNCHRONOUS | _NO_FOLLOW | _CLOSE_ON_EXEC)
 
     def write_all(self, descriptor: int, data: bytes | memoryview) -> None:
-        """Write every byte, however many calls it takes."""
+        """Write all bytes, with as many calls as necessary."""
         written = os.write(descriptor, data)
         while written < len(data):
             written += os.write(descriptor, memoryview(data)[written:])
 
     def write_zeros(self, descriptor: int, size: int) -> None:
-        """Write so many zero bytes."""
+        """Write ``size`` zero bytes."""
         for start in range(0, size, len(_ZEROS)):
             self.write_all(descriptor, _ZEROS[: size - start])
 
     def write_at(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
-        """Write every byte at an offset, however many calls it takes.
+        """Write all bytes at an offset, with as many calls as necessary.
 
         Raises:
-            OSError: it failed; EIO when the system takes no more bytes without saying why.
+            OSError: a write failed; EIO when the system accepts no more bytes but reports no error.
         """
         written = self._pwrite(descriptor, data, offset)
         while written < len(data):
@@ -252,16 +253,16 @@ class FileSystem:
             written += more
 
     def write_direct(self, descriptor: int, data: memoryview, offset: int) -> None:
-        """Write whole blocks of an aligned buffer; when it returns they are on stable storage.
+        """Write whole blocks of an aligned buffer. They are on stable storage when this returns.
 
         Raises:
-            OSError: it failed, or only a part was written (EIO).
+            OSError: the write failed, or wrote only a part of the data (EIO).
         """
         if os.pwritev(descriptor, [data], offset) != len(data):
             raise OSError(errno.EIO, "Only a part was written")
 
     def close(self, descriptor: int) -> None:
-        """Close a descriptor. Its data is either synced already or not to be used, so an error says nothing new."""
+        """Close a descriptor. Errors are ignored, because the data is either synced already or will not be used."""
         with suppress(OSError):
             os.close(descriptor)
 
@@ -270,7 +271,7 @@ class FileSystem:
     def fsync_file(self, descriptor: int) -> None:
         """Put the file's data and metadata on stable storage.
 
-        On macOS ``fsync`` does not empty the drive's cache; ``F_FULLFSYNC`` does, where the file system has it
+        On macOS ``fsync`` does not flush the drive's cache. ``F_FULLFSYNC`` does, if the file system supports it
         (Apple's manual page of fsync(2)).
         """
         full_sync = getattr(fcntl, "F_FULLFSYNC", None) if sys.platform != "win32" else None
@@ -281,9 +282,9 @@ class FileSystem:
         self._fsync(descriptor)
 
     def sync_data(self, descriptor: int) -> None:
-        """Put a file's data on stable storage, and of its metadata only what reading the data takes (fdatasync(2)).
+        """Put a file's data on stable storage, with only the metadata that is needed to read the data (fdatasync(2)).
 
-        Where there is no ``fdatasync``, macOS among them, this is ``fsync_file``.
+        On platforms without ``fdatasync``, such as macOS, this is ``fsync_file``.
         """
         if hasattr(os, "fdatasync"):
             os.fdatasync(descriptor)
@@ -294,8 +295,8 @@ class FileSystem:
         """Put the directory's entries on stable storage.
 
         Raises:
-            DirectoryFsyncUnsupportedError: the platform or the file system has no such operation.
-            OSError: it failed. EROFS is a failure too: ext4 reports it when it has aborted after an error.
+            DirectoryFsyncUnsupportedError: the platform or the file system does not support this operation.
+            OSError: the sync failed. EROFS is also a failure: ext4 reports it after it has aborted because of an error.
         """
         descriptor = os.open(path, os.O_RDONLY | _DIRECTORY | _CLOSE_ON_EXEC)
         try:
@@ -308,7 +309,7 @@ class FileSystem:
             self.close(descriptor)
 
     def fsync_path(self, path: str) -> None:
-        """Sync a file by its name."""
+        """Sync the file at a path."""
         descriptor = self.open_to_write(path)
         try:
             self.fsync_file(descriptor)
@@ -318,11 +319,11 @@ class FileSystem:
     # Renaming and removing.
 
     def replace(self, temporary: str, path: str) -> None:
-        """Give the new file the old one's name, at once for every reader."""
+        """Atomically replace the file at ``path`` with the new file."""
         os.replace(temporary, path)
 
     def rename(self, path: str, new: str) -> None:
-        """Give a file another name."""
+        """Rename a file."""
         os.rename(path, new)
 
     def link(self, path: str, new: str) -> None:
@@ -330,9 +331,10 @@ class FileSystem:
         os.link(path, new)
 
     def keep_copy(self, path: str, kept: str) -> None:
-        """Give a file a second name, which stays with this version when ``path`` is replaced.
+        """Give a file a second name, ``kept``, which still refers to this version after ``path`` is replaced.
 
-        Where there are no hard links, the bytes are copied. Either way the second name is never without a whole file.
+        If the file system has no hard links, the content is copied. In both cases ``kept`` always refers to a complete
+        file.
         """
         temporary = self.temporary_name(kept)
         try:
@@ -346,11 +348,11 @@ class FileSystem:
         except BaseException:
             self.discard(temporary)
             raise
-        # rename() does nothing when both names are links to one file already (POSIX), and leaves the first one.
+        # If both names already refer to the same file, rename() does nothing and leaves the old name (POSIX).
         self.discard(temporary)
 
     def write_new(self, path: str, data: bytes, like: str) -> None:
-        """Write a new file, synced: all of its bytes, or no file."""
+        """Write and sync a new file. If this fails, the file is removed."""
         descriptor = self.create(path, like)
         try:
             self.write_all(descriptor, data)
@@ -366,12 +368,12 @@ class FileSystem:
         os.unlink(path)
 
     def discard(self, path: str) -> None:
-        """Remove a file that is of no use any more. That it stays does no harm, so this never fails."""
+        """Remove a file that is no longer needed. Errors are ignored, because a remaining file does no harm."""
         with suppress(OSError):
             os.unlink(path)
 
     def make_directories(self, path: str) -> None:
-        """Make a directory and those above it, durably; those that exist stay as they are."""
+        """Create a directory and its missing parents, durably. Existing directories are not changed."""
         missing = []
         while not os.path.isdir(path):
             missing.append(path)
@@ -382,11 +384,11 @@ class FileSystem:
             with suppress(DirectoryFsyncUnsupportedError):
                 self.fsync_directory(os.path.dirname(directory))
 
-    # Locks. They belong to the open file (flock(2)): a process that ends lets go of them, however it ends.
+    # Locks. A lock belongs to the open file (flock(2)): the kernel releases it when the process ends for any reason.
 
     def open_lock(self, path: str, like: str) -> int:
-        """Open a lock file, made if it is not there, with the mode and, if permitted, the owner of the file that it is
-        for. It is never renamed or removed.
+        """Open a lock file. If it does not exist, create it with the mode and, if permitted, the owner of the file
+        ``like``. A lock file is never renamed or removed.
         """
         flags = os.O_RDWR | _NO_FOLLOW | _NO_WAIT | _CLOSE_ON_EXEC | _BINARY
         with suppress(FileNotFoundError):
@@ -400,7 +402,7 @@ class FileSystem:
         return descriptor
 
     def try_lock(self, descriptor: int, *, shared: bool = False) -> bool:
-        """Take the lock of an open file if it is free; a shared one may be held by several."""
+        """Try to take the lock of an open file. Several processes can hold a shared lock."""
         try:
             self._lock(descriptor, shared)
         except OSError as error:
@@ -439,22 +441,22 @@ class FileSystem:
 
 
 class WindowsFileSystem(FileSystem):
-    """The files of Windows: no directory fsync, no reads and writes at an offset, no direct I/O, and one process a
-    store, because a lock file says nothing about a process on another open file there.
+    """File system access on Windows. It has no directory fsync, no reads and writes at an offset, and no direct I/O.
+    Only one process may use a store, because a lock on Windows does not show which other processes are alive.
     """
 
     is_shared = False
 
     def __init__(self) -> None:
-        # A file has one position, which the threads of the process share.
+        # All threads of the process share the position of an open file.
         self._seeking = threading.RLock()
 
     def is_network(self, directory: str) -> bool:  # noqa: ARG002
-        """Not known; one process has the store anyway."""
+        """Unknown, and not needed: only one process may use the store."""
         return False
 
     def boot_id(self) -> bytes:
-        """Not known."""
+        """Unknown."""
         return bytes(_BOOT_ID_BYTES)
 
     def open_direct(self, path: str) -> int:
@@ -494,7 +496,7 @@ class WindowsFileSystem(FileSystem):
     def _locking(self, descriptor: int, mode: int) -> None:
         if sys.platform == "win32":
             with self._seeking:
-                # write_all goes on where the last write ended.
+                # The position is restored, because write_all continues where the last write ended.
                 position = os.lseek(descriptor, 0, os.SEEK_CUR)
                 os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
                 try:
@@ -503,7 +505,7 @@ class WindowsFileSystem(FileSystem):
                     os.lseek(descriptor, position, os.SEEK_SET)
 
     def _make_like(self, descriptor: int, like: str) -> None:
-        """Files get their rights from the directory there."""
+        """Does nothing: on Windows, files inherit their permissions from the directory."""
 
 
 LOCAL: FileSystem = WindowsFileSystem() if sys.platform == "win32" else FileSystem()
@@ -511,17 +513,17 @@ LOCAL: FileSystem = WindowsFileSystem() if sys.platform == "win32" else FileSyst
 
 
 def place(path: str) -> str:
-    """A short name for a path on this host, always the same (16 hexadecimal digits)."""
+    """A short, stable name for a path on this host (16 hexadecimal digits)."""
     return hashlib.sha256(f"{platform.node()}:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def unused_name(path: str, suffix: str) -> str:
-    """A name beside ``path`` that is not taken, to keep a file aside under."""
+    """An unused name in the same directory as ``path``, for a copy that is kept."""
     return f"{path}.{suffix}-{os.urandom(6).hex()}"
 
 
 def socket_at(path: str) -> tuple[int, int] | None:
-    """Device and inode of the Unix socket's file of that name; None if there is none, or another kind of file."""
+    """The device and inode of the Unix socket at a path; None when there is no file or the file is not a socket."""
     try:
         status = os.lstat(path)
     except OSError:
@@ -531,7 +533,7 @@ def socket_at(path: str) -> tuple[int, int] | None:
 
 @contextmanager
 def opened_directory(path: str) -> Iterator[int]:
-    """A directory, opened only to name what is in it."""
+    """Open a directory, so that its entries can be addressed relative to it."""
     descriptor = os.open(path, os.O_RDONLY | _DIRECTORY | _CLOSE_ON_EXEC)
     try:
         yield descriptor
@@ -539,17 +541,18 @@ def opened_directory(path: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-# On POSIX rename() replaces, on Windows it refuses to.
+# rename() replaces an existing file on POSIX, but fails on Windows.
 _rename_over = os.replace if sys.platform == "win32" else os.rename
 
 
 def _give_to(descriptor: int, owner: os.stat_result) -> None:
-    """Give a file the owner and group of another, if permitted."""
+    """Give a file the owner and group of another file, if permitted."""
     try:
-        # A command run once as root must not lock the service out. Other users may not give files away.
+        # A command that runs once as root must not lock out the service. Other users are not permitted to change the
+        # owner.
         os.fchown(descriptor, owner.st_uid, owner.st_gid)
     except OSError as error:
-        # EINVAL: in a user namespace (user_namespaces(7)) an owner that it does not know has no number there.
+        # EINVAL: in a user namespace (user_namespaces(7)), an owner that is not mapped has no number.
         if error.errno not in (errno.EPERM, errno.EACCES, errno.EINVAL):
             raise
 

@@ -1,12 +1,12 @@
-"""A writer's own journal: segments in turn, and the one path of a commit.
+"""A writer's own journal: a sequence of segments, and the only code path for a commit.
 
 ::
 
     frame -> segment (one synchronous write) -> watermark -> acknowledged
 
-Whatever the error of a write, its segment is never written or synced again. The same frame, with the same sequence
-numbers, goes to a new segment with the next attempt: by the counting rule it makes no difference whether the first copy
-reached the disk, the second, or both.
+After any write error, the segment is never written or synced again. The next attempt writes the same frame, with the
+same sequence numbers, to a new segment. The counting rule counts the frame once, whether the first copy, the second
+copy or both reached the disk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from savings_exporter.storage.writers import Writer
 logger = logging.getLogger(__name__)
 
 FIRST_SEGMENT_BYTES = 64 * 1024
-"""A process that records once writes no more than this."""
+"""The size of a first segment. It is small, so that a process with a single record does not write much."""
 
 SEGMENT_BYTES = 4 * 1024 * 1024
 
@@ -37,7 +37,7 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Frame(NamedTuple):
-    """A sealed batch: its bytes and its sequence numbers are the same in every attempt to write it."""
+    """A sealed batch. Its bytes and sequence numbers are the same in every attempt to write it."""
 
     first: int
     last: int
@@ -50,7 +50,7 @@ class Frame(NamedTuple):
 
 
 class Journal:
-    """The journal of a living writer. One thread at a time commits; another one may make a segment meanwhile.
+    """The journal of a living writer. One thread at a time commits. Another thread may create a segment at that time.
 
     ``sequence`` is the number of the last durable record.
     """
@@ -68,12 +68,12 @@ class Journal:
         self._method = method
         self._segment: BufferedSegment | None = None
         self._next: BufferedSegment | None = None
-        # The last segment that a frame was written to, or may have been: frames never go to an earlier one.
+        # The newest segment that a frame was or may have been written to. No frame goes to an earlier segment.
         self._newest = ""
         self._numbers = itertools.count(1)
 
     def seal(self, count: int, groups: Sequence[Group]) -> Frame:
-        """Give records their sequence numbers, after those of the last durable frame."""
+        """Assign sequence numbers to records. They follow those of the last durable frame."""
         first = self.sequence + 1
         return Frame(first, first + count - 1, encode_frame(self._store, self.writer.id, first, count, groups))
 
@@ -81,11 +81,11 @@ class Journal:
         """Make a frame durable.
 
         Raises:
-            OSError: whether it is durable is not known. The same frame has to be committed again.
+            OSError: it is unknown whether the frame is durable. The same frame has to be committed again.
         """
         last = frame.last
         if last <= self.sequence:
-            # An interrupt came between the last attempt's success and its acknowledgement.
+            # An earlier attempt succeeded, but an interrupt came before the acknowledgement.
             return
         if last > self._written:
             try:
@@ -94,20 +94,20 @@ class Journal:
                 self._poison()
                 raise
             self._written = last
-        # When only this fails, the frame is durable, and is not written again.
+        # If only this step fails, the frame is already durable and is not written again.
         self.writer.raise_watermark(last)
         self.sequence = last
 
     def wants_segment(self) -> bool:
-        """Whether the next segment should be made now, before it is needed."""
+        """Whether to create the next segment now, before it is needed."""
         segment = self._segment
         return segment is not None and self._next is None and segment.offset * 2 > segment.size
 
     def make_next(self, observer: Observer) -> None:
-        """Make the next segment, so that no commit waits for it.
+        """Create the next segment, so that no commit has to wait for it.
 
         Raises:
-            OSError: it failed; the commit that needs a segment tries again.
+            OSError: the segment was not created; the commit that needs a segment tries again.
         """
         segment = self._segment
         if segment is None or self._next is not None:
@@ -116,21 +116,22 @@ class Journal:
         with Operation(ROTATE, observer) as rotation:
             made = make_segment(self._fs, self._path_of_next(), size, rotation, self._directory, self._method)
         if made.path < self._newest:
-            # A commit could not wait for it, and made another one.
+            # In the meantime a commit needed a segment and created a newer one.
             made.close()
             self._fs.discard(made.path)
         else:
             self._next = made
 
     def is_in_place(self) -> bool:
-        """Whether the writer's file and the segment that is written still have their names."""
+        """Whether the writer's file and the current segment still exist under their names."""
         return self.writer.is_in_place() and (self._segment is None or self._segment.is_in_place())
 
     def repair_names(self, operation: Operation) -> None:
-        """Make the writer's file and the segment again if their names were removed: others look for them there.
+        """Recreate the writer's file and the current segment if their names were removed. Other processes read them by
+        name.
 
         Raises:
-            OSError: it failed; the next save tries again.
+            OSError: a file was not recreated; the next save tries again.
         """
         if not self.writer.is_in_place():
             logger.error("%s: was removed; making it again", self.writer.path)
@@ -143,7 +144,7 @@ class Journal:
             segment.close()
 
     def close(self) -> None:
-        """Close the files and let go of the writer's lock."""
+        """Close the files and release the writer's lock."""
         self._poison()
         ready, self._next = self._next, None
         if ready is not None:
@@ -163,7 +164,7 @@ class Journal:
             segment.write(frame.data, operation)
 
     def _taken_next(self, size: int) -> BufferedSegment | None:
-        """The segment that was made before it was needed, if it follows the newest one and the frame fits into it."""
+        """The segment that was created in advance, if it is newer than the newest one and the frame fits into it."""
         ready, self._next = self._next, None
         if ready is None:
             return None
@@ -175,7 +176,7 @@ class Journal:
         return None
 
     def _made(self, data: bytes, operation: Operation) -> BufferedSegment:
-        """A new segment with a first frame; on a full disk one that has room for that alone."""
+        """Create a segment with a first frame. On a full disk, the segment only has room for that frame."""
         least = next_block(len(data))
         try:
             return self._make(max(least, FIRST_SEGMENT_BYTES), data, operation)
@@ -198,5 +199,5 @@ class Journal:
 
 
 def segment_path(document: str, writer: bytes, number: int) -> str:
-    """The file of a segment. Names sort in the order of numbers."""
+    """The path of a segment's file. The names sort in the order of the numbers."""
     return f"{document}.journal.{writer.hex()}.{number:08}"

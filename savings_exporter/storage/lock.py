@@ -1,7 +1,8 @@
-"""The store's lock: one process at a time saves the document, adopts journals and removes segments.
+"""The store's lock: only its holder saves the document, adopts journals and removes segments.
 
-The lock file holds the store's name, so that all processes agree on it before there is a document. The file of an
-earlier version of this program holds a mark instead; it is replaced, so that such a process notices.
+The lock file holds the store's name, so that all processes agree on the name before the first document exists. An
+earlier version of this program wrote a mark to the file instead. This version overwrites the mark, so that a running
+process of the earlier version detects the change.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import NamedTuple
 from savings_exporter.storage.filesystem import FileSystem
 
 PATIENCE_SECONDS = 2.0
-"""How long to wait for another process's save before that counts as a failure, which is tried again later."""
+"""How long to wait for another process's save. After that the operation fails and is retried later."""
 
 CLOSING_PATIENCE_SECONDS = 5.0
-"""The same when a process ends, which does not try again. Many that end together wait for each other."""
+"""The same for a process that ends and does not retry. Many processes that end together wait for each other."""
 
 STORE_BYTES = 8
 
@@ -31,12 +32,15 @@ _OLD_MARK_BYTES = 88
 
 
 class LockContent(NamedTuple):
-    """What a lock file says: the store's name (empty when it is new), whether a document was ever saved, whether the
-    first save has begun, and whether, before that, there was another program's document.
+    """The content of a lock file.
 
-    ``earlier_records`` is how many records an earlier version of this program acknowledged, None where it did not write
-    the file, ``earlier_saved`` how many of them its document held, and ``earlier_end`` the segment and the offset in it
-    where its journal ended.
+    ``store`` is the store's name, empty when the store is new. ``is_saved`` says whether a document was ever saved,
+    ``is_begun`` whether the first save has begun. ``is_foreign`` says whether the path held another program's document
+    before that.
+
+    ``earlier_records`` is how many records an earlier version of this program acknowledged, or None when that version
+    did not write the file. ``earlier_saved`` is how many of these records its document held. ``earlier_end`` is the
+    segment in which its journal ended, and the offset in this segment.
     """
 
     store: bytes = b""
@@ -49,7 +53,7 @@ class LockContent(NamedTuple):
 
 
 def content_of(data: bytes) -> LockContent:
-    """What the bytes of a lock file say."""
+    """Decode the bytes of a lock file."""
     if data.startswith(_MAGIC) and len(data) > len(_MAGIC) + STORE_BYTES:
         end = len(_MAGIC) + STORE_BYTES
         state = data[end]
@@ -61,7 +65,7 @@ def content_of(data: bytes) -> LockContent:
 
 
 def read_lock(fs: FileSystem, document: str) -> LockContent:
-    """What the lock file of a store says, for a process that only reads.
+    """Read a store's lock file without opening it for writing, for a process that only reads.
 
     Raises:
         OSError: it cannot be read.
@@ -73,15 +77,15 @@ def read_lock(fs: FileSystem, document: str) -> LockContent:
 
 
 def lock_path(document: str) -> str:
-    """The lock file of a store."""
+    """The path of a store's lock file."""
     return document + ".lock"
 
 
 class StoreLock:
-    """The lock of one store, as this process has it.
+    """This process's handle on the lock of one store.
 
     Raises:
-        OSError: the lock file cannot be opened or made.
+        OSError: the lock file cannot be opened or created.
     """
 
     def __init__(self, fs: FileSystem, document: str, *, opened: bool = True) -> None:
@@ -89,14 +93,14 @@ class StoreLock:
         self.held = False
         self._fs = fs
         self._document = document
-        # Not opened yet, it is when the lock is first taken.
+        # If the file is not opened here, the first attempt to take the lock opens it.
         self._descriptor = fs.open_lock(self.path, like=document) if opened else -1
 
     def take(self, patience: float = PATIENCE_SECONDS) -> None:
-        """Take the lock, unless it is held already.
+        """Take the lock, unless this process holds it already.
 
         Raises:
-            BlockingIOError: EAGAIN, another process held it all the time.
+            BlockingIOError: EAGAIN, another process held the lock for the whole time.
         """
         deadline, pause = time.monotonic() + patience, _SHORTEST_PAUSE_SECONDS
         while not self.held and not self._take_if_free():
@@ -106,38 +110,38 @@ class StoreLock:
             pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
 
     def take_if_free(self) -> bool:
-        """Take the lock, unless another process holds it."""
+        """Try to take the lock. Returns whether this process holds it now."""
         return self.held or self._take_if_free()
 
     def release(self) -> None:
-        """Release the lock, also when an interrupt came before this object knew that it held it."""
+        """Release the lock, even if an interrupt came before ``held`` was set."""
         self.held = False
         if self._descriptor >= 0:
             self._fs.unlock(self._descriptor)
 
     def close(self) -> None:
-        """Release the lock and its file."""
+        """Release the lock and close its file."""
         self.release()
         self._close_file()
 
     def abandon(self) -> None:
-        """Close the file in a forked child, without unlocking: the lock is the parent's."""
+        """Close the file in a forked child without unlocking it, because the parent owns the lock."""
         self.held = False
         self._close_file()
 
     def content(self) -> LockContent:
-        """What the lock file says."""
+        """Read the lock file."""
         return content_of(self._fs.read_at(self._descriptor, _OLD_MARK_BYTES, 0))
 
     def write(self, store: bytes, *, is_saved: bool = False, is_begun: bool = False, is_foreign: bool = False) -> None:
-        """Write the store's name, and what is known of its document. Called with the lock held.
+        """Write the store's name and the state of its document. The caller holds the lock.
 
         Raises:
-            OSError: it was not written.
+            OSError: the file was not written.
         """
         if self.content() != LockContent(store, is_saved, is_begun and not is_saved, is_foreign):
             state = _SAVED if is_saved else _BEGUN if is_begun else _FOREIGN if is_foreign else _NEW
-            # As long as an earlier version's mark, of which nothing may stay.
+            # Padded to the length of an earlier version's mark, so that the mark is overwritten completely.
             data = (_MAGIC + store + bytes([state])).ljust(_OLD_MARK_BYTES, b"\0")
             self._fs.write_at(self._descriptor, data, 0)
             self._fs.sync_data(self._descriptor)
@@ -155,7 +159,7 @@ class StoreLock:
             if self._fs.is_at(self.path, self._descriptor):
                 self.held = locked
                 return locked
-            # The file was removed, and another process may have made a new one: use that.
+            # The file was removed, and another process may have created a new one. The next round opens that one.
             descriptor, self._descriptor = self._descriptor, -1
             self._fs.close(descriptor)
         return False

@@ -1,4 +1,4 @@
-"""Which file system a path is on, and whether other hosts may use it too. Asked of Linux; other platforms don't say."""
+"""Which file system holds a path, and whether other hosts may use it too. Only Linux provides this information."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 from contextlib import suppress
 from typing import NamedTuple
 
-# What statfs(2) gives as f_type: linux/magic.h, and the sources of those that the kernel does not list there.
+# Values of f_type in statfs(2), from linux/magic.h. The kernel does not list all of them there: the others are from the
+# source code of the file systems.
 _LOCAL_FILESYSTEMS = {
     0x0000EF53: "ext4",
     0x58465342: "xfs",
@@ -23,8 +24,8 @@ _LOCAL_FILESYSTEMS = {
     0x01021994: "tmpfs",
     0x858458F6: "ramfs",
 }
-# Also those of a virtual machine's host (9p, vboxsf) and of disks that several hosts share (gfs2, ocfs2). In all of
-# them another kernel may change a file, and a lock may be valid on one host only.
+# This includes file systems of a virtual machine's host (9p, vboxsf) and on disks that several hosts share (gfs2,
+# ocfs2). In all of these, another kernel may change a file, and a lock may be valid on only one host.
 _NETWORK_FILESYSTEMS = {
     0x00006969: "nfs",
     0xFF534D42: "cifs",
@@ -44,7 +45,7 @@ _NETWORK_FILESYSTEMS = {
     0x01161970: "gfs2",
     0x7461636F: "ocfs2",
 }
-# All of FUSE has one f_type; these are the types that /proc/self/mountinfo gives.
+# All FUSE file systems have the same f_type. These are their types in /proc/self/mountinfo.
 _NETWORK_FUSE_TYPES = frozenset(
     {
         "virtiofs",
@@ -53,19 +54,19 @@ _NETWORK_FUSE_TYPES = frozenset(
         *("fuse.juicefs", "fuse.seaweedfs", "fuse.rclone", "fuse.curlftpfs", "fuse.gvfsd-fuse"),
     }
 )
-# More than struct statfs takes on any platform; it begins with f_type.
+# Larger than struct statfs on any platform. The structure begins with f_type.
 _STATFS_BYTES = 512
 
 
 class FilesystemType(NamedTuple):
-    """The kind of file system that a path is on; ``name`` is "unknown" where the platform does not say."""
+    """The type of a file system. ``name`` is "unknown" when the platform does not provide the type."""
 
     name: str
     is_network: bool
 
 
 class Mount(NamedTuple):
-    """Where a file system is mounted, its type, and its device (or server, or whatever its type has)."""
+    """A file system's mount point, its type, and its device (or its server or another source, as the type requires)."""
 
     point: str
     type: str
@@ -73,7 +74,7 @@ class Mount(NamedTuple):
 
 
 def filesystem_type(path: str) -> FilesystemType:
-    """The file system that a path is on, and whether other hosts may use it too.
+    """The type of the file system that holds a path, and whether other hosts may use it too.
 
     Raises:
         OSError: the path does not exist or cannot be examined.
@@ -92,10 +93,10 @@ def filesystem_type(path: str) -> FilesystemType:
 
 
 def mount_of(path: str) -> Mount | None:
-    """The mount that a path is on, or None where the platform does not say.
+    """The mount that holds a path, or None when the platform does not provide it.
 
-    The kernel is asked for the mount's number (``mnt_id``, proc(5)), because device numbers do not tell mounts apart,
-    and paths do not tell which of two mounts lies on top.
+    The mount is identified by its number (``mnt_id``, proc(5)). A device number is not enough, because several mounts
+    can share it. A path is not enough, because it does not show which of two mounts is on top.
 
     Raises:
         OSError: the path does not exist or cannot be examined.
@@ -125,10 +126,10 @@ def _statfs_type(path: str) -> int:
     if libc.statfs(os.fsencode(path), buffer) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), path)
-    # A signed word of the machine's size, in which some types appear negative.
+    # f_type is a signed machine word, so some types appear as negative numbers.
     return ctypes.c_long.from_buffer(buffer).value & 0xFFFFFFFF
 
 
 def _unescaped(field: bytes) -> str:
-    """A field of mountinfo, where blanks and backslashes are written in octal."""
+    """Decode a field of mountinfo, in which spaces and backslashes are octal escapes."""
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), field))

@@ -1,4 +1,4 @@
-"""Observers are told of operations when these have ended: metrics and traces are two of them."""
+"""Observers are notified when an operation of the store has ended. Metrics and traces are two of them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ logger = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """Is told of operations."""
+    """Receives notifications about operations."""
 
     def ended(self, operation: Operation) -> None:
-        """An operation has ended; it and its steps are complete."""
+        """Called when an operation has ended. The operation and its steps are complete."""
 
     def recovered(self, kind: str) -> None:
-        """Opening the store repaired something: ``torn_tail``, ``previous_document`` or ``corrupt_document``."""
+        """Called when an open or a save recovered from damage.
+
+        ``kind`` is ``torn_tail``, ``previous_document`` or ``corrupt_document``.
+        """
 
 
 class Observers:
-    """Several observers as one, told in this order. An exception of one is logged and does not reach the store."""
+    """Notifies several observers in this order. An exception of an observer is logged and does not reach the store."""
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         self._observers = tuple(observers)

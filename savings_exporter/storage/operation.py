@@ -1,4 +1,4 @@
-"""Operations of the store (a commit, a save, the making of a segment) and their steps: names, durations, outcomes."""
+"""Operations of the store (commits, saves, rotations) and their steps: names, durations and outcomes."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ Outcome = Literal["ok", "failed", "unsupported"]
 FsyncTarget = Literal["file", "directory", "journal"]
 
 SAVE, COMMIT, ROTATE = "save", "commit", "rotate"
-"""Saving the document, committing records to the journal, and making a segment before it is needed."""
+"""A save of the document, a commit of records to the journal, and the creation of a segment outside of a commit."""
 
 PREPARE = "prepare"
-"""What precedes the first step: taking locks and reading what other processes wrote."""
+"""Everything before the first step: taking locks and reading the data that other processes wrote."""
 
 WRITE, FSYNC_FILE, REPLACE, FSYNC_DIR = "write", "fsync_file", "replace", "fsync_dir"
 SAVE_STEPS = (WRITE, FSYNC_FILE, REPLACE, FSYNC_DIR)
 
 APPEND, FSYNC_JOURNAL = "append", "fsync_journal"
 COMMIT_STEPS = (APPEND, FSYNC_JOURNAL, FSYNC_DIR)
-"""A direct, synchronous write is one step, ``fsync_journal``. Making a segment also takes ``fsync_dir``."""
+"""A direct, synchronous write is a single step, ``fsync_journal``. Creating a segment also includes ``fsync_dir``."""
 
 FSYNC_TARGETS: tuple[FsyncTarget, ...] = ("file", "directory", "journal")
 
 DIR_FSYNC_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
-"""The errors by which ``fsync`` of a directory says that the file system has no such operation."""
+"""The errors of a directory's ``fsync`` which mean that the file system does not support the operation."""
 
 
 class Step:
     """One step of an operation, used as a context manager.
 
-    ``duration`` is in seconds, ``size`` in bytes. ``fsync_target`` is what the step syncs, if it syncs. ``is_drill``
-    marks what a drill simulates. ``trace`` is set by tracing: the span context under which the step is recorded.
+    ``duration`` is in seconds, ``size`` in bytes. ``fsync_target`` is what the step syncs, or None when it syncs
+    nothing. ``is_drill`` marks a step that a drill simulates. Tracing sets ``trace``, the span context under which the
+    step is recorded.
 
-    Every commit makes some. So what is rarely set is a default of the class, and a step does not refer to its
-    operation: a reference cycle would be left to the garbage collector.
+    Every commit creates several steps, so steps must be cheap. Attributes that are rarely set are defaults of the
+    class. A step does not refer to its operation, because only the garbage collector could free such a reference cycle.
     """
 
     outcome: Outcome = "ok"
@@ -67,11 +68,11 @@ class Step:
 
 
 class Operation(Step):
-    """A save, a commit or a rotation, used as a context manager; the observer is told when it has ended.
+    """A save, a commit or a rotation, used as a context manager. The observer is notified when the operation has ended.
 
-    ``parent`` and ``links`` are for tracing: the span above it, and the spans of the records that it carries.
-    ``writer`` is whose journal a commit goes to, in hexadecimal. ``entered_ns`` is when it began, in nanoseconds since
-    1970.
+    ``parent`` and ``links`` are for tracing: the parent span, and the spans of the records in the operation.
+    ``writer`` is the writer whose journal a commit goes to, in hexadecimal. ``entered_ns`` is the start time in
+    nanoseconds since 1970.
     """
 
     records = 0
@@ -96,7 +97,7 @@ class Operation(Step):
 
     @property
     def failed_step(self) -> str | None:
-        """The name of the last step that failed, None when none did."""
+        """The name of the last step that failed; None when no step failed."""
         return next((step.name for step in reversed(self.steps) if step.error is not None), None)
 
     def __enter__(self: SomeOperation) -> SomeOperation:
@@ -105,13 +106,13 @@ class Operation(Step):
         return self
 
     def step(self, name: str, fsync_target: FsyncTarget | None = None) -> Step:
-        """The next step, to be used as a context manager."""
+        """Add the next step, to be used as a context manager."""
         step = Step(name, fsync_target, is_drill=self.is_drill)
         self.steps.append(step)
         return step
 
     def began_ns(self, step: Step) -> int:
-        """When a step began, in nanoseconds since 1970."""
+        """The start time of a step, in nanoseconds since 1970."""
         return self.entered_ns + round((step._began - self._began) * 1e9)
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -120,6 +121,6 @@ class Operation(Step):
 
 
 def error_symbol(error: BaseException) -> str:
-    """The name of an error in metrics and spans: the errno's symbol, or the exception's name when it has none."""
+    """The name of an error in metrics and spans: the symbol of its errno, or the exception's name without an errno."""
     number = getattr(error, "errno", None)
     return errno.errorcode.get(number, f"E{number}") if isinstance(number, int) else type(error).__name__

@@ -1,7 +1,7 @@
-"""Reading a store without a lock: the document, then the watermarks, then the new frames, then the document again.
+"""Reads a store without a lock: the document, then the watermarks, then the new frames, then the document again.
 
-A save may replace the document and remove segments in between; then reading begins again. One save alone cannot hide
-anything: a segment goes only when the previous document does not need it either.
+If a save replaces the document and removes segments in the meantime, the read starts again. A single save cannot hide
+any record, because it removes a segment only if the previous document does not need the segment either.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
 _FIRST_CHUNK_BYTES = 64 * 1024
-# Adding up more records in one go is no faster, and other threads would wait for the interpreter meanwhile.
+# Larger groups of records are not added up faster, and other threads would have to wait for the interpreter.
 _ADDED_AT_ONCE = 1_000
 _SEGMENT_NAME = re.compile(r"\.journal\.([0-9a-f]{16})\.(\d{8})")
 
 
 class Listing(NamedTuple):
-    """The files of a store at one moment: each writer's segments in order, and the writers that have a file."""
+    """The files of a store at one moment: each writer's segments in order, and the writers that have a writer file."""
 
     segments: Mapping[bytes, Sequence[int]]
     writers: frozenset[bytes]
 
 
 class Reader:
-    """Reads one store. ``own`` is this process's writer, once it has one: its watermark is known without reading it."""
+    """Reads one store. ``own`` is this process's writer, once it has one: its watermark is known without a read."""
 
     def __init__(self, fs: FileSystem, path: str, limits: Limits) -> None:
         self.fs = fs
@@ -66,17 +66,17 @@ class Reader:
         self.limits = limits
         self.own: Writer | None = None
         self._refused: Identity | None = None
-        # What the document at the path said when it was last read, without the journals.
+        # The view of the document at the path when it was last read, without the journals.
         self._found: View | None = None
 
     def refresh(self, view: View) -> View:
-        """The view with all that is durable by now, what other processes wrote included.
+        """The view with everything that is durable now, including records of other processes.
 
-        While the document at the path cannot be used, or is another program's, the last one is used.
+        While the document at the path is unusable or belongs to another program, the last usable document is the basis.
 
         Raises:
-            OSError: it cannot be read.
-            StoreError: it is damaged.
+            OSError: the store cannot be read.
+            StoreError: the store is damaged.
         """
         for _ in range(_ATTEMPTS):
             current = view
@@ -88,20 +88,20 @@ class Reader:
                 if self.is_current(current):
                     return followed
             except FileNotFoundError:
-                # A segment was removed between the listing and its reading.
+                # A save removed a segment after it was listed and before it was read.
                 continue
             except CorruptStoreError:
-                # It may have been removed before the listing, by saves that came after the document was read.
+                # Saves may have removed a segment after the document was read and before the segments were listed.
                 if self.is_current(current):
                     raise
         raise StoreError(f"{self.path}: is being saved too often to be read; try again")
 
     def follow(self, view: View) -> View:
-        """The view with the new frames of each journal up to its watermark, under the document that it has.
+        """The view with the new frames of each journal up to its watermark. The view's document stays the same.
 
         Raises:
-            FileNotFoundError: a segment was removed meanwhile.
-            OSError: something cannot be read.
+            FileNotFoundError: a segment was removed in the meantime.
+            OSError: a file cannot be read.
             CorruptStoreError: acknowledged records are missing.
         """
         readings = list(self.read_journals(view))
@@ -113,7 +113,7 @@ class Reader:
         return counted(view, readings, self.limits, datetime.now(timezone.utc))
 
     def listing(self) -> Listing:
-        """The store's files now.
+        """The current files of the store.
 
         Raises:
             OSError: the directory cannot be read.
@@ -129,21 +129,23 @@ class Reader:
         return Listing({writer: sorted(numbers) for writer, numbers in segments.items()}, frozenset(writers))
 
     def read_journals(self, view: View) -> Iterator[Reading]:
-        """What each journal holds after what is counted, up to its watermark.
+        """Read the frames of each journal that are not counted yet, up to the watermark.
 
         Raises:
             OSError: a file cannot be read.
             CorruptStoreError: a frame's content cannot be read.
         """
         limits = self._limits_of_writers(view.store)
-        # Listed after the watermarks were read: the frames up to them are in segments that are there by now.
+        # The segments are listed after the watermarks are read: the segments with all frames up to them exist by then.
         segments = self.listing().segments
         for writer, limit in limits.items():
             if limit is None or limit > view.position_of(writer).sequence:
                 yield self.read_journal(view, writer, limit, segments.get(writer, ()))
 
     def read_journal(self, view: View, writer: bytes, limit: int | None, numbers: Sequence[int]) -> Reading:
-        """What a writer's journal holds after what is counted, up to a sequence number (None: to its last good frame).
+        """Read the frames of a writer's journal that are not counted yet.
+
+        ``limit`` is the last sequence number to read; None means up to the last good frame.
 
         Raises:
             OSError: a segment cannot be read.
@@ -157,33 +159,34 @@ class Reader:
                 path = segment_path(self.path, writer, number)
                 with self.fs.opened(path) as descriptor:
                     self._replay(replay, descriptor, path, number, view.store)
-        # A watermark of an earlier boot may be old, but what it names was durable.
+        # A watermark of an earlier boot may be outdated, but all records up to it were durable.
         least = limit if limit is not None else self._watermark_of(view.store, writer)
         if replay.position.sequence < least:
             replay.lost.append((replay.position.sequence + 1, least))
         if not is_known and replay.last_seen < start.sequence:
-            replay.doubt = f"{self.path}.journal.{writer.hex()}.*: ends before what the document holds of it"
+            replay.doubt = f"{self.path}.journal.{writer.hex()}.*: ends before the position in the document"
         return replay.reading()
 
     def _limits_of_writers(self, store: bytes) -> Mapping[bytes, int | None]:
         boot, listing = self.fs.boot_id(), self.listing()
-        # A writer's file says what its journal held also when all segments are missing.
+        # A writer's file shows how far its journal was durable, even when all segments are missing.
         without = {writer for writer in listing.writers - listing.segments.keys() if self._is_of(store, writer)}
         return {writer: self.limit_of(store, writer, boot) for writer in listing.segments.keys() | without}
 
     def _is_of(self, store: bytes, writer: bytes) -> bool:
-        """Whether a writer's file says that it writes to this store."""
+        """Whether a writer's file names this store."""
         facts = read_facts(self.fs, writer_path(self.path, writer))
         return facts is not None and facts.store == store
 
     def _watermark_of(self, store: bytes, writer: bytes) -> int:
-        """A writer's watermark, of whatever boot; 0 when there is none."""
+        """A writer's watermark from any boot; 0 when there is none."""
         facts = read_facts(self.fs, writer_path(self.path, writer))
         return facts.watermark if facts is not None and facts.store == store else 0
 
     def _ends_a_frame(self, writer: bytes, numbers: Sequence[int], position: Position) -> bool:
-        """Whether the place where reading goes on follows a frame. After a power loss the first copy of a frame, whose
-        sync had failed, may be gone from there, while another copy is in a later segment.
+        """Whether the position from which reading continues is directly after a frame.
+
+        If the sync of a frame failed, a later segment holds another copy. A power loss may remove the first copy.
         """
         if position.segment not in numbers or not position.offset:
             return True
@@ -191,11 +194,11 @@ class Reader:
             return self.fs.read_at(descriptor, 1, position.offset - 1) == FRAME_END
 
     def is_own(self, writer: bytes) -> bool:
-        """Whether it is this process's writer."""
+        """Whether a writer is this process's own."""
         return self.own is not None and writer == self.own.id
 
     def is_alive(self, writer: bytes, listing: Listing | None = None) -> bool:
-        """Whether a writer's process lives: whether it holds the lock of its file or of one of its segments.
+        """Whether a writer is alive: its process holds the lock of the writer's file or of one of its segments.
 
         Raises:
             OSError: a file cannot be opened.
@@ -206,10 +209,10 @@ class Reader:
         return any(is_alive(self.fs, segment_path(self.path, writer, number)) for number in numbers)
 
     def is_of_another_store(self, view: View, writer: bytes, listing: Listing) -> bool:
-        """Whether a writer's journal belongs to another store, whose files were left beside this one's.
+        """Whether a writer's journal belongs to another store that left its files in this directory.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: a segment cannot be read.
         """
         for number in listing.segments.get(writer, ()):
             with self.fs.opened(segment_path(self.path, writer, number)) as descriptor:
@@ -218,18 +221,18 @@ class Reader:
         return False
 
     def _store_of(self, descriptor: int, writer: bytes) -> bytes:
-        """The store whose segment this is, by its first frame; empty when that is not whole."""
+        """The store that a segment belongs to, according to its first frame; empty when that frame is damaged."""
         header = self.fs.read_at(descriptor, HEADER_BYTES, 0)
         frame = self.fs.read_at(descriptor, size_at_start(header), 0)
         store = store_of(header)
-        # Without its checksum, damage to the name would hide the frames that follow.
+        # The checksum is verified: otherwise a damaged store name would hide the frames that follow.
         return store if any(isinstance(item, Frame) for item in scan(frame, store, writer)) else b""
 
     def stores_of_segments(self) -> Iterator[bytes]:
-        """The store that each segment belongs to, where that can be read.
+        """The store that each segment belongs to. Segments with a damaged first frame are skipped.
 
         Raises:
-            OSError: one cannot be read.
+            OSError: a segment cannot be read.
         """
         for writer, numbers in self.listing().segments.items():
             for number in numbers:
@@ -238,7 +241,7 @@ class Reader:
                         yield store
 
     def living(self) -> int:
-        """How many writers are alive; 0 when that cannot be read."""
+        """How many writers are alive; 0 when the files cannot be read."""
         try:
             listing = self.listing()
             return sum(self.is_alive(writer, listing) for writer in listing.writers)
@@ -246,7 +249,7 @@ class Reader:
             return 0
 
     def journal_bytes(self, view: View) -> int:
-        """How many bytes of the journals' segments hold frames; 0 when that cannot be read."""
+        """How many bytes of the journals' segments hold frames; 0 when the files cannot be read."""
         try:
             segments = self.listing().segments
             return sum(self._bytes_before(writer, segments[writer], view.position_of(writer)) for writer in segments)
@@ -267,7 +270,7 @@ class Reader:
         pending_records: int = 0,
         pending_tokens: int = 0,
     ) -> Snapshot:
-        """What a view says, for the users of the package. The one builder of snapshots."""
+        """A snapshot of a view, for users of the package. Only this method builds snapshots."""
         return Snapshot(
             ledger=view.ledger,
             store_id=view.document.store or place(self.path),
@@ -282,7 +285,7 @@ class Reader:
         )
 
     def has_refused_document(self) -> bool:
-        """Whether the document at the path is one that another program wrote."""
+        """Whether the document at the path is refused because another program wrote it."""
         return self._refused is not None
 
     def refusal(self) -> str:
@@ -293,10 +296,11 @@ class Reader:
         )
 
     def limit_of(self, store: bytes, writer: bytes, boot: bytes) -> int | None:
-        """Up to which sequence number a journal counts; None when all that can be read is on stable storage.
+        """The sequence number up to which a journal counts; None when all readable frames are on stable storage.
 
-        A watermark is valid in its own boot of the machine only. After another boot, what can be read was written. Of a
-        living writer without a watermark (its file was removed by hand, or is being written) nothing new counts yet.
+        A watermark is valid only in the boot of the machine in which it was written. After another boot, all readable
+        frames are on stable storage. If a living writer has no watermark, none of its new frames count yet: its file
+        was removed manually or is still being written.
 
         Raises:
             OSError: the writer's file cannot be read.
@@ -311,7 +315,7 @@ class Reader:
         return facts.watermark if self.is_alive(writer) else None
 
     def operations(self, view: View) -> OperationCounts:
-        """The operation counters of all writers, living and dead, but for this process's own.
+        """The operation counters of all living and dead writers except this process's own.
 
         Raises:
             OSError: a writer's file cannot be read.
@@ -324,28 +328,28 @@ class Reader:
         return total
 
     def is_current(self, view: View) -> bool:
-        """Whether the document at the path is the one of a view, or one that is not used.
+        """Whether the document at the path is the view's document, or a document that was refused.
 
         Raises:
-            OSError: that cannot be read.
+            OSError: the file cannot be examined.
         """
         return self._identity() in (view.identity, self._refused)
 
     @staticmethod
     def _is_older(view: View, other: View) -> bool:
-        """Whether a view's document is an older one of the same store."""
+        """Whether a view's document is older than that of another view of the same store."""
         return view.document.is_ours and view.document.ledger.records < other.document.ledger.records
 
     def with_document(self, view: View) -> View:
-        """The view itself, or that of the document at the path, without the journals, when another process saved it.
+        """The view itself or, when another process saved the document, the view of that document without the journals.
 
         Raises:
-            OSError: it cannot be read.
-            StoreError: it is damaged.
+            OSError: the document cannot be read.
+            StoreError: the document is damaged.
         """
         identity = self._identity()
         if identity is None:
-            # It was removed, or never saved. The next save writes it anew.
+            # The document was removed or never saved. The next save creates it.
             self._refused = None
             newest = self._newest(view)
             is_known = newest is view and view.identity is None
@@ -363,22 +367,23 @@ class Reader:
             newest = self._newest(view)
             if not newest.document.is_ours:
                 raise
-            # It was damaged in its place. The next save keeps it aside and writes it anew.
+            # The document was damaged after it was saved. The next save keeps a copy of it and writes a new one.
             return msgspec.structs.replace(newest, identity=identity, is_whole=False)
         if document.is_ours and bytes.fromhex(document.store) == view.store:
             self._refused = None
             self._found = view_of(document, identity, view.store)
             return self._found
-        # What this process has recorded may be in a document of its own that the other program has read.
+        # The other program may have read a document that already holds the records of this process.
         if view.document.is_ours or view.positions or self.own is not None:
             self._refused = identity
             return view
         return view_of(bounded(document, self.limits), identity, view.store)
 
     def _newest(self, view: View) -> View:
-        """The view, or what a later document of the store says: of those that were read, and the previous one.
+        """The newest of three views: the given one, that of the last document read, and that of the previous document.
 
-        Other processes may have saved since this one read the document, and have removed segments that it would need.
+        Other processes may have saved after this process read the document, and may have removed segments that the
+        view's document needs.
 
         Raises:
             OSError: the previous document cannot be read.
@@ -395,8 +400,8 @@ class Reader:
         """The document at the path.
 
         Raises:
-            OSError: it cannot be read.
-            StoreError: it is damaged, or newer than this program.
+            OSError: the document cannot be read.
+            StoreError: the document is damaged, or a newer program wrote it.
         """
         data, identity = self.fs.read(self.path)
         return decode(data), identity
@@ -405,7 +410,7 @@ class Reader:
         return self.fs.identity(self.path)
 
     def _replay(self, replay: _Replay, descriptor: int, path: str, number: int, store: bytes) -> None:
-        """Take in one segment's frames, a chunk at a time."""
+        """Process one segment's frames, one chunk at a time."""
         offset = replay.position.offset if number == replay.position.segment else 0
         if not offset and self._store_of(descriptor, replay.writer) not in (b"", store):
             replay.foreign.append(path)
@@ -419,7 +424,7 @@ class Reader:
             if is_last or replay.is_complete or (replay.limit is not None and end == offset and not replay.is_cut):
                 return
             if end == offset:
-                # A frame was cut off at the end of the chunk, or there is nothing but zeros.
+                # The end of the chunk cuts off a frame, or the chunk holds only zeros.
                 needed = next_block(offset - block + size_at_start(data[offset - block :]))
                 size = min(needed, size * 4) if needed > size else size * 4
             offset = end
@@ -431,10 +436,10 @@ def previous_path(path: str) -> str:
 
 
 def previous_document(fs: FileSystem, path: str) -> Document | None:
-    """The previous document, or None when there is no whole one.
+    """The previous document, or None when it does not exist or is damaged.
 
     Raises:
-        OSError: it cannot be read, which does not say that there is none.
+        OSError: the file cannot be read, so it is unknown whether the previous document exists.
     """
     try:
         return decode(fs.read(previous_path(path))[0])
@@ -443,20 +448,20 @@ def previous_document(fs: FileSystem, path: str) -> Document | None:
 
 
 def bounded(document: Document, limits: Limits) -> Document:
-    """Another program's document with no more names and points of history than this program keeps."""
+    """Another program's document, limited to the number of names and history points that this program keeps."""
     return msgspec.structs.replace(document, ledger=document.ledger.bounded(limits))
 
 
 def described_losses(reading: Reading) -> str:
-    """What a journal lacks, in words."""
+    """A description of the records that a journal lacks."""
     ranges = [f"{first} to {last}" if last > first else str(first) for first, last in reading.lost]
     if not ranges:
-        return f"{reading.doubt}, and whether acknowledged records are lost with it cannot be determined"
+        return f"{reading.doubt}, and it cannot be determined whether acknowledged records are lost"
     return f"acknowledged records are lost: number {', '.join(ranges)} of writer {reading.writer.hex()}"
 
 
 class _Replay:
-    """Reads one journal by the counting rule."""
+    """Reads one journal according to the counting rule."""
 
     def __init__(self, writer: bytes, start: Position, limit: int | None) -> None:
         self.position = start
@@ -467,7 +472,7 @@ class _Replay:
         self.foreign: list[str] = []
         self.is_cut = False
         self.writer = writer
-        # So that memory does not grow with the journal, records are not kept but added up.
+        # Records are added up rather than kept, so that memory does not grow with the journal.
         self._sums = Sums()
         self._records: list[Line] = []
         self._specials: list[Special] = []
@@ -476,11 +481,11 @@ class _Replay:
 
     @property
     def is_complete(self) -> bool:
-        """Whether everything up to the limit was read."""
+        """Whether all records up to the limit were read."""
         return self.limit is not None and self.position.sequence >= self.limit
 
     def take(self, data: bytes, block: int, offset: int, number: int, path: str, store: bytes, *, is_last: bool) -> int:
-        """Take in the frames of a chunk that begins at ``block``, from ``offset`` on; the offset where they end."""
+        """Process the frames of a chunk that begins at ``block``, starting at ``offset``. Returns where they end."""
         self.is_cut = False
         frames = frames_in_row(data, offset - block, store, self.writer, self.position.sequence + 1, self.limit)
         if frames:
@@ -500,7 +505,7 @@ class _Replay:
         return offset
 
     def reading(self) -> Reading:
-        """What was read."""
+        """The result of reading the journal."""
         self._add_up()
         return Reading(
             self.writer,
@@ -519,19 +524,19 @@ class _Replay:
         self._records = []
 
     def _take_frame(self, frame: Frame, data: bytes, number: int, end: int, path: str) -> None:
-        """Take in a frame, wherever it stands in the sequence."""
+        """Process a frame with any position in the sequence."""
         expected = self.position.sequence + 1
         if frame.last < expected:
             self._tail, self.last_seen = None, max(self.last_seen, frame.last)
             return
         if frame.first < expected:
-            raise CorruptStoreError(f"{path}: two frames hold other records under the same numbers")
+            raise CorruptStoreError(f"{path}: two frames hold different records under the same numbers")
         if frame.first > expected:
             self.lost.append((expected, frame.first - 1))
         self._take_frames([frame], data, number, end, path)
 
     def _take_frames(self, frames: Sequence[Frame], data: bytes, number: int, end: int, path: str) -> None:
-        """Take in frames that follow each other; the last one ends at ``end``."""
+        """Process consecutive frames. The last one ends at ``end``."""
         try:
             decoded = decode_groups(frames)
         except CorruptStoreError as error:

@@ -1,8 +1,8 @@
-"""What a store holds when it is opened, and what is wrong with it: the document, the previous one, the journals.
+"""Examines a store when it is opened: the document, the previous document and the journals, and any damage to them.
 
-Nothing here writes. The sequence numbers of a writer have no gaps, so a record that is missing is noticed: a frame
-begins too late, or within a boot the journal ends before its watermark. A bad frame after which nothing is missing was
-never acknowledged.
+This module never writes. The sequence numbers of a writer have no gaps, so missing records are detected: a frame begins
+with too high a number, or the journal ends before a watermark of the same boot. A damaged frame without missing
+acknowledged records was never acknowledged.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ _EARLIER_SEGMENT = re.compile(r"\.journal\.(\d{8,18})")
 
 
 class Conflict(NamedTuple):
-    """Another program's document in the place of ours, and ours: each may hold what the other lacks.
+    """Totals of another program's document that replaced ours, and of our store. Each may hold records that the other
+    lacks.
 
-    ``base`` is our last document that is still there, ``ours`` that and what the journals hold beyond it.
+    ``theirs`` is the other program's document. ``base`` is our last remaining document. ``ours`` is ``base`` with the
+    journals' further records.
     """
 
     theirs: Totals
@@ -40,14 +42,14 @@ class Conflict(NamedTuple):
 
 
 class BusyStoreError(StoreError):
-    """Other processes saved the document each time it was read."""
+    """Other processes saved the document during each attempt to read it."""
 
 
 class Findings(NamedTuple):
-    """What was found.
+    """The result of examining a store.
 
-    ``damage`` says why the document at the path was not used, empty when it was. ``incomplete`` are the journals of
-    which acknowledged records are missing, ``torn`` those that end with a torn write.
+    ``damage`` says why the document at the path was not used; it is empty when the document was used. ``incomplete``
+    are the journals that lack, or may lack, acknowledged records. ``torn`` are the journals that end with a torn write.
     """
 
     view: View
@@ -64,19 +66,19 @@ class Findings(NamedTuple):
 
 
 def examine(reader: Reader, lock: LockContent) -> Findings:
-    """What a store holds. Saves of other processes may come in between; then it is read again.
+    """Examine a store. If another process saves in the meantime, the store is read again.
 
     Raises:
-        OSError: it cannot be read.
-        StoreError: what it holds cannot be determined; NewerSchemaError: a newer program wrote it; BusyStoreError:
-            others save it all the time.
+        OSError: the store cannot be read.
+        StoreError: the content of the store cannot be determined; NewerSchemaError: a newer program wrote it;
+            BusyStoreError: other processes saved it during every attempt.
     """
     for attempt in range(1, _ATTEMPTS + 1):
         identity = reader.fs.identity(reader.path)
         try:
             found = _examined(reader, lock)
         except (FileNotFoundError, CorruptStoreError) as error:
-            # A writer may also remove a segment that it does not need, while the document stays the same.
+            # A file can also disappear while the document stays the same: a writer removed a segment it does not need.
             is_damage = isinstance(error, CorruptStoreError) and reader.fs.identity(reader.path) == identity
             if attempt == _ATTEMPTS or is_damage:
                 raise
@@ -101,10 +103,10 @@ def _examined(reader: Reader, lock: LockContent) -> Findings:
 
 
 def salvage(reader: Reader, lock: LockContent) -> Findings:
-    """What is left of a store that cannot be opened: the previous document, if it is whole, and the journals.
+    """Recover what is left of a store that cannot be opened: the previous document, if it is intact, and the journals.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the store cannot be read.
         CorruptStoreError: nothing is left.
     """
     previous = previous_document(reader.fs, reader.path)
@@ -113,7 +115,7 @@ def salvage(reader: Reader, lock: LockContent) -> Findings:
     view = view_of(document, identity, _store_of(reader, document, lock))
     found = _followed(reader, msgspec.structs.replace(view, is_whole=False), exists=True)
     if not document.is_ours and found.view.ledger.records == 0:
-        raise _nothing_left(reader.path, "nothing of it is whole")
+        raise _nothing_left(reader.path, "no intact part of it is left")
     return found._replace(damage="cannot be used")
 
 
@@ -121,7 +123,7 @@ def refuse_losses(path: str, found: Findings) -> None:
     """Raise when acknowledged records are missing.
 
     Raises:
-        CorruptStoreError: the message says which, and what to do.
+        CorruptStoreError: the message says which records are missing, and what to do.
     """
     if found.conflict is not None:
         raise CorruptStoreError(f"{path}: {described_conflict(found.conflict)}", remedy_of_conflict(path), path=path)
@@ -136,22 +138,22 @@ def refuse_losses(path: str, found: Findings) -> None:
 
 
 def described(view: View) -> str:
-    """The totals of a view, in words."""
+    """A description of a view's totals."""
     return described_totals(view.ledger.lifetime)
 
 
 def described_conflict(conflict: Conflict) -> str:
-    """What each of two documents holds."""
+    """A description of what the conflicting document and this store hold."""
     theirs, base, ours = conflict
     return (
-        "another program rewrote the document, and this store holds records that it may lack. The "
+        "another program rewrote the document, and this store holds records that the document may lack. The "
         f"document at the path holds {described_totals(theirs)}; this store holds {described_totals(ours)}. "
         f"{described_overlap(conflict)}, and this store holds at most {described_difference(ours, base)} that it lacks"
     )
 
 
 def remedy_of_conflict(path: str) -> str:
-    """Both ways to continue when another program rewrote the document."""
+    """Instructions for both ways to continue after another program rewrote the document."""
     return (
         "Stop every process that uses the store first. To continue with this store's totals: savings-exporter "
         f"verify --repair --store {path} "
@@ -161,11 +163,11 @@ def remedy_of_conflict(path: str) -> str:
 
 
 def refuse_other_file(reader: Reader) -> None:
-    """Raise when a file that cannot be used is where a new store would be, before anything is written.
+    """Raise when an unusable file is at the path of a new store. This runs before anything is written.
 
     Raises:
-        OSError: it cannot be read.
-        StoreError: it is no savings document (OtherFileError), or a damaged or a newer one.
+        OSError: the file cannot be read.
+        StoreError: the file is not a savings document (OtherFileError), is damaged, or was written by a newer program.
     """
     if reader.fs.identity(reader.path) is not None and not _is_store(reader):
         _, _, damage = _document_at(reader)
@@ -174,14 +176,14 @@ def refuse_other_file(reader: Reader) -> None:
 
 
 def _is_store(reader: Reader) -> bool:
-    """Whether there is anything of a store of ours beside the document: it may have been in the document's place."""
+    """Whether other files of one of our stores exist. If so, the file at the path may once have been our document."""
     listing, lock = reader.listing(), read_lock(reader.fs, reader.path)
     is_known = lock.is_saved or lock.is_begun or bool(listing.segments) or bool(listing.writers)
     return is_known or _previous_if_readable(reader) is not None
 
 
 def _previous_if_readable(reader: Reader) -> Document | None:
-    """The previous document, where it is not needed: the document at the path is whole."""
+    """The previous document, or None when it cannot be read. For callers that do not depend on it."""
     try:
         return previous_document(reader.fs, reader.path)
     except OSError:
@@ -189,7 +191,7 @@ def _previous_if_readable(reader: Reader) -> Document | None:
 
 
 def _document_at(reader: Reader) -> tuple[Document | None, Identity | None, str]:
-    """The document at the path and its identity; or why there is none."""
+    """The document at the path and its identity, or the reason why it cannot be used."""
     identity = reader.fs.identity(reader.path)
     if identity is None:
         return None, None, "is missing"
@@ -213,7 +215,7 @@ def _document_at(reader: Reader) -> tuple[Document | None, Identity | None, str]
 
 
 def _older_than_previous(reader: Reader, document: Document) -> str:
-    """Why a document is not the last one that was saved; empty when it may be."""
+    """Why a document is not the last saved one; empty when it may be the last one."""
     previous = _previous_if_readable(reader)
     if previous is None or previous.store != document.store or previous.ledger.records <= document.ledger.records:
         return ""
@@ -221,7 +223,7 @@ def _older_than_previous(reader: Reader, document: Document) -> str:
 
 
 def _refuse_other_store(reader: Reader, document: Document, lock: LockContent) -> None:
-    """Raise when the document is of another store than the files beside it."""
+    """Raise when the document belongs to another store than the files beside it."""
     if not lock.store or lock.store.hex() == document.store:
         return
     previous = _previous_if_readable(reader)
@@ -229,7 +231,7 @@ def _refuse_other_store(reader: Reader, document: Document, lock: LockContent) -
         held = described_totals(previous.ledger.lifetime) if previous is not None else ""
         beside = f" (their previous document holds {held})" if held else ""
         raise CorruptStoreError(
-            f"{reader.path}: is of another store than the files beside it{beside}",
+            f"{reader.path}: belongs to another store than the files beside it{beside}",
             f"To continue with it, move {reader.path}.previous, {reader.path}.lock and all files "
             f"{reader.path}.journal.* and {reader.path}.writer.* away. To continue with those files: "
             f"savings-exporter verify --repair --store {reader.path}",
@@ -238,12 +240,12 @@ def _refuse_other_store(reader: Reader, document: Document, lock: LockContent) -
 
 
 def _without_document(reader: Reader, lock: LockContent, identity: Identity | None, damage: str) -> Findings:
-    """What the previous document and the journals hold."""
+    """Examine the store without the document at the path: the previous document and the journals."""
     previous = previous_document(reader.fs, reader.path)
     segments = reader.listing().segments
     if previous is None and identity is None and not lock.is_saved and not _has_previous(reader):
-        # A new store, or one whose process died before the first save. Where there was another program's document, it
-        # was removed.
+        # Either a new store, or a store whose process died before the first save. If the path held another program's
+        # document before, that document was removed.
         exists = bool(segments) or (bool(lock.store) and not lock.is_foreign)
         return _followed(reader, view_of(Document(), None, _store_of(reader, Document(), lock)), exists=exists)
     if previous is None:
@@ -266,17 +268,17 @@ def _without_document(reader: Reader, lock: LockContent, identity: Identity | No
 def _with_foreign_document(
     reader: Reader, lock: LockContent, document: Document, identity: Identity | None
 ) -> Findings:
-    """Another program's document: taken over, unless this store holds what it may lack."""
+    """Examine another program's document. It is taken over unless this store holds records that it may lack."""
     _refuse_earlier_journal(reader, lock)
     previous = previous_document(reader.fs, reader.path)
     document = bounded(document, reader.limits)
     if previous is not None:
-        # Keys that were counted stay counted.
+        # The keys of the previous document are kept, so that their records are not counted again.
         document = msgspec.structs.replace(document, keys=previous.keys)
     is_taken_over = bool(lock.store) and not lock.is_saved and not lock.is_begun
     view = view_of(document, identity, lock.store if is_taken_over else new_store())
     if is_taken_over:
-        # This store took the document over, and its first save has not come yet.
+        # This store took over the document but has not saved for the first time yet.
         return _followed(reader, view, exists=True)
     base = previous or Document()
     ours = _followed(reader, view_of(base, None, _store_of(reader, base, lock)), exists=True)
@@ -288,7 +290,9 @@ def _with_foreign_document(
 
 
 def _has_less(document: Document, previous: Document) -> bool:
-    """Whether another program's document was made from an older one than the previous document beside it."""
+    """Whether another program's document has lower totals than our previous document. The other program then started
+    from an older document.
+    """
     theirs, ours = document.ledger.lifetime, previous.ledger.lifetime
     return theirs.requests < ours.requests or theirs.tokens_saved < ours.tokens_saved
 
@@ -305,7 +309,7 @@ def _refuse_earlier_journal(reader: Reader, lock: LockContent) -> None:
 
 
 def _followed(reader: Reader, view: View, *, exists: bool) -> Findings:
-    """A document and all that the journals hold beyond it."""
+    """A document with all further records in the journals."""
     readings = list(reader.read_journals(view))
     return Findings(
         counted(view, readings, reader.limits, datetime.now(timezone.utc)),
@@ -317,14 +321,14 @@ def _followed(reader: Reader, view: View, *, exists: bool) -> Findings:
 
 
 def _store_of(reader: Reader, document: Document, lock: LockContent) -> bytes:
-    """The store's name: that of its document, of its lock file or of a frame; else a new one."""
+    """The store's name from its document, its lock file or a frame, or else a new name."""
     if document.store or lock.store:
         return bytes.fromhex(document.store) or lock.store
     return next(reader.stores_of_segments(), None) or new_store()
 
 
 def _refuse_open_journal_of_earlier_version(reader: Reader, document: Document, lock: LockContent) -> None:
-    """Raise when a store of an earlier version was not closed: its journal is not read by this one."""
+    """Raise when a store of an earlier version was not closed, because this version does not read its journal."""
     legacy = document.legacy
     if legacy is None:
         return
@@ -348,7 +352,7 @@ def _not_closed(path: str) -> StoreError:
 
 
 def earlier_segments(reader: Reader) -> dict[int, str]:
-    """The journal of an earlier version of this program, which had one for all processes."""
+    """The segments of an earlier version's journal, by number. That version had one journal for all processes."""
     found = {}
     name = os.path.basename(reader.path)
     for entry in reader.fs.names_beside(reader.path):
@@ -371,27 +375,28 @@ def _nothing_left(path: str, damage: str) -> CorruptStoreError:
 
 
 def described_totals(totals: Totals) -> str:
-    """Totals, in words."""
+    """A description of totals."""
     return f"{totals.tokens_saved} tokens saved in {totals.requests} records"
 
 
 def described_overlap(conflict: Conflict) -> str:
-    """What another program's document holds beyond this store, in words.
+    """A description of what another program's document holds beyond this store.
 
-    It may have taken over a later document of ours than the one that is still there, so more cannot be determined.
+    The description is an upper bound: the other program may have taken over a newer document of ours than the last
+    remaining one.
     """
     theirs, base, _ = conflict
     if theirs.tokens_saved < base.tokens_saved or theirs.requests < base.requests:
         return (
-            f"The document at the path holds less than our last one that is still there ({described_totals(base)}), "
+            f"The document at the path holds less than our last remaining document ({described_totals(base)}), "
             "so this store may lack all of it"
         )
     return (
-        f"Compared with our last document that is still there ({described_totals(base)}), the document at the path "
+        f"Compared with our last remaining document ({described_totals(base)}), the document at the path "
         f"holds at most {described_difference(theirs, base)} that this store lacks"
     )
 
 
 def described_difference(totals: Totals, base: Totals) -> str:
-    """What totals hold beyond others, in words."""
+    """A description of the difference between two totals."""
     return f"{totals.tokens_saved - base.tokens_saved} tokens saved in {totals.requests - base.requests} records"

@@ -1,4 +1,4 @@
-"""``verify`` and ``verify --repair``: what is wrong with a store, and saving what is whole."""
+"""``verify`` and ``verify --repair``: find out what is wrong with a store, and save its intact data."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from savings_exporter.storage.writers import read_counts, writer_path
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
-    """What a store holds, as far as that can be determined.
+    """The content of a store, as far as it can be determined.
 
-    ``problems`` need something to be done; ``notes`` are harmless: nothing is lost, and nothing has to be done.
+    ``problems`` require an action. ``notes`` are harmless: nothing is lost, and no action is required.
     """
 
     ledger: Ledger | None
@@ -48,14 +48,14 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Repaired(NamedTuple):
-    """What a repair did, in words, and whether it left out records that another file holds."""
+    """A description of what a repair did, and whether it left out records that another file holds."""
 
     text: str
     leaves_out: bool
 
 
 def is_begun(path: str, fs: FileSystem = LOCAL) -> bool:
-    """Whether there is any file of a store yet."""
+    """Whether any file of a store exists."""
     path = fs.resolved(path)
     return fs.is_directory(os.path.dirname(path)) and bool(fs.names_beside(path))
 
@@ -64,7 +64,7 @@ def inspect(path: str, fs: FileSystem = LOCAL) -> Inspection:
     """Examine a store without changing anything.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the store cannot be read.
     """
     path = fs.resolved(path)
     reader = Reader(fs, path, Limits())
@@ -83,10 +83,10 @@ def inspect(path: str, fs: FileSystem = LOCAL) -> Inspection:
 
 
 def repair(path: str, observer: Observer, fs: FileSystem = LOCAL) -> Repaired:
-    """Repair a store: what is whole is saved as a new document, and what is damaged is kept aside.
+    """Repair a store: save its intact data as a new document, and keep copies of its damaged files.
 
     Raises:
-        StoreError: nothing is left to repair it with, or another process has the store.
+        StoreError: no intact data is left, or another process uses the store.
         OSError: the disk failed.
     """
     path = fs.resolved(path)
@@ -107,7 +107,8 @@ def repair(path: str, observer: Observer, fs: FileSystem = LOCAL) -> Repaired:
         if not found.damage and not found.is_lossy() and not _problem_of_previous(reader):
             return Repaired(f"{path}: there is nothing to repair: it holds {described(found.view)}", leaves_out=False)
         aside = _put_aside(reader, found)
-        # First, so that a process of an earlier version that still runs notices that the document is not its own.
+        # Written before the document, so that a running process of an earlier version detects that the document is no
+        # longer its own.
         lock.write(found.view.store, is_saved=lock.content().is_saved)
         _save(reader, found, observer)
         lock.write(found.view.store, is_saved=True)
@@ -132,7 +133,7 @@ def _problems(reader: Reader, found: Findings) -> list[str]:
 def _notes(reader: Reader, found: Findings) -> list[str]:
     notes = [f"{note}; nothing is lost by it" for note in found.harmless]
     for reading in found.torn:
-        # A living writer's last write may be under way.
+        # The last write of a living writer may still be in progress.
         if reading.tail is not None and not reader.is_alive(reading.writer):
             segment, data = reading.tail
             notes.append(
@@ -143,7 +144,7 @@ def _notes(reader: Reader, found: Findings) -> list[str]:
 
 
 def _put_aside(reader: Reader, found: Findings) -> list[str]:
-    """Give what cannot be used names of its own, because what follows replaces or removes it."""
+    """Keep copies of unusable files under other names, because the repair replaces or removes the originals."""
     aside = []
     if (found.damage or found.conflict is not None) and found.view.identity is not None:
         aside.append(_copied(reader, reader.path, "other-program" if found.conflict is not None else "corrupt"))
@@ -164,7 +165,7 @@ def _copied(reader: Reader, name: str, suffix: str) -> str:
 
 
 def _save(reader: Reader, found: Findings, observer: Observer) -> None:
-    """Save what was found under both names, and remove the journals, of which all that is whole is in it."""
+    """Save the findings under both names, and remove the journals: the new document holds all their intact records."""
     view, listing = found.view, reader.listing()
     dead = dead_writers(reader, view, listing)
     operations = view.document.operations

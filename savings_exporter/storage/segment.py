@@ -1,12 +1,12 @@
-"""One segment of a journal: a file of zeros, synced once, that frames are written to from its beginning to its end.
+"""One segment of a journal: a preallocated file of zeros. Frames are written to it in order, from start to end.
 
-A commit into it changes no metadata. There are two ways to write a frame:
+The file is synced once when it is created, so a later commit changes no metadata. There are two ways to write a frame:
 
-* ``DirectSegment``: one direct, synchronous write (``O_DIRECT | O_DSYNC``) of the blocks that the frame lies in. The
-  page cache holds no dirty copy, so a failed write cannot be reported once and then forgotten.
-* ``BufferedSegment``: ``pwrite`` and ``fdatasync``, where direct I/O is not available or slower.
+* ``DirectSegment``: one direct, synchronous write (``O_DIRECT | O_DSYNC``) of the blocks that contain the frame. The
+  page cache holds no dirty copy, so the kernel cannot report a failed write once and then forget it.
+* ``BufferedSegment``: ``pwrite`` and ``fdatasync``, for systems where direct I/O is not available or is slower.
 
-After any error a segment is never written or synced again.
+After any error, a segment is never written or synced again.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from savings_exporter.storage.filesystem import FileSystem
 from savings_exporter.storage.operation import APPEND, FSYNC_DIR, FSYNC_FILE, FSYNC_JOURNAL, WRITE, Operation
 
 SyncMethod = Literal["auto", "direct", "fdatasync"]
-"""How the journal is written: ``auto`` is ``direct`` where that works, else ``fdatasync``."""
+"""How the journal is written. ``auto`` means ``direct`` if the file system supports it, and ``fdatasync`` otherwise."""
 
 NO_DIRECT_IO = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
-"""The errors of an open or of a first write by which a file system says that it has no direct I/O."""
+"""The errors of an open or a first write which mean that a file system does not support direct I/O."""
 
 _BUFFER_BYTES = 64 * 1024
 
 
 class BufferedSegment:
-    """A segment that is written through the page cache; it owns the descriptor."""
+    """A segment that is written through the page cache. It owns the descriptor."""
 
     def __init__(self, fs: FileSystem, path: str, descriptor: int, size: int, offset: int) -> None:
         self.path = path
@@ -44,10 +44,10 @@ class BufferedSegment:
         return self.offset + size + BLOCK_BYTES <= self.size or place_for(size, self.offset) + size <= self.size
 
     def write(self, frame: bytes, operation: Operation) -> None:
-        """Write a frame after the last one; it is durable when this returns.
+        """Append a frame. It is durable when this returns.
 
         Raises:
-            OSError: whether it is durable is not known.
+            OSError: it is unknown whether the frame is durable.
         """
         place = place_for(len(frame), self.offset)
         with operation.step(APPEND) as step:
@@ -58,11 +58,11 @@ class BufferedSegment:
         self.offset = place + len(frame)
 
     def is_in_place(self) -> bool:
-        """Whether the file still has its name."""
+        """Whether the file still exists under its name."""
         return self._fs.is_at(self.path, self._descriptor)
 
     def content(self) -> bytes:
-        """What was written to it, also after its name is gone."""
+        """The data written to the segment. It can be read even after the file's name was removed."""
         return self._fs.read_at(self._descriptor, self.offset, 0)
 
     def close(self) -> None:
@@ -76,25 +76,26 @@ class DirectSegment(BufferedSegment):
     """A segment that is written by direct, synchronous writes of whole blocks.
 
     Raises:
-        OSError: EINVAL and its like, the file cannot be opened for direct I/O.
+        OSError: the file cannot be opened or written with direct I/O. The errno is EINVAL, ENOTSUP or EOPNOTSUPP when
+            the file system does not support it.
     """
 
     def __init__(self, fs: FileSystem, path: str, descriptor: int, size: int, offset: int, last_block: bytes) -> None:
         super().__init__(fs, path, descriptor, size, offset)
         self._direct = fs.open_direct(path)
-        # It begins with what the block that the next frame begins in holds already; the rest is zero.
+        # The buffer begins with the existing content of the block in which the next frame begins. The rest is zero.
         self._buffer = _aligned(_BUFFER_BYTES)
         self._buffer[: len(last_block)] = last_block
         self._try_direct_write()
 
     def write(self, frame: bytes, operation: Operation) -> None:
-        """Write the blocks that the frame lies in; what they held before is written again as it was."""
+        """Write the blocks that contain the frame. Existing data in these blocks is rewritten unchanged."""
         with operation.step(FSYNC_JOURNAL, "journal") as step:
             step.size = size = len(frame)
             place = place_for(size, self.offset)
             buffer = self._buffer
             if place != self.offset:
-                # It skips the rest of a block, and begins the next one.
+                # The frame skips the rest of the current block and begins in the next one.
                 buffer[:BLOCK_BYTES] = bytes(BLOCK_BYTES)
             inside = place % BLOCK_BYTES
             end = inside + size
@@ -116,14 +117,14 @@ class DirectSegment(BufferedSegment):
             self._fs.close(direct)
 
     def _begin_block(self, block: bytes, used: int) -> None:
-        """Have the buffer, of which so many bytes were used, begin with another block."""
+        """Make ``block`` the start of the buffer, and clear the ``used`` bytes of the previous write."""
         used = min(used, _BUFFER_BYTES)
         self._buffer[:used] = block.ljust(used, b"\0")
 
     def _try_direct_write(self) -> None:
-        """Write what is there once more: some file systems refuse only the write."""
+        """Rewrite the current block: some file systems accept the open and refuse only the write."""
         if self.offset == self.size:
-            # Full with its first frame. Another block would make it larger.
+            # The first frame fills the segment. Writing another block would extend the file.
             return
         try:
             self._fs.write_direct(self._direct, self._buffer[:BLOCK_BYTES], self.offset // BLOCK_BYTES * BLOCK_BYTES)
@@ -133,7 +134,7 @@ class DirectSegment(BufferedSegment):
 
 
 def _aligned(size: int) -> memoryview:
-    """Zeros in a buffer as direct I/O asks for: a mapping begins at a page boundary."""
+    """A buffer of zeros, aligned as direct I/O requires: a memory mapping begins at a page boundary."""
     return memoryview(mmap.mmap(-1, size))
 
 
@@ -146,11 +147,11 @@ def make_segment(
     method: SyncMethod,
     frame: bytes = b"",
 ) -> BufferedSegment:
-    """Make a segment of so many bytes, a first frame included, durable with its name.
+    """Create a segment of ``size`` bytes, including a first frame. The file and its name are durable when this returns.
 
     Raises:
-        OSError: it failed, and the file is removed. Should it be there after a power loss, it says nothing new: what
-            it holds was not acknowledged, and is written again under the same numbers.
+        OSError: the segment was not created, and the file is removed. If a power loss restores the file, it does no
+            harm: its frame was not acknowledged, and the same frame is written again under the same numbers.
     """
     is_commit = bool(frame)
     descriptor = -1
@@ -158,7 +159,7 @@ def make_segment(
         with operation.step(APPEND if is_commit else WRITE) as step:
             step.size = size
             descriptor = fs.create(path, like=directory.like)
-            # A second sign of life, for when the writer's file is removed by hand.
+            # This lock also shows that the writer is alive, in case an operator removes the writer's file.
             fs.try_lock(descriptor)
             if is_commit:
                 fs.write_all(descriptor, frame)

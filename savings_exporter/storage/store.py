@@ -1,4 +1,4 @@
-"""One store, as one process has it: opens it, closes it, and publishes one view of what is durable."""
+"""One process's access to one store: opens and closes it, and publishes one view of what is durable."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _ATTEMPTS = 5
 
 
 class Committed(NamedTuple):
-    """Records are durable."""
+    """The records are durable."""
 
 
 class Failed(NamedTuple):
@@ -56,7 +56,7 @@ class Failed(NamedTuple):
 
 
 class Store:
-    """The store at one path. One thread at a time commits; any thread may save, refresh and look keys up."""
+    """The store at one path. One thread at a time commits. Any thread may save, refresh and look up keys."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Store:
         counts: Callable[[], OperationCounts],
         method: SyncMethod = "auto",
     ) -> Store:
-        """Open a store, and count what dead writers left.
+        """Open a store, and count the records that dead writers left.
 
         Raises:
             StoreError: the store cannot be used; CorruptStoreError: it is damaged; NewerSchemaError: a newer program
@@ -100,7 +100,7 @@ class Store:
         path = fs.resolved(path)
         reader = Reader(fs, path, limits)
         with suppress(OSError):
-            # What cannot be read is reported below.
+            # A file that cannot be read is reported below.
             refuse_other_file(reader)
         lock = _opened_lock(path, fs)
         try:
@@ -113,24 +113,24 @@ class Store:
 
     @property
     def path(self) -> str:
-        """The document."""
+        """The document's path."""
         return self.reader.path
 
     def refresh(self) -> View:
-        """What is durable now, with what other processes recorded. While that cannot be read, the last view."""
+        """The view of what is durable now, including records of other processes; the last view if reading fails."""
         with self._reading:
             try:
                 self._publish(self.reader.refresh(self.view))
                 self.read_at = datetime.now(timezone.utc)
             except (OSError, StoreError) as error:
-                # The next save meets the same and reports it.
+                # The next save fails for the same reason and reports it.
                 logger.debug("%s: could not be read: %s", self.path, error)
             return self.view
 
     def key_entry(self, digest: bytes) -> KeyEntry | None:
-        """What an idempotency key was counted as, by any process; None when it is new.
+        """The entry of an idempotency key that any process recorded; None when the key is new.
 
-        This process's own keys are known without reading its journal (see ``remember``).
+        ``remember`` adds this process's own keys, so its own journal need not be read.
         """
         with self._reading:
             self.refresh()
@@ -150,7 +150,7 @@ class Store:
         return Committed()
 
     def remember(self, frame: Frame, groups: Sequence[Group]) -> None:
-        """Note the keys of a frame that is durable, before its journal is read again."""
+        """Add the keys of a durable frame to the view, before the journal is read again."""
         journal = self.own_journal()
         with self._reading:
             for group in groups:
@@ -161,10 +161,10 @@ class Store:
                         self.view.keys.add(digest, entry)
 
     def own_journal(self) -> Journal:
-        """This process's journal; its writer begins with its first use.
+        """This process's journal. The first call creates the journal and its writer.
 
         Raises:
-            OSError: the writer's file cannot be made, or another process has the store where only one may.
+            OSError: the writer's file cannot be created, or another process uses a store that allows only one process.
         """
         if self.journal is not None:
             return self.journal
@@ -180,19 +180,19 @@ class Store:
             return self.journal
 
     def wants_segment(self) -> bool:
-        """Whether the journal's next segment should be made now."""
+        """Whether to create the journal's next segment now."""
         return self.journal is not None and self.journal.wants_segment()
 
     def make_segment(self) -> None:
-        """Make the journal's next segment before it is needed. A failure shows when the segment is needed."""
+        """Create the journal's next segment before it is needed. A failure is reported when the segment is needed."""
         if self.journal is not None and self.journal.wants_segment():
             with suppress(OSError):
                 self.journal.make_next(self._observer)
 
     def repair_names(self) -> None:
-        """Make this process's files again if they were removed or renamed: what is durable is read by their names.
+        """Recreate this process's files if they were removed or renamed, because readers open them by name.
 
-        Called by the thread that may commit. A failure shows in the save that needs the files.
+        Only the thread that may commit calls this. A failure is reported by the save that needs the files.
         """
         if self.journal is not None:
             with suppress(OSError):
@@ -201,16 +201,16 @@ class Store:
                         self.journal.repair_names(operation)
 
     def save(self, parent: Any = None, *, closing: bool = False) -> Failed | None:
-        """Save the document with all that is durable.
+        """Save the document with everything that is durable.
 
-        ``closing``: this process has ended its journal; its segments are removed.
+        ``closing`` means that this process has ended its journal. Its segments are then removed.
         """
         if self._saving._is_owned():  # type: ignore[attr-defined]
-            # A signal handler within a save of this thread.
+            # A signal handler calls this during a save by the same thread.
             return Failed(PREPARE, BlockingIOError(errno.EAGAIN, "a save of this thread is under way"))
         operation = Operation(SAVE, self._observer, parent)
         try:
-            # Observers are told when the lock is free again: an exporter may be slow.
+            # Observers are notified after the lock is released, because an exporter may be slow.
             with operation, self._saving:
                 try:
                     self._lock.take(CLOSING_PATIENCE_SECONDS if closing else PATIENCE_SECONDS)
@@ -223,7 +223,7 @@ class Store:
         return None
 
     def saved_at(self) -> datetime | None:
-        """When the document was saved last, by whichever process; None when that is not known. Reads no journal."""
+        """The time of the last save by any process, or None when it is unknown. Does not read the journals."""
         with self._reading, suppress(OSError, StoreError):
             found = self.reader.with_document(self.view)
             if self._holds_all(found):
@@ -232,7 +232,7 @@ class Store:
         return None
 
     def is_being_saved(self) -> bool:
-        """Whether another process holds the store's lock, most likely because it saves."""
+        """Whether another process holds the store's lock, most likely for a save."""
         with self._saving:
             try:
                 return not self._lock.take_if_free()
@@ -251,18 +251,22 @@ class Store:
         return view.is_saved() and own == (state.through if state is not None else 0)
 
     def operations(self) -> OperationCounts:
-        """The operation counters of all writers. This process's are published first, so that every worker shows them.
+        """The operation counters of all writers. This process publishes its own first, so that every worker shows them.
 
-        While the others' cannot be read, theirs stay as they were: a counter must not go back.
+        While the counters of other writers cannot be read, their last values are used: a counter must not decrease.
         """
-        # What is shown is what was published: the next answer may come from another worker, and must not be lower.
+        # Only published values are shown: another worker may give the next answer, and that must not be lower.
         own = self.publish_counts()
         with suppress(OSError):
             self._others = self._operations_of_others()
         return self._others.plus(own)
 
     def publish_counts(self) -> OperationCounts:
-        """Write this process's operation counters, for other processes and for after its end; return them."""
+        """Write this process's operation counters, so that other processes can read them, even after this process ends.
+
+        Returns:
+            The counters.
+        """
         with suppress(OSError, StoreError):
             if self._counts() != OperationCounts():
                 self.own_journal()
@@ -274,7 +278,7 @@ class Store:
             return counts
 
     def forked(self, observer: Observer, counts: Callable[[], OperationCounts]) -> Store:
-        """The store in a forked child: the same view, a new writer, no lock. What was pending is the parent's."""
+        """The store in a forked child: the same view, a new writer, no lock. Pending records belong to the parent."""
         self._lock.abandon()
         if self.journal is not None:
             self.journal.close()
@@ -285,13 +289,13 @@ class Store:
         return child
 
     def close(self) -> None:
-        """Close all files and release the locks. Saves nothing."""
+        """Close all files and release the locks. This does not save the document."""
         if self.journal is not None:
             self.journal.close()
         self._lock.close()
 
     def _holds_all(self, found: View) -> bool:
-        """Whether the view of a document, of which no journal was read yet, holds all that this process knows of."""
+        """Whether a document's view without the journals holds all records that this process knows of."""
         if found.document is self.view.document:
             return True
         positions = {writer: position.sequence for writer, position in self.view.positions.items()}
@@ -300,7 +304,7 @@ class Store:
         return all(sequence <= found.position_of(writer).sequence for writer, sequence in positions.items())
 
     def _publish(self, view: View) -> None:
-        """Publish a view, unless a newer one was published while it was read."""
+        """Publish a view, unless a newer view was published in the meantime."""
         if not view.is_older_than(self.view):
             self.view = view
 
@@ -310,13 +314,13 @@ class Store:
             total = self.reader.operations(view)
             if self.reader.is_current(view):
                 return total
-            # A save took counters into the document, and removed their file, while these were read.
+            # During the read, a save moved counters into the document and removed their file.
             self.refresh()
         return self._others
 
     def _checkpoint(self, operation: Operation, *, closing: bool) -> None:
         if not self.view.document.is_ours:
-            # From here on a document of ours may be seen, of which another program's may be made.
+            # From here on, another program may read a document of ours and write its own document from it.
             self._lock.write(self.view.store, is_saved=self._lock.content().is_saved, is_begun=True)
         view = checkpoint.save(self.reader, self._file(), self.view, self._observer, operation, closing=closing)
         with self._reading, suppress(OSError, StoreError):
@@ -328,33 +332,33 @@ class Store:
         return AtomicFile(self.reader.fs, self.path, self._directory)
 
     def _agree_on_store(self) -> None:
-        """Write the store's name into the lock file, if it was removed.
+        """Make sure that the lock file holds this store's name. Write the name if the lock file holds none.
 
         Raises:
-            StoreError: a process of an earlier version writes to the store.
+            StoreError: a process of an earlier version writes to the store, or the lock file names another store.
         """
         content = self._lock.content()
         if content.earlier_records is not None:
-            raise StoreError(f"{self.path}: an earlier version of savings-exporter uses this store; stop that one")
+            raise StoreError(f"{self.path}: an earlier version of savings-exporter uses this store; stop that version")
         if content.store == self.view.store:
             return
         if self.journal is None:
-            # Another process named the store, or saved it, since this one read it.
+            # Another process named or saved the store after this process read it.
             found = examine(self.reader, content)
             refuse_losses(self.path, found)
             with self._reading:
                 self.view = found.view
         elif content.store:
-            raise StoreError(f"{self.path}: became another store while this process had it open; stop this process")
+            raise StoreError(f"{self.path}: was replaced by another store while it was open; stop this process")
         if content.store != self.view.store:
             self._write_name(self.view)
 
     def _name_store(self) -> None:
-        """Agree with all processes on the store's name before anything is recorded under it.
+        """Make sure that all processes use the same store name before anything is recorded under it.
 
         Raises:
-            OSError: the lock file cannot be written, or is locked for long.
-            StoreError: as ``_agree_on_store``.
+            OSError: the lock file cannot be written, or another process holds the lock for too long.
+            StoreError: for the reasons in ``_agree_on_store``.
         """
         is_saving = self._saving._is_owned()  # type: ignore[attr-defined]
         if is_saving or read_lock(self.reader.fs, self.path).store == self.view.store:
@@ -378,14 +382,14 @@ class Store:
 def _recovered(
     reader: Reader, lock: StoreLock, observer: Observer, counts: Callable[[], OperationCounts], method: SyncMethod
 ) -> Store:
-    """Read what a store holds; with the lock, adopt dead writers and name a new store."""
+    """Examine a store. If the lock is held, adopt dead writers and name a new store."""
     fs, path = reader.fs, reader.path
     is_exclusive = not fs.is_shared or fs.is_network(os.path.dirname(path))
     _take_to_open(lock, path, is_exclusive)
     if method == "direct":
         _refuse_without_direct_io(fs, lock)
     elif is_exclusive:
-        # Whether direct writes of such a file system reach the disk is for its server to say.
+        # On a network file system, only the server decides whether direct writes reach the disk.
         method = "fdatasync"
     if lock.held:
         _discard_temporaries(fs, path)
@@ -409,10 +413,10 @@ def _recovered(
 
 
 def _refuse_without_direct_io(fs: FileSystem, lock: StoreLock) -> None:
-    """Raise where the journal cannot be written directly, rather than let every commit fail.
+    """Raise when the journal cannot be written with direct I/O. Otherwise every commit would fail.
 
     Raises:
-        StoreError: this file system has no direct I/O.
+        StoreError: this file system does not support direct I/O.
     """
     try:
         fs.close(fs.open_direct(lock.path))
@@ -427,7 +431,7 @@ def _refuse_without_direct_io(fs: FileSystem, lock: StoreLock) -> None:
 
 
 def _examined(reader: Reader, lock: StoreLock) -> Findings:
-    """What the store holds. While others save it all the time, the lock is free now and then: wait for that."""
+    """Examine the store. If other processes save it too often, wait for the lock and examine it with the lock held."""
     for _ in range(_ATTEMPTS_TO_OPEN):
         with suppress(BusyStoreError):
             return examine(reader, lock.content() if lock.held else read_lock(reader.fs, reader.path))
@@ -439,12 +443,13 @@ def _examined(reader: Reader, lock: StoreLock) -> Findings:
 def _take_to_open(lock: StoreLock, path: str, is_exclusive: bool) -> None:
     if is_exclusive and not lock.take_if_free():
         raise StoreError(
-            f"{path}: another process has it open, and here only one may (a network file system, or a platform whose "
-            "locks are not shared); stop that one, send savings to its service, or use a store on a local disk",
+            f"{path}: another process has it open, and only one process may open it here (a network file system, or a "
+            "platform whose locks are not shared); stop that process, send savings to its service, or use a store on a "
+            "local disk",
             path=path,
         )
     with suppress(BlockingIOError):
-        # Its holder may be waiting for a disk. What is durable can be read without it.
+        # The lock's holder may be waiting for a disk. Durable records can be read without the lock.
         lock.take()
 
 
@@ -457,22 +462,23 @@ def _adopt(store: Store) -> None:
         dead = checkpoint.dead_writers(reader, view, reader.listing())
         store.view = checkpoint.adopt(reader, store._file(), view, dead, store._observer)
     except OSError as error:
-        # A disk that is full or fails. What is acknowledged counts already; the next save tries again.
+        # The disk is full or failing. Acknowledged records are counted already. The next save tries again.
         logger.warning("%s: dead writers' journals could not be taken over yet: %s", reader.path, error)
 
 
 def _convert(store: Store) -> None:
-    """Save a document of an earlier version in the format of this one before anything is recorded.
+    """Convert a document of an earlier version to the current format, before anything is recorded.
 
-    A process of that version that still runs reads the document again when the lock file is not as it left it. It
-    refuses the new format, so its commits fail instead of going to a journal that this version does not read.
+    A process of the earlier version that still runs detects the changed lock file and reads the document again. It
+    refuses the new format, so its commits fail. Otherwise they would go to a journal that this version does not read.
     """
     path, lock = store.path, store._lock
     if not lock.held:
         raise StoreError(
             f"{path}: an earlier version of savings-exporter is saving this store; stop that process first", path=path
         )
-    # Before the document: a process of the earlier version never finds the new format under a lock file of its own.
+    # Written before the document, so that a process of the earlier version never finds the new format together with its
+    # own lock file.
     lock.write(store.view.store, is_saved=True)
     failure = store.save()
     if failure is not None:
@@ -489,12 +495,14 @@ def _convert(store: Store) -> None:
         path,
     )
     for segment in earlier_segments(store.reader).values():
-        # All of it is in the document, and in the one before it.
+        # The document and the previous document hold all records of this segment.
         store.reader.fs.discard(segment)
 
 
 def _discard_temporaries(fs: FileSystem, path: str) -> None:
-    """Remove temporary files: those of a document live only while the lock is held, those of a writer are locked."""
+    """Remove unused temporary files. This process holds the lock, so no document's temporary file is in use. A writer's
+    temporary file is in use while it is locked.
+    """
     for temporary in fs.temporaries(path):
         if ".writer." in os.path.basename(temporary):
             with suppress(OSError), fs.opened(temporary) as descriptor:
@@ -518,7 +526,7 @@ def _opened_lock(path: str, fs: FileSystem) -> StoreLock:
 
 
 def _remedy(error: OSError) -> str:
-    """What to do about an error, where that is clear."""
+    """What to do about an error; empty when no remedy is known."""
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return "; make its directory writable for this user, or name another store with --store PATH"
     return ""

@@ -1,12 +1,12 @@
-"""What is durable in a store, as one immutable value, and its pure transitions.
+"""The durable content of a store as one immutable value, with pure transitions.
 
 ::
 
     totals = document's totals + every frame of every journal that the counting rule counts
 
-The counting rule: take a writer's frames in the order of segments and offsets; a frame counts if and only if its first
-sequence number is the next one. A frame below that was counted already and is skipped; one above it means that
-acknowledged records are missing.
+The counting rule: a writer's frames are processed in the order of segments and offsets. A frame counts if and only if
+its first sequence number is the next expected one. A frame with a lower number was counted already and is skipped. A
+frame with a higher number means that acknowledged records are missing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from savings_exporter.storage.filesystem import Identity
 
 
 class Position(NamedTuple):
-    """How far a journal is counted: up to a sequence number, and the place where reading goes on."""
+    """How far a journal is counted: the last counted sequence number, and the place where reading continues."""
 
     sequence: int = 0
     segment: int = 0
@@ -40,13 +40,13 @@ class Special(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What reading one journal gave: what the frames hold that the counting rule counts, and where reading goes on.
+    """The result of reading one journal: the content of the frames that count, and where reading continues.
 
-    ``sums`` are of the records without a key: a journal has many. ``specials`` are the other groups. ``raw`` are
-    the frames' bytes, kept where the whole journal is read, to be written again. ``lost`` are the sequence numbers,
-    first and last, of acknowledged records that are missing; ``doubt`` says why that cannot be determined. ``tail`` is
-    what follows the last good frame: a segment's path and the bytes of a torn write. ``foreign`` are segments of
-    another store.
+    ``sums`` are sums of the records without a key, because a journal has many of them. ``specials`` are the other
+    groups. ``raw`` are the bytes of the frames. They are kept only when the journal is read without a limit, so that
+    the frames can be written again. ``lost`` are ranges of sequence numbers, first and last, of missing acknowledged
+    records. ``doubt`` says why it cannot be determined whether records are missing. ``tail`` is the torn write after
+    the last good frame: a segment's path and the bytes. ``foreign`` are segments of another store.
     """
 
     writer: bytes
@@ -61,17 +61,19 @@ class Reading(NamedTuple):
 
     @property
     def adds(self) -> bool:
-        """Whether there is something to count."""
+        """Whether the journal has records to count."""
         return bool(self.sums or self.specials)
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
-    """The document, and what the journals hold beyond it.
+    """The document, and the further records of the journals.
 
-    ``identity`` is that of the document's file, None when there is none. ``store`` names the store (8 bytes).
-    ``is_whole`` says whether that file is this document; if not, it is damaged, and this is the previous document.
-    ``ledger`` are the totals of both. The keys are those of the document, to which each transition adds: adding one
-    twice changes nothing, so an interrupt between that and the publishing of the view does no harm.
+    ``identity`` identifies the file at the document's path; None when there is no file. ``store`` is the store's name
+    (8 bytes). ``is_whole`` says whether that file is this document. If not, the file is unusable, and ``document`` is
+    another one, such as the previous document. ``ledger`` holds the totals of the document and the journals.
+
+    The keys are those of the document. Each transition adds keys to the same table. Adding a key twice changes nothing,
+    so an interrupt after the addition and before the view is published does no harm.
     """
 
     document: Document
@@ -87,9 +89,9 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
         return self.document.keys
 
     def is_older_than(self, other: View) -> bool:
-        """Whether it was read before another view: the other has a later document, or more of the journals counted.
+        """Whether another view is newer: it has a newer document, or counts more of the journals.
 
-        Totals alone do not tell: a key that two processes recorded at once counts as either of its records.
+        Comparing totals is not enough: if two processes record a key at the same time, either of the records may count.
         """
         if self.identity != other.identity:
             return self.document.ledger.records < other.document.ledger.records
@@ -101,7 +103,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
         return self.positions.get(writer) or Position()
 
     def is_saved(self) -> bool:
-        """Whether the document holds all that is counted."""
+        """Whether the document holds everything that is counted."""
         writers = self.document.writers
         return all(
             position.sequence == (state.through if (state := writers.get(writer.hex())) else 0)
@@ -110,7 +112,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def view_of(document: Document, identity: Identity | None, store: bytes) -> View:
-    """What a document alone says."""
+    """The view of a document without the journals."""
     positions = {
         bytes.fromhex(writer): Position(state.through, state.segment, state.offset)
         for writer, state in document.writers.items()
@@ -119,7 +121,7 @@ def view_of(document: Document, identity: Identity | None, store: bytes) -> View
 
 
 def counted(view: View, readings: Iterable[Reading], limits: Limits, now: datetime) -> View:
-    """The view with more of the journals counted."""
+    """The view with the readings of journals counted."""
     sums, positions = Sums(), dict(view.positions)
     for reading in readings:
         if reading.adds:
@@ -136,10 +138,12 @@ def counted(view: View, readings: Iterable[Reading], limits: Limits, now: dateti
 def composed(
     view: View, gone: Iterable[bytes], ended: Iterable[bytes], closing: bytes | None = None
 ) -> dict[str, WriterState]:
-    """The writers' entries of the next document: without those that are gone; the counters of ``ended`` are in it.
+    """The writers' entries for the next document. Writers in ``gone`` have no entry. Writers in ``ended`` are marked as
+    ended: the document holds their operation counters.
 
-    Where reading goes on is noted only of writers that may record more. The segments of the others are removed, and one
-    that a power loss brings back may have lost its content, because its blocks were given away.
+    The position where reading continues is kept only for writers that may record more. The segments of the other
+    writers are removed. If a power loss restores such a segment, its content may be gone, because the file system may
+    have reused its blocks.
     """
     states = {}
     finished = {writer.hex() for writer in ended}
@@ -157,7 +161,7 @@ def composed(
 
 
 def _is_first(special: Special, writer: bytes, keys: KeyTable) -> bool:
-    """Whether a key is counted here for the first time, or is this very group."""
+    """Whether a group has the first use of its key, or is the group that was already counted for the key."""
     group = special.group
     digest, sequence = bytes.fromhex(group.key), special.first + group.at - 1
     known = keys.get(digest)

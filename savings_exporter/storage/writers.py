@@ -1,18 +1,19 @@
-"""The file that each writer has beside the document: whether it is alive, how far its journal is durable, its counters.
+"""The writer file beside the document: whether the writer is alive, how far its journal is durable, and its counters.
 
-A writer is one open tracker in one process, named by 8 random bytes. Its file is made and locked before its first
-segment has a name, and removed after its last segment is gone. Only the writer itself writes it, without syncs:
+A writer is one open tracker in one process. Its name is 8 random bytes. The writer file is created and locked before
+the first segment has a name, and removed after the last segment is gone. While the writer is alive, only the writer
+itself writes the file, without syncs. The file provides:
 
-* the *lock* (flock) is held as long as the process lives. It fails towards "alive": a copy of the descriptor in a
-  forked child keeps it, and only delays what is done for dead writers. (POSIX record locks fail the other way: they are
-  lost when the process closes any descriptor of the file.)
-* the *watermark* is the sequence number up to which its journal is durable: written after the sync has returned, never
-  before. It is valid within one boot of the machine, because after a power loss an older one may be there.
-* the *operation counters* are kept twice, so that a reader always finds a whole version.
+* The *lock* (flock) is held as long as the process lives. It can only err in one direction, by showing a dead writer
+  as alive: a forked child with a copy of the descriptor keeps the lock. This only delays the cleanup of dead writers.
+  POSIX record locks err in the other direction: a process loses them when it closes any descriptor of the file.
+* The *watermark* is the sequence number up to which the journal is durable. It is written after the sync has returned,
+  never before. It is valid only within one boot of the machine, because a power loss can restore an older value.
+* The *operation counters* are stored twice, so that a reader always finds a complete version.
 
-One file a writer, rather than one table for all: nothing is allocated, freed or locked in common. And written with
-``pwrite`` rather than through a mapping: storing to a mapping of a file system that has aborted kills the process
-(SIGBUS).
+Each writer has its own file instead of an entry in a common table, so nothing is allocated, freed or locked in common.
+The file is written with ``pwrite`` instead of a memory mapping: a store to a mapping of a file system that has aborted
+kills the process (SIGBUS).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _ATTEMPTS = 3
 
 
 class WriterFacts(NamedTuple):
-    """What a writer's file says. ``boot`` is the boot of the machine in which its watermark is valid."""
+    """The content of a writer's file. ``boot`` is the boot of the machine in which its watermark is valid."""
 
     store: bytes
     writer: bytes
@@ -60,10 +61,10 @@ class WriterFacts(NamedTuple):
 
 
 class Writer:
-    """A living writer's own file, locked as long as this object is open. ``name`` is the id in hexadecimal.
+    """A living writer's own file. It is locked as long as this object is open. ``name`` is the id in hexadecimal.
 
     Raises:
-        OSError: the file cannot be made.
+        OSError: the file cannot be created.
     """
 
     def __init__(self, fs: FileSystem, document: str, store: bytes, writer: bytes | None = None) -> None:
@@ -79,19 +80,19 @@ class Writer:
         self._make()
 
     def raise_watermark(self, sequence: int) -> None:
-        """Say that the journal is durable up to a record.
+        """Set the sequence number up to which the journal is durable.
 
         Raises:
-            OSError: it was not written; the one before it is still valid.
+            OSError: the watermark was not written; the previous one is still valid.
         """
         self._fs.write_at(self._descriptor, _WATERMARK.pack(sequence, sequence ^ _ALL_ONES), _WATERMARK_OFFSET)
         self.watermark = sequence
 
     def publish(self, counts: OperationCounts) -> None:
-        """Write the operation counters, for other processes, now and after this one has ended.
+        """Write the operation counters, so that other processes can read them, even after this process has ended.
 
         Raises:
-            OSError: they were not written; the version before them is still there.
+            OSError: the counters were not written; the previous version still exists.
         """
         data = msgspec.json.encode(counts)
         if len(data) > _COUNTS_BYTES - _COUNTS.size:
@@ -102,11 +103,11 @@ class Writer:
         self._version = version
 
     def is_in_place(self) -> bool:
-        """Whether the file still has its name."""
+        """Whether the file still exists under its name."""
         return self._fs.is_at(self.path, self._descriptor)
 
     def make_again(self) -> None:
-        """Make the file again after its name was removed, with the same watermark."""
+        """Recreate the file after its name was removed, with at least the same watermark."""
         adopted = read_facts(self._fs, self.path)
         if adopted is not None:
             self.watermark = max(self.watermark, adopted.watermark)
@@ -115,7 +116,7 @@ class Writer:
         self._fs.close(old)
 
     def close(self) -> None:
-        """Release the lock. The file stays until a save has taken in its counters."""
+        """Release the lock. The file stays until a save has added its counters to the document."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             self._fs.close(descriptor)
@@ -125,12 +126,13 @@ class Writer:
         block = (header + _CHECK.pack(zlib.crc32(header))).ljust(_WATERMARK_OFFSET, b"\0")
         block += _WATERMARK.pack(self.watermark, self.watermark ^ _ALL_ONES)
         for attempt in range(1, _ATTEMPTS + 1):
-            # Where one process has the store, no other one can take the writer for dead; and Windows does not rename
-            # a file that is open.
+            # If only one process may use the store, no temporary name is needed: no other process can mistake the
+            # writer for dead. Also, Windows cannot rename an open file.
             temporary = self._fs.temporary_name(self.path) if self._fs.is_shared else self.path
             descriptor = self._fs.create(temporary, like=self._document)
             try:
-                # Locked before it has its name: the file of a writer that seems dead is removed.
+                # The file is locked before it has its final name: a writer file without a lock would be removed as that
+                # of a dead writer.
                 if not self._fs.try_lock(descriptor):
                     raise BlockingIOError(errno.EAGAIN, "another process looks at it", temporary)
                 self._fs.write_at(descriptor, block.ljust(_FIRST_BLOCK_BYTES, b"\0"), 0)
@@ -139,7 +141,7 @@ class Writer:
             except BaseException as error:
                 self._fs.close(descriptor)
                 self._fs.discard(temporary)
-                # A process that opened the store in between took it for one that a dead process left.
+                # A process that opened the store in the meantime treated the file as the leftover of a dead process.
                 if not isinstance(error, (BlockingIOError, FileNotFoundError)) or attempt == _ATTEMPTS:
                     raise
             else:
@@ -148,21 +150,21 @@ class Writer:
 
 
 def writer_path(document: str, writer: bytes) -> str:
-    """The file of a writer."""
+    """The path of a writer's file."""
     return f"{document}{_SUFFIX}{writer.hex()}"
 
 
 def writer_of(document_name: str, name: str) -> bytes | None:
-    """The writer that a file's name names; None when it is no writer's file."""
+    """The writer that a file name belongs to; None when it is not the name of a writer's file."""
     found = re.fullmatch(re.escape(document_name + _SUFFIX) + "([0-9a-f]{16})", name)
     return bytes.fromhex(found[1]) if found else None
 
 
 def read_facts(fs: FileSystem, path: str) -> WriterFacts | None:
-    """What a writer's file says; None when there is none, or when it says nothing that can be relied on.
+    """Read a writer's file; None when the file does not exist or its content is invalid.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     try:
         with fs.opened(path) as descriptor:
@@ -172,7 +174,7 @@ def read_facts(fs: FileSystem, path: str) -> WriterFacts | None:
 
 
 def facts_of(data: bytes) -> WriterFacts | None:
-    """What the first bytes of a writer's file say."""
+    """Decode the first bytes of a writer's file; None when they are invalid."""
     if len(data) < _WATERMARK_OFFSET + _WATERMARK.size:
         return None
     header = data[: _HEADER.size]
@@ -185,10 +187,10 @@ def facts_of(data: bytes) -> WriterFacts | None:
 
 
 def read_counts(fs: FileSystem, path: str) -> OperationCounts:
-    """The newest whole version of a writer's operation counters; empty ones when there is none.
+    """The newest complete version of a writer's operation counters; empty counters when there is none.
 
     Raises:
-        OSError: they cannot be read.
+        OSError: the file cannot be read.
     """
     versions: list[tuple[int, OperationCounts]] = [(0, OperationCounts())]
     try:
@@ -202,10 +204,10 @@ def read_counts(fs: FileSystem, path: str) -> OperationCounts:
 
 
 def is_alive(fs: FileSystem, path: str) -> bool:
-    """Whether a file of a writer is locked, by a process that lives. False when there is no such file.
+    """Whether a living process holds the lock of a writer's file. False when the file does not exist.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
     if not fs.is_shared:
         return False
@@ -220,7 +222,7 @@ def set_watermark(fs: FileSystem, path: str, sequence: int) -> None:
     """Raise the watermark of a dead writer whose journal was adopted. The caller holds the store's lock.
 
     Raises:
-        OSError: it was not written.
+        OSError: the watermark was not written.
     """
     with suppress(FileNotFoundError):
         descriptor = fs.open_to_write(path)

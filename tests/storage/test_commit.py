@@ -908,7 +908,7 @@ def test_network_takes_one_process(store_path: Path) -> None:
     with SavingsTracker(store_path, filesystem=NetworkFileSystem()) as tracker:
         assert tracker.record_request(**SAVED).durable
         assert tracker.save()
-        with pytest.raises(StoreError, match="another process has it open, and here only one may"):
+        with pytest.raises(StoreError, match="another process has it open, and only one process may open it here"):
             SavingsTracker(store_path, filesystem=NetworkFileSystem())
         assert tracker.record_request(**SAVED).durable
     with SavingsTracker(store_path, filesystem=NetworkFileSystem()) as tracker:

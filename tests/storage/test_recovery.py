@@ -284,7 +284,7 @@ def test_document_of_another_store(kept: Kept, tmp_path: Path) -> None:
     with SavingsTracker(tmp_path / DOCUMENT) as other:
         other.record_request(model="m", tokens_saved=7)
     path = kept.put(document=(tmp_path / DOCUMENT).read_bytes())
-    with pytest.raises(CorruptStoreError, match=r"is of another store than the files beside it \(.* holds 111 tokens"):
+    with pytest.raises(CorruptStoreError, match=r"to another store than the files beside it \(.* holds 111 tokens"):
         SavingsTracker(path)
     assert total_or_refused(path) is None
     for name in ("previous", "segment", "writer", "lock"):

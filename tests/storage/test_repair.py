@@ -202,7 +202,7 @@ def test_other_program(kept: Kept) -> None:
         "another program rewrote the document",
         f"The document at the path holds {FOREIGN_TOTAL} tokens saved in {requests} records",
         f"this store holds {TOTAL} tokens saved in 6 records",
-        f"our last document that is still there ({sum(SAVED)} tokens saved in 3 records)",
+        f"our last remaining document ({sum(SAVED)} tokens saved in 3 records)",
         f"at most {FOREIGN_TOTAL - sum(SAVED)} tokens saved in {requests - 3} records that this store lacks",
         f"at most {sum(COMMITTED)} tokens saved in 3 records that it lacks",
         f"savings-exporter verify --repair --store {path}",
@@ -242,7 +242,7 @@ def test_other_program_began_anew(kept: Kept) -> None:
     document = {"schema_version": 6, "lifetime": {"requests": 1, "tokens_saved": 5}}
     path = kept.put(document=json.dumps(document).encode())
     (says, *_) = inspect(str(path)).problems
-    assert "The document at the path holds less than our last one that is still there" in says
+    assert "The document at the path holds less than our last remaining document" in says
     assert "so this store may lack all of it" in says
     assert "-" not in says.split("The document at the path holds less")[1].split("lacks.")[0]
     done = repair(path)

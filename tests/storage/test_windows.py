@@ -157,7 +157,7 @@ with SavingsTracker(path) as tracker:
     try:
         SavingsTracker(path)
     except StoreError as error:
-        assert "here only one may" in str(error), error
+        assert "only one process may open it here" in str(error), error
     else:
         raise AssertionError("opened twice")
     assert tracker.record_request(model="m", tokens_saved=1).durable
