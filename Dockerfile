@@ -6,13 +6,13 @@ COPY savings_exporter savings_exporter
 RUN python -m venv /opt/venv && /opt/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check .
 
 FROM python:3.13.7-slim-bookworm
-# The number is fixed, so that a volume keeps its owner from one image to the next.
+# The user id is fixed, so that the files in a volume keep their owner when the image is updated.
 RUN groupadd --gid 9478 savings \
     && useradd --uid 9478 --gid 9478 --no-create-home --home-dir /data savings \
     && install --directory --owner savings --group savings --mode 0750 /data
 COPY --from=build /opt/venv /opt/venv
 
-# Variables rather than arguments: "docker exec ... savings-exporter show" then looks at the same store.
+# Variables instead of arguments, so that "docker exec ... savings-exporter show" uses the same store.
 ENV PATH=/opt/venv/bin:$PATH
 ENV SAVINGS_EXPORTER_STORE=/data/proxy_savings.json
 ENV SAVINGS_EXPORTER_WEB_LISTEN_ADDRESS=0.0.0.0:9478
@@ -20,7 +20,7 @@ ENV SAVINGS_EXPORTER_WEB_LISTEN_ADDRESS=0.0.0.0:9478
 USER 9478:9478
 VOLUME ["/data"]
 EXPOSE 9478
-# Ready, not healthy: while the disk fails, savings wait in memory, and a restart would lose them.
+# Checks /-/ready, not /-/healthy: while the disk fails, savings are pending in memory, and a restart would lose them.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
     CMD ["python", "-c", "from http.client import HTTPConnection; c = HTTPConnection('127.0.0.1', 9478, timeout=4); c.request('GET', '/-/ready'); raise SystemExit(c.getresponse().status != 200)"]
 ENTRYPOINT ["savings-exporter"]

@@ -1,38 +1,39 @@
-# Needs Python 3.10 or later (with venv) and make; everything else is installed into .venv from the package index.
-# Another Python: make run PYTHON=python3.13
+# This file needs Python 3.10 or later (with venv) and make. Everything else is installed into .venv from the package
+# index. To use another Python: make run PYTHON=python3.13
 
 PYTHON ?= python3
 ARGS ?=
 
-# Twice quiet: errors and nothing else.
+# -qq: print only errors.
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-fast crash mutants bench lint format dashboards frameworks headroom clean
 
-help: ## list what can be made
+help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
-run: .venv/.package ## serve the default store on http://127.0.0.1:9478 (ARGS="--demo" and others are passed on)
+run: .venv/.package ## serve the default store on http://127.0.0.1:9478 (ARGS="--demo" and others go to serve)
 	@exec .venv/bin/savings-exporter serve $(ARGS)
 
-# Makes headroom when a selected test needs it. That may not install on every Python; the run then ends by saying so.
+# Runs "make headroom" when a selected test needs it. Headroom cannot be installed on every Python; the run then
+# reports the skipped tests at its end.
 test: .venv/.dev ## run every test that this machine can run (ARGS="-k name" and others go to pytest)
 	@INSTALL_PEERS=1 .venv/bin/python -m pytest $(ARGS)
 
-test-fast: .venv/.dev ## run the unit and storage tests, in under a minute: those marked slow are left out
+test-fast: .venv/.dev ## run the unit and storage tests in under a minute, without those marked slow
 	@.venv/bin/python -m pytest --fast tests/unit tests/storage $(ARGS)
 
-# Redis and PostgreSQL are used where they are installed (apt-get install redis-server postgresql).
-bench: .venv/.bench ## measure the store against its peers, half an hour (ARGS="threads --repeat 3" and others)
+# Redis and PostgreSQL are used if they are installed (apt-get install redis-server postgresql).
+bench: .venv/.bench ## measure the store against its peers, about half an hour (ARGS="threads --repeat 3" and others)
 	-@$(MAKE) --no-print-directory headroom
 	@.venv/bin/python -m benchmarks $(ARGS)
 
-# What is part of every "make test", with more rounds and with every fault at every call.
-crash: .venv/.dev ## lose power, fill disks, fail and kill for half an hour (root, Linux); build/crash-lab.json
+# The tests in tests/crash are also part of "make test". Here they run with more rounds and with every fault at every call.
+crash: .venv/.dev ## run the crash lab in its long form (root, Linux); writes build/crash-lab.json
 	@CRASH_LAB=long REQUIRE_ALL=1 .venv/bin/python -m pytest tests/crash $(ARGS)
 
-mutants: .venv/.dev ## take each rule of the storage out of the code: a test must fail (ARGS="gap key")
+mutants: .venv/.dev ## remove each rule of the storage from the code: a test must fail (ARGS="gap key")
 	@.venv/bin/python -m tests.mutants $(ARGS)
 
 lint: .venv/.dev ## check style, format, types, and that modules import only layers below them
@@ -41,22 +42,22 @@ lint: .venv/.dev ## check style, format, types, and that modules import only lay
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-cache --no-logo
 
-format: .venv/.dev ## put code in the project's format
+format: .venv/.dev ## fix style and format of the code
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
-dashboards: .venv/.dev ## build Grafana's dashboards, and the pictures of them, from dashboards/grafana
+dashboards: .venv/.dev ## generate Grafana's dashboards, and pictures of their layout, from dashboards/grafana
 	@.venv/bin/python dashboards/grafana/build.py
 
 frameworks: .venv/.frameworks ## install the web frameworks that the examples of docs/embedding.md use
 
-headroom: .venv-headroom/.installed ## install the Headroom that the interop tests talk to, apart from everything else
+headroom: .venv-headroom/.installed ## install Headroom for the interop tests, in an environment of its own
 
 clean: ## remove environments, caches and builds
 	rm -rf .venv .venv-headroom .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamps are made last, so an installation that broke off is done again, from an empty environment.
+# The stamp file is created last, so an interrupted installation is repeated, starting from an empty environment.
 .venv/.package: pyproject.toml
 	@test -e $@ || $(PYTHON) -m venv --clear .venv
 	@echo "installing savings-exporter into .venv"
@@ -64,7 +65,7 @@ clean: ## remove environments, caches and builds
 	@.venv/$(PIP_INSTALL) --editable .
 	@touch $@
 
-# pip knows dependency groups since 25.1, which is why it is upgraded above.
+# Dependency groups need pip 25.1 or later, so pip is upgraded above.
 .venv/.dev: .venv/.package
 	@echo "installing the development tools into .venv"
 	@.venv/$(PIP_INSTALL) --group dev

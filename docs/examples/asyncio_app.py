@@ -1,4 +1,4 @@
-"""asyncio: recording never blocks the event loop. Opening and closing wait for the disk, so they run in a thread."""
+"""asyncio: recording never blocks the event loop. Opening and closing wait for the disk, so run them in a thread."""
 
 import asyncio
 import os
@@ -7,7 +7,7 @@ from savings_exporter import SavingsTracker
 
 
 async def handle(tracker: SavingsTracker, number: int) -> bool:
-    """Answer a request, and record what it saved. The record is durable, or pending, when this returns."""
+    """Handle a request and record its saving. When this returns, the record is durable or pending."""
     receipt = await tracker.record_request_async(
         model="claude-sonnet-4-5", provider="anthropic", input_tokens=1_200, tokens_saved=400, project=f"p{number % 3}"
     )

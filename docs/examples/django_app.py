@@ -1,6 +1,6 @@
 """Django: gunicorn --workers 4 django_app:application.
 
-In a project of yours the tracker goes into a module of its own, such as ``savings.py``, and the views import it.
+In a larger project, create the tracker in a separate module, such as ``savings.py``, and import it in the views.
 """
 
 import os

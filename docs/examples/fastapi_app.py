@@ -1,4 +1,4 @@
-"""FastAPI: uvicorn fastapi_app:app --workers 4. All workers share the store; any of them answers /metrics for all."""
+"""FastAPI: uvicorn fastapi_app:app --workers 4. All workers share the store; each serves the metrics of all."""
 
 import asyncio
 import os
@@ -32,7 +32,7 @@ app.mount("/metrics", make_asgi_app(registry))
 
 @app.post("/complete")
 async def complete() -> dict[str, bool]:
-    # Here the proxy calls the model. It records what it saved when the answer is there.
+    # The proxy calls the model here, and records the saving when it has the answer.
     receipt = await app.state.tracker.record_request_async(
         model="claude-sonnet-4-5", provider="anthropic", input_tokens=12_000, tokens_saved=4_096
     )

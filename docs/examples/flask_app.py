@@ -8,7 +8,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from savings_exporter import SavingsCollector, SavingsTracker
 
-# With --preload this runs once, before the workers are forked: each of them goes on with a journal of its own.
+# With --preload this runs once, before the workers are forked. Each worker then continues with its own journal.
 tracker = SavingsTracker(os.environ.get("SAVINGS_STORE", "proxy_savings.json"))
 registry = CollectorRegistry()
 registry.register(SavingsCollector(tracker))

@@ -1,4 +1,4 @@
-"""A script, or a job that cron starts: the store is open as long as the block."""
+"""A script or a cron job: the store is open inside the ``with`` block."""
 
 import os
 
