@@ -1,1 +1,1 @@
-"""Records, totals, history and idempotency keys as values: no file, no clock, no lock."""
+"""Records, totals, history and idempotency keys as plain values. These modules use no files and no locks."""

@@ -1,4 +1,4 @@
-"""Totals, and the whole numbers that they are added in."""
+"""Totals, and the integers in which they are added up."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ import msgspec
 Numbers = tuple[int, ...]
 """The counts of ``COUNTS``, then the amounts of ``AMOUNTS`` in billionths of a dollar."""
 
-# Amounts are kept to a billionth of a dollar and added as whole billionths. The sum is then the exact decimal sum, in
-# any order, as far as a float's digits reach (nine million dollars), and 0.1 + 0.2 is not 0.30000000000000004.
+# Amounts have a resolution of a billionth of a dollar and are added as integer billionths. The sum is then the exact
+# decimal sum in any order, and 0.1 + 0.2 is not 0.30000000000000004. This holds up to about nine million dollars, the
+# limit of a float's precision.
 _USD_UNITS = 10**9
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """Sums over a set of records, under the names that the document gives them. Construct it by keywords.
+    """Sums over a set of records. The field names are those of the document. Construct it with keyword arguments.
 
     Attributes:
-        requests: how many records.
+        requests: how many records there are.
         tokens_saved: input tokens that compression removed.
         tool_tokens_saved: input tokens saved by deferring tool schemas; not part of ``tokens_saved``.
-        output_tokens_saved: output tokens that did not have to be written.
-        cache_read_tokens, cache_write_tokens, uncached_input_tokens: how the input met the provider's prompt cache.
+        output_tokens_saved: output tokens that the model did not have to write.
+        cache_read_tokens, cache_write_tokens, uncached_input_tokens: input tokens read from the provider's prompt
+            cache, written to it, and neither.
         total_input_tokens: input tokens that were sent to the model, after saving.
         total_output_tokens: output tokens that the model wrote.
-        compared_tokens_saved: of the input tokens saved, compressed or deferred, those of records that gave their
-            ``input_tokens``: only of these a share of the input is known.
-        priced_requests: how many records gave ``savings_usd``.
-        costed_requests: how many records gave ``input_cost_usd``.
-        untold_tool_requests: requests of another program's document that does not say how much of ``tool_tokens_saved``
-            is theirs.
+        compared_tokens_saved: input tokens saved by compression and by deferring tool schemas, counted only for records
+            that have ``input_tokens``. Only for these records is the share of the input known.
+        priced_requests: how many records have ``savings_usd``.
+        costed_requests: how many records have ``input_cost_usd``.
+        untold_tool_requests: how many requests come from another program's document that does not state their share of
+            ``tool_tokens_saved``.
         compression_savings_usd: what compression saved, in US dollars, at the prices that were paid; can be negative.
         compression_savings_list_usd: the same at list prices.
         tool_schema_savings_usd, cache_savings_usd, output_savings_usd: US dollars saved in the other ways.
@@ -65,14 +67,14 @@ class Totals(msgspec.Struct, frozen=True):
 
     @property
     def is_empty(self) -> bool:
-        """Whether every figure is zero. The time of the last activity is no figure."""
+        """Whether every figure is zero. The time of the last activity does not count as a figure."""
         return self == Totals(last_activity_at=self.last_activity_at)
 
     def __add__(self, other: Totals) -> Totals:
         return self.plus(numbers_of(other), other.last_activity_at)
 
     def plus(self, numbers: Numbers, last_activity_at: str | None) -> Totals:
-        """Add whole numbers and the time of the newest record that they are of."""
+        """Add the numbers of records and the time of the newest of these records."""
         old = msgspec.structs.astuple(self)
         values: list[Any] = list(map(operator.add, old, numbers[:_COUNTS]))
         for usd, units in zip(old[_COUNTS:], numbers[_COUNTS:], strict=False):
@@ -81,7 +83,7 @@ class Totals(msgspec.Struct, frozen=True):
         return Totals(*values)
 
     def beyond(self, part: Totals) -> Totals:
-        """What these totals hold and ``part`` does not; no count is below zero."""
+        """These totals minus ``part``. Negative counts become zero."""
         rest = list(map(operator.sub, numbers_of(self), numbers_of(part)))
         values: list[Any] = [max(count, 0) for count in rest[:_COUNTS]]
         values += [*map(usd_of, rest[_COUNTS:]), self.last_activity_at]
@@ -89,13 +91,13 @@ class Totals(msgspec.Struct, frozen=True):
 
     @property
     def headline_tokens_saved(self) -> int:
-        """Input tokens that were not sent: by compression and by deferred tool schemas."""
+        """Input tokens that were not sent because of compression and deferred tool schemas."""
         return self.tokens_saved + self.tool_tokens_saved
 
     @property
     def savings_percent(self) -> float | None:
-        """The share of the input that was saved, in percent, rounded to two digits, over the records that gave their
-        ``input_tokens``; None when none did.
+        """The share of the input that was saved, in percent, rounded to two digits. Only records that have
+        ``input_tokens`` are included; None when there is no such record.
         """
         if not self.total_input_tokens:
             return None
@@ -103,21 +105,23 @@ class Totals(msgspec.Struct, frozen=True):
 
     @property
     def savings_usd(self) -> float | None:
-        """``compression_savings_usd``; None when no record gave it."""
+        """``compression_savings_usd``; None when no record has it."""
         return self.compression_savings_usd if self.priced_requests else None
 
     @property
     def input_cost_usd(self) -> float | None:
-        """``total_input_cost_usd``; None when no record gave it."""
+        """``total_input_cost_usd``; None when no record has it."""
         return self.total_input_cost_usd if self.costed_requests else None
 
     @property
     def known_tool_tokens_saved(self) -> int | None:
-        """``tool_tokens_saved``; None when a document did not say it of any request."""
+        """``tool_tokens_saved``; None when the document does not state it for any of the requests."""
         return None if 0 < self.requests <= self.untold_tool_requests else self.tool_tokens_saved
 
     def with_records_of(self, parts: Totals) -> Totals:
-        """These totals with the numbers of records that gave a figure from the parts that they add up from."""
+        """These totals with ``compared_tokens_saved`` and the numbers of priced and costed records from ``parts``, the
+        sum of their parts.
+        """
         return msgspec.structs.replace(
             self,
             compared_tokens_saved=parts.compared_tokens_saved,
@@ -126,8 +130,9 @@ class Totals(msgspec.Struct, frozen=True):
         )
 
     def with_assumed_records(self) -> Totals:
-        """These totals, of a document that does not say how many records gave a figure: all of them, or none where the
-        figure is zero. Amounts without a request and without tokens are what rounding left.
+        """These totals with assumed numbers of priced and costed records, for a document that does not contain these
+        numbers. If a figure is zero, it is assumed that no record has it, otherwise that all records have it. An amount
+        without requests and without saved tokens is a rounding difference, so no record is assumed for it.
         """
         records = self.requests or (1 if self.headline_tokens_saved else 0)
         return msgspec.structs.replace(
@@ -143,33 +148,33 @@ AMOUNTS = tuple(field.name for field in msgspec.structs.fields(Totals) if field.
 _COUNTS = len(COUNTS)
 
 ZERO: Numbers = (0,) * (len(COUNTS) + len(AMOUNTS))
-"""The numbers of no record."""
+"""The numbers of zero records."""
 
 
 class Part(NamedTuple):
-    """What some records add up to: their numbers, and the newest one's timestamp as ``iso_utc`` writes it."""
+    """The sum of some records: their numbers, and the newest timestamp in the format of ``iso_utc``."""
 
     numbers: Numbers
     newest: str
 
     def plus(self, other: Part) -> Part:
-        """Both together."""
+        """The sum of both parts."""
         return Part(added(self.numbers, other.numbers), max(self.newest, other.newest))
 
 
 def added(some: Numbers, more: Numbers) -> Numbers:
-    """The sum of two rows of numbers."""
+    """The element-wise sum of two rows of numbers."""
     return tuple(map(operator.add, some, more))
 
 
 def numbers_of(totals: Totals) -> Numbers:
-    """Totals as whole numbers."""
+    """Totals as integers."""
     values = msgspec.structs.astuple(totals)
     return (*values[:_COUNTS], *map(units_of, values[_COUNTS:-1]))
 
 
 def units_of(usd: float) -> int:
-    """US dollars as whole billionths."""
+    """US dollars as integer billionths."""
     return round(usd * _USD_UNITS)
 
 
@@ -184,7 +189,7 @@ def total_of(parts: Iterable[Totals]) -> Totals:
 
 
 def iso_utc(moment: datetime) -> str:
-    """A time as documents write it: UTC, whole seconds, ``Z``."""
+    """A time in the format of documents: UTC, whole seconds, with ``Z``."""
     if moment.tzinfo is not timezone.utc:
         moment = moment.astimezone(timezone.utc)
     return moment.isoformat(timespec="seconds")[:19] + "Z"

@@ -1,4 +1,4 @@
-"""The lifetime totals over time: one cumulative point an hour, later one a day."""
+"""The lifetime totals over time: one cumulative point per hour for the newest days, and one per day before these."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from savings_exporter.model.figures import (
 from savings_exporter.model.jsontext import any_json, ascii_json
 
 DAYS_OF_HOURLY_POINTS = 14 + 1
-"""On how many days, of the newest that have points, each hour has its own: a part of the first, fourteen whole ones and
-a part of the last."""
+"""How many of the newest days with points have one point per hour: a part of the first day, fourteen whole days and a
+part of the last day."""
 
 DAYS_OF_POINTS = 730 + 1
-"""On how many days there are points at all."""
+"""How many days have points at all."""
 
 LARGEST_NUMBER = 2**63 - 1
 """A larger number in another program's document is not a count or an amount."""
@@ -46,12 +46,12 @@ POINT_KEYS = {
     "tool_schema_savings_usd": "tool_schema_savings_usd",
     "total_output_cost_usd": "total_output_cost_usd",
 }
-"""Which figures of the lifetime totals a point has, and their names in a point."""
+"""The figures of the lifetime totals that a point has, and their names in a point."""
 
-# How much of a timestamp tells its day, and its hour.
+# The lengths of a timestamp's prefix up to the day, and up to the hour.
 _DAY, _HOUR = len("2026-01-01"), len("2026-01-01T00")
 
-# Sums of more hours than this are merged at once, so that adding to a history stays cheap.
+# When the sums of more hours than this are pending, they are merged, so that adding to a history stays cheap.
 _MOST_PENDING_HOURS = 64
 
 _FIGURES = (*COUNTS, *AMOUNTS)
@@ -62,22 +62,22 @@ _NOTHING: Numbers = (0,) * len(POINT_KEYS)
 
 _SEPARATOR = b",\n  "
 
-# So many lines stay in the processor's cache while they are joined and the checksum is computed.
+# This many lines fit into the processor's cache while they are joined and the checksum is computed.
 _LINES_OF_PIECE = 200
 
-# Every point that this program writes begins like this, and its timestamp has a fixed length.
+# Every point that this program writes begins with this text, and its timestamp has a fixed length.
 _POINT_START = b'{"timestamp":"'
 _STAMP = slice(len(_POINT_START), len(_POINT_START) + len("2026-01-01T00:00:00Z"))
 
 
 class History:
-    """Cumulative points in the order of time. Never changed: an addition gives a new history.
+    """Cumulative points in chronological order. A history is immutable: an addition returns a new history.
 
-    The newest 15 days that have points keep the last point of each hour, and the newest 731 days the last of each day.
-    A point says what the totals were after all records up to its time, also when such a record arrives late: then a
-    point is made for its hour, or that hour's point is raised, and all later points grow by it.
+    The newest 15 days that have points keep the last point of each hour. The newest 731 days keep the last point of
+    each day. A point holds the totals after all records up to its time, including records that arrive late. A late
+    record adds a point for its hour or increases that hour's point, and it increases all later points.
 
-    What is added is kept as sums by hour and merged into the points when they are asked for.
+    Additions are kept as sums by hour. They are merged into the points when the points are needed.
     """
 
     __slots__ = ("_base", "_lifetime", "_merged", "_pending")
@@ -90,10 +90,10 @@ class History:
 
     @classmethod
     def of_lines(cls, lines: Iterable[bytes]) -> History:
-        """A history of points that ``encoded`` wrote, each of which is only decoded when it is looked at.
+        """A history from points that ``encoded`` wrote. Each point is decoded when it is first used.
 
         Raises:
-            ValueError: a line is no point.
+            ValueError: a line is not a point.
         """
         history = cls()
         history._base = _in_order(map(_Point.of_line, lines))
@@ -101,16 +101,17 @@ class History:
 
     @property
     def points(self) -> tuple[Mapping[str, Any], ...]:
-        """All points, the oldest first."""
+        """All points, oldest first."""
         return tuple(point.fields for point in self._all())
 
     def plus(self, hours: Mapping[str, Part], lifetime: Totals, now: datetime) -> History:
-        """This history with more records counted in.
+        """This history with more records added.
 
         Args:
-            hours: what the records of each hour add up to, by the part of a timestamp that tells the hour.
-            lifetime: the lifetime totals with those records; the last point's totals are these.
-            now: hours that lie after it count at this time. A client's wrong clock makes no points in the future.
+            hours: the sum of each hour's records, by the prefix of a timestamp up to the hour.
+            lifetime: the lifetime totals with those records. The last point gets these totals.
+            now: hours after this time count at this time, so that a client's wrong clock creates no points in the
+                future.
         """
         later = History()
         is_full = self._merged is not None or len(self._pending) > _MOST_PENDING_HOURS
@@ -120,17 +121,17 @@ class History:
         return later
 
     def thinned(self) -> History:
-        """This history with no more points than it keeps, for points that came from another program."""
+        """This history with at most the number of points that it keeps. For points of another program."""
         history = History()
         history._base = _thinned(self._all())
         return history
 
     def encoded(self) -> bytes:
-        """The points as a JSON array in ASCII, one point a line. Only points that changed are encoded again."""
+        """The points as a JSON array in ASCII, one point per line. Only points that changed are encoded again."""
         return b"".join(self.pieces())
 
     def pieces(self) -> list[bytes]:
-        """What ``encoded`` returns, in pieces, for a caller that joins them with others: this copies less."""
+        """The result of ``encoded`` in pieces. A caller that joins them with other pieces copies less data."""
         lines = [point.line for point in self._all()]
         groups = range(0, len(lines), _LINES_OF_PIECE)
         pieces = [piece for at in groups for piece in (_SEPARATOR, _SEPARATOR.join(lines[at : at + _LINES_OF_PIECE]))]
@@ -149,13 +150,13 @@ class History:
 
     def _all(self) -> tuple[_Point, ...]:
         if self._merged is None:
-            # Two threads may both do it, with the same result.
+            # Two threads may both compute this, with the same result.
             self._merged = _merged(self._base, self._pending, self._lifetime) if self._lifetime else self._base
         return self._merged
 
 
 class _Point:
-    """One point, and its line of the document; each is made from the other when it is first asked for."""
+    """One point, and its line of the document. Each is computed from the other when it is first needed."""
 
     __slots__ = ("_fields", "_line", "stamp")
 
@@ -189,7 +190,7 @@ class _Point:
 
     @property
     def numbers(self) -> Numbers:
-        """The point's figures. What is not a number, in a point of another program, counts as zero."""
+        """The point's figures. In a point of another program, a value that is not a number counts as zero."""
         values = zip(map(self.fields.get, POINT_KEYS.values()), _IS_AMOUNT, strict=True)
         return tuple((units_of if is_usd else int)(_number_or_zero(value)) for value, is_usd in values)
 
@@ -198,7 +199,7 @@ class _Point:
         return self.stamp[:_HOUR]
 
     def grown(self, numbers: Numbers, stamp: str = "") -> _Point:
-        """This point with more records before it, or in its hour up to ``stamp``."""
+        """This point with more records added that precede it, or that lie in its hour up to ``stamp``."""
         if not any(numbers) and stamp <= self.stamp:
             return self
         return _point_of({**self.fields, "timestamp": max(self.stamp, stamp)}, added(self.numbers, numbers))
@@ -214,7 +215,7 @@ def _point_of(fields: Mapping[str, Any], numbers: Numbers) -> _Point:
 
 
 def _with_hours(pending: Mapping[str, Part], hours: Mapping[str, Part], limit: str) -> Mapping[str, Part]:
-    """The sums of both, at ``limit`` where they lie after it; only figures that a point has."""
+    """The sums of both, with only the figures that a point has. Hours after ``limit`` count at ``limit``."""
     sums = dict(pending)
     for hour, (numbers, newest) in hours.items():
         part = Part(_SELECTED(numbers), min(newest, limit))
@@ -224,7 +225,7 @@ def _with_hours(pending: Mapping[str, Part], hours: Mapping[str, Part], limit: s
 
 
 def _merged(points: tuple[_Point, ...], hours: Mapping[str, Part], lifetime: Totals) -> tuple[_Point, ...]:
-    """The points with the records of some hours counted in, the last one's figures those of ``lifetime``."""
+    """The points with the records of some hours added. The last point gets the figures of ``lifetime``."""
     if not hours:
         return points
     before = _SELECTED(numbers_of(lifetime))
@@ -250,17 +251,20 @@ def _merged(points: tuple[_Point, ...], hours: Mapping[str, Part], lifetime: Tot
 
 
 def _ending_with(numbers: Numbers, points: tuple[_Point, ...]) -> tuple[_Point, ...]:
-    """The points, the last with these figures: another program's can be behind its own lifetime totals."""
+    """The points, with these figures in the last one. Another program's last point can be lower than its own lifetime
+    totals.
+    """
     if not points or points[-1].numbers == numbers:
         return points
     return (*points[:-1], _point_of(points[-1].fields, numbers))
 
 
 def _thinned(points: Iterable[_Point]) -> tuple[_Point, ...]:
-    """Of the newest 15 days that have points the last point of each hour, of the newest 731 days the last of each day.
+    """The last point of each hour for the newest 15 days that have points, and of each day for the newest 731 days.
 
-    No clock is asked. One that was wrong for a while leaves points at a wrong time; each day of them takes the place of
-    at most the oldest day, and no point is dropped because it is far from the others or from now.
+    This does not use the clock. A clock that was wrong for some time leaves points at wrong times. Each such day
+    displaces at most the oldest day. No point is dropped because it is far from the other points or from the current
+    time.
     """
     days: dict[str, dict[str, _Point]] = {}
     for point in points:

@@ -1,4 +1,4 @@
-"""JSON in ASCII, at msgspec's speed wherever msgspec writes the same as the standard library."""
+"""JSON in ASCII. This uses the faster msgspec whenever its output is equivalent to that of the standard library."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ _ENCODER = msgspec.json.Encoder()
 
 
 def ascii_json(value: Any) -> bytes:
-    """Write a value as JSON in ASCII, with nothing lost: also NaN, infinities and halves of surrogate pairs.
+    """Encode a value as JSON in ASCII, without loss, including NaN, infinities and halves of surrogate pairs.
 
     Raises:
-        TypeError, ValueError: the value cannot be written as JSON.
+        TypeError, ValueError: the value cannot be encoded as JSON.
     """
     try:
         data = _ENCODER.encode(value)
     except (UnicodeEncodeError, OverflowError):
         data = b"null"
-    # msgspec writes NaN and infinities as null.
+    # msgspec encodes NaN and infinities as null.
     if data.isascii() and b"null" not in data:
         return data
     return json.dumps(msgspec.to_builtins(value)).encode("ascii")
 
 
 def any_json(data: bytes) -> Any:
-    """Read any JSON that a Python program can have written: also NaN, infinities and halves of surrogate pairs.
+    """Decode any JSON that a Python program can write, including NaN, infinities and halves of surrogate pairs.
 
     Raises:
-        ValueError: the bytes are no JSON.
-        RecursionError: it is nested too deep.
+        ValueError: the bytes are not JSON.
+        RecursionError: the JSON is nested too deeply.
     """
     try:
         return msgspec.json.decode(data)

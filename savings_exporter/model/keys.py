@@ -1,4 +1,4 @@
-"""Idempotency keys: which were counted, for which content, and where the records stand."""
+"""Idempotency keys: which keys were counted, for which content, and under which sequence numbers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import msgspec
 from savings_exporter.model.record import SavingsRecord
 
 MAX_KEYS = 100_000
-"""How many keys a store remembers: the newest ones."""
+"""How many keys a store remembers. It keeps the newest ones."""
 
 MAX_KEY_LENGTH = 255
-"""Longest key, in characters."""
+"""The maximum length of a key, in characters."""
 
 DIGEST_BYTES = 16
 FINGERPRINT_BYTES = 8
 WRITER_BYTES = 8
 
 NO_FINGERPRINT = bytes(FINGERPRINT_BYTES)
-"""The fingerprint of content that is not known; it matches any."""
+"""The fingerprint of unknown content. It matches any fingerprint."""
 
 _ENTRY = struct.Struct(f"<{DIGEST_BYTES}s{FINGERPRINT_BYTES}s{WRITER_BYTES}sQ")
 _WHOLE_ENTRY = struct.Struct(f"{_ENTRY.size}s")
@@ -34,12 +34,12 @@ _DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(Savin
 
 
 class KeyEntry(NamedTuple):
-    """What a key was counted as.
+    """The records that were counted for a key.
 
     Attributes:
-        fingerprint: of the records' content, 8 bytes; zeros when it is not known.
-        writer: the id of the writer that recorded them, 8 bytes; zeros when it is not known.
-        sequence: the last record's sequence number of that writer.
+        fingerprint: the fingerprint of the records' content, 8 bytes; zeros when it is unknown.
+        writer: the id of the writer that recorded them, 8 bytes; zeros when it is unknown.
+        sequence: that writer's sequence number for the last of the records.
     """
 
     fingerprint: bytes
@@ -47,33 +47,33 @@ class KeyEntry(NamedTuple):
     sequence: int
 
     def matches(self, fingerprint: bytes) -> bool:
-        """Whether records with this fingerprint can be the ones that were counted."""
+        """Whether records with this fingerprint can be the records that were counted."""
         return NO_FINGERPRINT in (self.fingerprint, fingerprint) or self.fingerprint == fingerprint
 
 
 class KeyTable:
-    """The newest keys, at most ``max_keys``, by their digests; adding one more forgets the oldest.
+    """The newest keys, at most ``max_keys``, by their digests. When the table is full, adding a key removes the oldest.
 
-    Two different keys are taken for one with the probability of a collision of 128-bit hashes. Threads may look keys up
-    at the same time; adding one needs a lock against everything else.
+    Two different keys are treated as the same key only if their 128-bit hashes collide. Several threads may look up
+    keys at the same time. Adding a key requires a lock that excludes all other access.
     """
 
     def __init__(self, max_keys: int = MAX_KEYS) -> None:
         self._max_keys = max_keys
-        # A dict alone finds its oldest entry slowly when many before it were deleted.
+        # Without the deque, finding the oldest entry of the dict is slow after many deletions.
         self._oldest_first: deque[bytes] = deque()
         self._entries: dict[bytes, bytes] = {}
-        # What `unpack` read and has not been looked at yet: readers that meet no key never pay for the table.
+        # Data from `unpack` that is not loaded yet. Readers that look up no key never pay for building the table.
         self._packed = b""
 
     def get(self, digest: bytes) -> KeyEntry | None:
-        """What the key with this digest was counted as, None when it is new or forgotten."""
+        """The entry of the key with this digest; None when the key is new or was removed."""
         self._load()
         entry = self._entries.get(digest)
         return None if entry is None else KeyEntry(*_ENTRY.unpack(entry)[1:])
 
     def add(self, digest: bytes, entry: KeyEntry) -> None:
-        """Remember a key. One that is known gets the new entry and keeps its age."""
+        """Add a key. A known key gets the new entry and keeps its age."""
         self._load()
         if digest not in self._entries:
             self._oldest_first.append(digest)
@@ -90,15 +90,15 @@ class KeyTable:
         return copied
 
     def pack(self) -> str:
-        """All keys as ASCII text, from the oldest to the newest: base64 of 40 bytes a key."""
+        """All keys as ASCII text, from the oldest to the newest: base64 of 40 bytes per key."""
         return base64.b64encode(self._packed or b"".join(self._entries.values())).decode("ascii")
 
     @classmethod
     def unpack(cls, text: str, max_keys: int = MAX_KEYS) -> KeyTable:
-        """Read what ``pack`` wrote; of more than ``max_keys`` keys, the newest.
+        """Decode the output of ``pack``. If it holds more than ``max_keys`` keys, only the newest are kept.
 
         Raises:
-            ValueError: the text is something else.
+            ValueError: the text is invalid.
         """
         packed = _bytes_of(text, _ENTRY.size)
         table = cls(max_keys)
@@ -107,10 +107,10 @@ class KeyTable:
 
     @classmethod
     def unpack_format_1(cls, text: str, max_keys: int = MAX_KEYS) -> KeyTable:
-        """Read the keys of a document of format 1, which have neither fingerprint nor writer.
+        """Decode the keys of a format 1 document. They have no fingerprint and no writer.
 
         Raises:
-            ValueError: the text is something else.
+            ValueError: the text is invalid.
         """
         table = cls(max_keys)
         for digest, sequence in _OLD_ENTRY.iter_unpack(_bytes_of(text, _OLD_ENTRY.size)):
@@ -130,22 +130,24 @@ class KeyTable:
             return
         entries = {entry[:DIGEST_BYTES]: entry for (entry,) in _WHOLE_ENTRY.iter_unpack(self._packed)}
         loaded = (deque(entries), entries, b"")
-        # Several threads may load at the same time, and one of them may have added keys since. In one step, and without
-        # a call in it: no other thread, and no signal handler, runs in between.
+        # Several threads may load at the same time, and one of them may have added keys since then. The assignment is
+        # one step without a call, so no other thread and no signal handler runs in between.
         self._oldest_first, self._entries, self._packed = (
             loaded if self._packed else (self._oldest_first, self._entries, b"")
         )
 
 
 def digest_of(key: str) -> bytes:
-    """The 16 bytes by which a key is known."""
+    """The 16-byte digest that identifies a key."""
     return hashlib.blake2b(key.encode(), digest_size=DIGEST_BYTES).digest()
 
 
 def fingerprint_of(records: Sequence[SavingsRecord]) -> bytes:
-    """8 bytes that tell the content of records, apart from timestamps: a retry without one gets a later one.
+    """An 8-byte fingerprint of the records' content. It excludes timestamps, because a retry without a timestamp gets a
+    later one.
 
-    Fields at their default are left out, so a field that a later version adds changes no fingerprint.
+    Fields with their default value are left out, so a field that a later version adds does not change existing
+    fingerprints.
     """
     content = [
         {name: value for name, default in _DEFAULTS.items() if (value := getattr(record, name)) != default}
@@ -155,11 +157,11 @@ def fingerprint_of(records: Sequence[SavingsRecord]) -> bytes:
 
 
 def checked_key(key: Any) -> str | None:
-    """An idempotency key as a caller gave it, None when there is none.
+    """Validate a caller's idempotency key. Returns None when there is no key.
 
     Raises:
-        TypeError: it is not a string.
-        ValueError: it is empty, too long, or cannot be written as UTF-8.
+        TypeError: the key is not a string.
+        ValueError: the key is empty, too long, or cannot be encoded as UTF-8.
     """
     if key is None:
         return None
@@ -178,5 +180,5 @@ def checked_key(key: Any) -> str | None:
 def _bytes_of(text: str, size: int) -> bytes:
     packed = base64.b64decode(text, validate=True)
     if len(packed) % size:
-        raise ValueError(f"keys: {len(packed)} bytes are no whole number of entries of {size} bytes")
+        raise ValueError(f"keys: {len(packed)} bytes are not a whole number of entries of {size} bytes")
     return packed

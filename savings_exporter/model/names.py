@@ -1,4 +1,4 @@
-"""Names of models, providers, agents and projects, as documents and labels may hold them."""
+"""Names of models, providers, agents and projects, in the form that documents and labels allow."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import re
 from typing import Any
 
 UNKNOWN = "unknown"
-"""The name of a model, provider or agent that has none."""
+"""The name of a model, provider or agent without a name."""
 
 OTHER = "other"
 """The name under which everything beyond a limit is counted."""
 
 MAX_NAME_LENGTH = 128
-"""Longest name of a model, provider, agent or project, in characters (Headroom's limit too)."""
+"""The maximum length of a name of a model, provider, agent or project, in characters. Headroom's limit is the same."""
 
-# A longer name is cut before it is cleaned, so that the cost of cleaning has a bound.
+# A longer name is truncated before it is cleaned, so that the cost of cleaning is bounded.
 _MAX_RAW_NAME_LENGTH = 2 * MAX_NAME_LENGTH
 
-# Real names are percent-encoded once or twice. Without a limit, decoding a hostile name of 128 characters takes sixty
-# rounds.
+# Real names are percent-encoded at most twice. Without this limit, decoding a malicious name of 128 characters takes
+# sixty rounds.
 _MAX_DECODINGS = 3
 
 _ENCODED = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
 
 
 def are_clean(*values: object) -> bool:
-    """Whether cleaning leaves each name as it is, and something is in it. A project may still be encoded."""
+    """Whether each name is not empty and cleaning would not change it. A project may still be percent-encoded."""
     for value in values:
         if not (
             type(value) is str and 0 < len(value) <= MAX_NAME_LENGTH and value.isprintable() and value == value.strip()
@@ -35,9 +35,10 @@ def are_clean(*values: object) -> bool:
 
 
 def clean_name(field: str, value: Any) -> str:
-    """Clean a name: drop what cannot be printed, strip spaces, keep 128 characters. "" when nothing is left.
+    """Clean a name: remove characters that cannot be printed, strip spaces, and keep at most 128 characters. Returns ""
+    when nothing is left.
 
-    Cleaning a clean name changes nothing, so a name that is read back from a document is the same name.
+    Cleaning a clean name does not change it, so a name that is read from a document stays the same.
 
     Raises:
         TypeError: the value is neither a string nor None; the message names ``field``.
@@ -46,7 +47,7 @@ def clean_name(field: str, value: Any) -> str:
         return ""
     if not isinstance(value, str):
         raise TypeError(f"{field} must be a string, not {type(value).__name__}")
-    # msgspec encodes no subclass of str.
+    # msgspec does not encode subclasses of str.
     name: str = value if type(value) is str else str.__str__(value)
     if len(name) <= MAX_NAME_LENGTH and name.isprintable() and name == name.strip():
         return name
@@ -57,11 +58,11 @@ def clean_name(field: str, value: Any) -> str:
 
 
 def clean_project(value: Any) -> str | None:
-    """Clean a project's name and decode its percent-encoding, as Headroom does. None when nothing is left.
+    """Clean a project's name and decode its percent-encoding, as Headroom does. Returns None when nothing is left.
 
-    Headroom decodes a name each time it reads one. Here decoding goes on until nothing changes: otherwise
-    ``a%2520b`` would become another project each time the two programs rewrite the document. A name that is still
-    encoded after three rounds loses its percent signs, so that it cannot be decoded any further.
+    Headroom decodes a name once each time it reads the name. This function decodes until nothing changes. Otherwise
+    ``a%2520b`` would become another project each time one of the two programs rewrites the document. If a name is still
+    encoded after three rounds, its percent signs are removed, so that it cannot be decoded any further.
 
     Raises:
         TypeError: the value is neither a string nor None.
@@ -79,5 +80,5 @@ def clean_project(value: Any) -> str | None:
 
 
 def _decoded(run: re.Match[str]) -> str:
-    # The result of urllib.parse.unquote, which takes ten times as long where there are many percent signs.
+    # The same result as urllib.parse.unquote, which takes ten times as long if there are many percent signs.
     return bytes.fromhex(run[0].replace("%", "")).decode("utf-8", "replace")

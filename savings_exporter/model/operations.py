@@ -1,4 +1,4 @@
-"""Sums of what a store's operations did: commits, saves, failures, latencies."""
+"""Sums over a store's operations: commits, saves, failures and latencies."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import msgspec
 
 
 class OperationCounts(msgspec.Struct, frozen=True):
-    """Operation counters, as sums that can be added in any order.
+    """Operation counters as sums, which can be added in any order.
 
     Attributes:
-        counts: the sum of each counter, by a flat name; counters at zero are left out.
-        latest: values of which the newest counts, by name, with the Unix time in seconds at which each was true.
+        counts: the sum of each counter, by a flat name. Counters with the value zero are left out.
+        latest: values of which only the newest is kept, by name. Each is a Unix time in seconds and the value at that
+            time.
     """
 
     counts: Mapping[str, float] = {}
     latest: Mapping[str, tuple[float, float]] = {}
 
     def plus(self, other: OperationCounts) -> OperationCounts:
-        """Add the other's sums, and of each latest value take the newer one."""
+        """Add the sums of both, and take the newer one of each latest value."""
         counts = dict(self.counts)
         for name, number in other.counts.items():
             counts[name] = counts.get(name, 0.0) + number
@@ -30,15 +31,15 @@ class OperationCounts(msgspec.Struct, frozen=True):
 
 
 def encode(operations: OperationCounts) -> bytes:
-    """Write operation counters as JSON."""
+    """Encode operation counters as JSON."""
     return _ENCODER.encode(operations)
 
 
 def decode(data: bytes) -> OperationCounts:
-    """Read what ``encode`` wrote.
+    """Decode the output of ``encode``.
 
     Raises:
-        ValueError: the bytes are something else.
+        ValueError: the bytes are invalid.
     """
     try:
         return _DECODER.decode(data)

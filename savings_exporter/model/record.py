@@ -1,4 +1,4 @@
-"""One saving, validated."""
+"""The record of one saving, with validation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import msgspec
 from savings_exporter.model.names import UNKNOWN, are_clean, clean_name, clean_project
 
 MAX_TOKENS = 10**12
-"""The most tokens that one record may name. A larger number is a mistake, not a request."""
+"""The maximum number of tokens in a field of a record. No request has more, so a larger number is a mistake."""
 
 MAX_USD = 1e9
-"""The largest amount of money that one record may name, in US dollars, of either sign."""
+"""The maximum amount in a field of a record, in US dollars, positive or negative."""
 
 _set_field = msgspec.structs.force_setattr
 
@@ -34,27 +34,29 @@ _TOKEN_FIELDS = (
 class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What one LLM request saved.
 
-    The names and meanings are those of Headroom's ``record_request``. Names come from clients of the proxy, so they
-    are cleaned rather than refused: characters that cannot be printed are dropped, and at most 128 characters stay.
+    The field names and their meanings are those of Headroom's ``record_request``. Names of models, providers, agents
+    and projects come from clients of the proxy, so they are cleaned instead of refused: characters that cannot be
+    printed are removed, and at most 128 characters are kept.
 
     Attributes:
         model: the model that answered, as the provider names it; ``unknown`` when nothing of the name is left.
         tokens_saved: input tokens that compression removed from the request.
-        input_tokens: input tokens that were sent to the model, after everything that was saved. The request had
-            ``input_tokens + tokens_saved + tool_search_saved`` before.
+        input_tokens: input tokens that were sent to the model, after all savings. Before the savings, the request had
+            ``input_tokens + tokens_saved + tool_search_saved``.
         tool_search_saved: input tokens saved by deferring tool schemas. They are not part of ``tokens_saved``.
         output_tokens_saved: output tokens that the model did not have to write, by the proxy's estimate.
         output_tokens: output tokens that the model wrote.
-        provider: whose model it is, such as ``anthropic``; ``unknown`` when it is not given.
+        provider: the provider of the model, such as ``anthropic``; ``unknown`` when it is not given.
         agent: the program that made the request, such as ``claude-code``; ``unknown`` when it is not given.
-        project: what the request was made for; None when it belongs to no project.
+        project: the project that the request belongs to; None when it belongs to no project.
         cache_read_tokens: input tokens that the provider read from its prompt cache.
         cache_write_tokens: input tokens that the provider wrote to its prompt cache.
         uncached_input_tokens: input tokens that were neither read from nor written to the prompt cache.
-        timestamp: when the request was made, in UTC; a time without a zone is taken as UTC, a missing one is now.
-        savings_usd: what ``tokens_saved`` would have cost, in US dollars; None when it is not known. Negative when the
-            rewriting cost more than it saved, because it broke a prompt cache.
-        input_cost_usd: what the input cost, in US dollars; None when it is not known.
+        timestamp: when the request was made, in UTC. A time without a zone is interpreted as UTC. If no time is given,
+            it is the current time.
+        savings_usd: what ``tokens_saved`` would have cost, in US dollars; None when it is unknown. It is negative when
+            rewriting the request cost more than it saved, because it invalidated a prompt cache.
+        input_cost_usd: what the input cost, in US dollars; None when it is unknown.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -79,7 +81,7 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     input_cost_usd: float | None = None
 
     def __post_init__(self) -> None:
-        # This runs on every request: a field that is right already, as nearly all are, is only looked at.
+        # This runs on every request. Nearly all fields are valid already, and for these only the checks run.
         if not (
             type(self.input_tokens) is int
             and 0 <= self.input_tokens <= MAX_TOKENS
@@ -121,7 +123,7 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def parse_timestamp(value: str) -> datetime | None:
-    """Read an ISO 8601 timestamp as UTC (one without a zone is taken as UTC). None when the text is not one."""
+    """Parse an ISO 8601 timestamp as UTC. One without a zone is interpreted as UTC. None when the text is invalid."""
     try:
         moment = datetime.fromisoformat(value.replace("Z", "+00:00"))
         return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)

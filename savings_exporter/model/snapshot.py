@@ -1,4 +1,4 @@
-"""What a store holds, and whether it works, at one moment."""
+"""The content and the health of a store at one moment."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from savings_exporter.model.totals import Ledger, Pair, Totals
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """What is durable at one moment, and how much is not yet.
+    """The durable content of a store at one moment, and how many records are not durable yet.
 
     Attributes:
         ledger: all totals of the durable records.
-        store_id: the store's name: once it is saved, for good and wherever the file is.
-        saved_at: when the document says that it was saved; None when it never was, or does not say so.
-        read_at: when the totals were read, or when they were read last, if that fails now.
-        document_bytes, journal_bytes: the sizes of the document and of all journal segments.
-        pending_records: how many records are accepted and not yet durable. They are not part of the totals.
+        store_id: the store's name. After the first save it is permanent, even if the file is moved.
+        saved_at: when the document was saved; None when it was never saved, or does not contain the time.
+        read_at: when the totals were read successfully for the last time.
+        document_bytes: the size of the document.
+        journal_bytes: the size of the journal segments, up to the last counted frame.
+        pending_records: how many records are accepted but not yet durable. They are not part of the totals.
         pending_tokens: the ``tokens_saved`` of those records.
-        operations: what all writers' commits and saves did.
-        writers: how many writers are alive: open trackers of any process.
+        operations: the operation counters of all writers.
+        writers: how many writers are alive, which is the number of open trackers in all processes.
     """
 
     ledger: Ledger
@@ -46,7 +47,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def last_record_at(self) -> datetime | None:
-        """The newest durable record's own time; None without a record, or when a document names none."""
+        """The timestamp of the newest durable record; None without records, or when the document contains no time."""
         return parse_timestamp(self.ledger.newest or "")
 
     @property
@@ -61,12 +62,12 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def projects(self) -> Mapping[str, Totals]:
-        """The totals of each project; records without one are in none."""
+        """The totals of each project. Records without a project are not included."""
         return self.ledger.projects
 
     @property
     def agents(self) -> Mapping[str, Totals]:
-        """The totals of each agent; records without one are in none."""
+        """The totals of each agent. Records without an agent are not included."""
         return self.ledger.agents
 
     @property
@@ -76,7 +77,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def history(self) -> tuple[Mapping[str, Any], ...]:
-        """Cumulative points, the oldest first. Computed when it is asked for."""
+        """Cumulative points, oldest first. They are computed on access."""
         return self.ledger.history.points
 
 
@@ -85,7 +86,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         healthy: False while a commit or a save fails.
-        reason: why not, in words; None while healthy.
+        reason: a description of the failure; None while healthy.
         error: the symbol of the errno, such as ``ENOSPC``; None when there is none.
         pending_records, pending_tokens: as in ``Snapshot``.
     """

@@ -1,4 +1,4 @@
-"""Adding up records with a bounded set of names."""
+"""Adds up records, with a limited number of names."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ Name = TypeVar("Name", str, Pair)
 
 _Key = tuple[str, str, str | None, str | None, int]
 _FEW_COUNTS = len(COUNTS) - 1
-# The last ones, which rows of an earlier version do not have.
+# How many of the last counts are missing in rows of an earlier version.
 _LATER_COUNTS = 4
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How many different names a ledger takes before it counts new ones under ``other``.
+    """How many different names a ledger holds before it counts new names under ``other``.
 
-    ``max_models`` limits both models and pairs of provider and model.
+    ``max_models`` limits both the models and the pairs of provider and model.
     """
 
     max_models: int = 200
@@ -63,14 +63,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=False):
-    """What records that share their names and their hour add up to; a frame can carry it.
+    """The sum of records with the same names and the same hour. A frame can hold rows.
 
     Attributes:
         provider, model: as in a record.
         project: None when the records belong to no project.
-        agent: None when it is not known.
-        newest: the newest record's timestamp, in UTC; all of them are of its hour.
-        requests: how many records.
+        agent: None when it is unknown.
+        newest: the newest record's timestamp, in UTC. All records are from the same hour.
+        requests: how many records there are.
         counts: their counts, in the order of ``COUNTS`` without ``requests``. An earlier version wrote fewer.
         units: their amounts in billionths of a dollar, in the order of ``AMOUNTS``.
     """
@@ -89,14 +89,14 @@ class Sums:
     """Records added up by their names and hour.
 
     Args:
-        most_rows: beyond so many rows, records with names that have none yet are added up under ``other``, by hour;
-            beyond twice as many also those of further hours are added up in one row, so that the number of rows has a
-            limit whatever timestamps clients send. None: no limit.
+        most_rows: the limit for rows; None means no limit. Beyond this number, records that have no row yet are added
+            up under ``other``, by hour. Beyond twice this number, records of further hours share a row, so that the
+            number of rows is limited for any timestamps that clients send.
 
     Attributes:
-        requests: how many records.
-        tokens_saved: what compression saved in them.
-        newest: the newest record's timestamp, None without a record.
+        requests: how many records there are.
+        tokens_saved: how many tokens compression saved in them.
+        newest: the newest record's timestamp; None without records.
     """
 
     def __init__(self, most_rows: int | None = None) -> None:
@@ -122,7 +122,7 @@ class Sums:
         """Add sums of records.
 
         Raises:
-            ValueError: a row has another number of counts or amounts than ``COUNTS`` and ``AMOUNTS`` say.
+            ValueError: the numbers of counts and amounts in a row do not match ``COUNTS`` and ``AMOUNTS``.
         """
         for row in rows:
             missing = _FEW_COUNTS - len(row.counts)
@@ -133,7 +133,7 @@ class Sums:
             self._add(key, (row.requests, *row.counts, *(missing * (0,)), *row.units), newest)
 
     def rows(self) -> list[Row]:
-        """What the records of each set of names and hour add up to."""
+        """The sums as rows, one for each combination of names and hour."""
         return [
             Row(
                 provider=provider,
@@ -187,13 +187,13 @@ class _Sum:
 
 
 class Ledger(msgspec.Struct, frozen=True, kw_only=True):
-    """All totals of a store after some records. Never changed: an addition gives a new ledger.
+    """All totals of a store. A ledger is immutable: an addition returns a new ledger.
 
-    ``by_provider_model`` adds up to ``lifetime``, and ``by_model`` too except for what an older document did not break
-    down. ``projects`` and ``agents`` hold only records that name one.
+    ``by_provider_model`` adds up to ``lifetime``. ``by_model`` does too, except for totals that an older document did
+    not break down by model. ``projects`` and ``agents`` include only records that name a project or an agent.
 
     Attributes:
-        records: how many records it has counted; of another program's document, its lifetime requests.
+        records: how many records are counted. For another program's document, this is its number of lifetime requests.
     """
 
     records: int = 0
@@ -206,16 +206,16 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def newest(self) -> str | None:
-        """The newest record's timestamp in UTC, ISO 8601, None without a record."""
+        """The newest record's timestamp in UTC, ISO 8601; None without records."""
         return self.lifetime.last_activity_at
 
     def plus(self, sums: Sums, limits: Limits, now: datetime) -> Ledger:
-        """This ledger with more records counted in; names beyond the limits count under ``other``.
+        """This ledger with more records added. Names beyond the limits count under ``other``.
 
         Args:
-            sums: the records.
-            limits: how many names are told apart.
-            now: the time that records with a timestamp in the future count at in ``history``.
+            sums: the sums of the records.
+            limits: the maximum numbers of different names.
+            now: the current time. In ``history``, records with a later timestamp count at this time.
         """
         if not sums:
             return self
@@ -246,7 +246,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def with_assumed_records(self) -> Ledger:
-        """This ledger, of a document that does not say how many records gave a figure (see ``Totals``)."""
+        """This ledger with assumed numbers of priced and costed records (see ``Totals.with_assumed_records``)."""
         pairs = _assumed(self.by_provider_model)
         return msgspec.structs.replace(
             self,
@@ -258,7 +258,9 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def bounded(self, limits: Limits) -> Ledger:
-        """This ledger with the smallest names beyond the limits as ``other``, and as many points as a history keeps."""
+        """This ledger within the limits: the names with the lowest savings count as ``other``, and the history is
+        thinned.
+        """
         return msgspec.structs.replace(
             self,
             history=self.history.thinned(),
@@ -269,10 +271,10 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-# How much of a timestamp tells its hour.
+# The length of a timestamp's prefix up to the hour.
 _HOUR = len("2026-01-01T00")
 
-# Read in one call each, because every record is added up.
+# Each getter reads several fields in one call. This saves time, because every record is added up.
 _NAMES: Callable[[SavingsRecord], tuple[str | None, str, str | None, str | None]] = operator.attrgetter(
     "provider", "model", "project", "agent"
 )
@@ -300,15 +302,15 @@ def _by_hour(records: list[SavingsRecord]) -> dict[int, list[SavingsRecord]]:
 
 
 def _hour_of(moment: datetime) -> int:
-    """The hour of a time in UTC, counted from year 1."""
+    """The hour of a UTC time, counted from year 1."""
     return moment.toordinal() * 24 + moment.hour
 
 
 def _numbers_of_all(records: Sequence[SavingsRecord]) -> Numbers:
-    """Records as the numbers of a sum.
+    """The numbers of some records' sum.
 
-    There is no list price beside a caller's ``savings_usd``, so it counts as its own list price, as Headroom counts a
-    request without a cache breakdown.
+    A caller gives no list price besides ``savings_usd``, so ``savings_usd`` also counts as the savings at list prices.
+    Headroom does the same for a request without a cache breakdown.
     """
     saved = [units_of(record.savings_usd) for record in records if record.savings_usd is not None]
     cost = [units_of(record.input_cost_usd) for record in records if record.input_cost_usd is not None]
@@ -318,7 +320,7 @@ def _numbers_of_all(records: Sequence[SavingsRecord]) -> Numbers:
 
 
 def _amounts(saved: int, cost: int) -> Numbers:
-    """What records are worth in billionths of a dollar, in the order of ``AMOUNTS``."""
+    """The amounts of some records in billionths of a dollar, in the order of ``AMOUNTS``."""
     return (
         saved,  # compression_savings_usd
         saved,  # compression_savings_list_usd
