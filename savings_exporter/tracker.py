@@ -1,4 +1,4 @@
-"""``SavingsTracker``: records from any number of threads, tasks and processes, durable when acknowledged."""
+"""``SavingsTracker``: accepts records from many threads, tasks and processes. Acknowledged records are durable."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ logger = logging.getLogger(__name__)
 
 DOCUMENT_NAME = "proxy_savings.json"
 
-# More records than this are accepted in a thread by the async face.
+# If a call has more records than this, the asynchronous methods accept them in a thread.
 _MANY_RECORDS = 100
 
 
 class RecordArguments(TypedDict, total=False):
-    """The arguments of ``record_request``; their meanings are those of ``SavingsRecord``'s fields."""
+    """The arguments of ``record_request``. They have the same meanings as the fields of ``SavingsRecord``."""
 
     model: Required[str]
     tokens_saved: Required[int]
@@ -69,24 +69,25 @@ class RecordArguments(TypedDict, total=False):
 
 
 class SavingsTracker:
-    """Keeps the savings of one store. Any number of processes may have a tracker on it, forked children included.
+    """Records savings in one store. Any number of processes, including forked children, may have a tracker on a store.
 
     Args:
-        path: the document; by default ``proxy_savings.json`` in the user's state directory, which is made if needed.
-        save_interval: seconds after which what was committed to the journal is saved in the document, too. A record is
-            durable without that; programs that read the document alone are behind by so much.
-        max_models: how many models (and pairs of provider and model) are told apart; further ones become ``other``.
-            Give all processes on a store the same limits: each applies its own to what is in the journals.
-        max_projects: the same for projects.
-        tracer_provider: where spans go; by default OpenTelemetry's global provider.
-        sync_method: how the journal is written: ``direct`` (direct, synchronous writes), ``fdatasync``, or ``auto``:
-            direct where the file system supports it. ``savings-exporter doctor`` measures both.
-        filesystem: the files that are used, by default those of the platform; for tests.
+        path: the document; by default ``proxy_savings.json`` in the user's state directory, which is created if needed.
+        save_interval: seconds after which records in the journal are also saved in the document. Records are durable
+            without this, but programs that read only the document lag behind by up to this interval.
+        max_models: the maximum number of different models, and of different pairs of provider and model. Further ones
+            count as ``other``. Use the same limits in all processes on a store, because each process applies its own
+            limits to the records in the journals.
+        max_projects: the maximum number of different projects.
+        tracer_provider: the OpenTelemetry provider for spans; by default the global provider.
+        sync_method: how the journal is written: ``direct`` (direct, synchronous writes), ``fdatasync``, or ``auto``,
+            which is ``direct`` if the file system supports it. ``savings-exporter doctor`` measures both.
+        filesystem: the file system object, by default that of the platform. For tests.
 
     Raises:
         StoreError: the store cannot be used (CorruptStoreError: it is damaged; NewerSchemaError: a newer program
-            wrote it), or its directory cannot be written to. A disk that is full or fails does not raise: the tracker
-            starts degraded and goes on trying.
+            wrote it), or its directory is not writable. A full or failing disk does not raise an error: the tracker
+            starts in a degraded state and keeps trying.
     """
 
     def __init__(
@@ -147,17 +148,18 @@ class SavingsTracker:
         idempotency_key: str | None = None,
         wait: bool = True,
     ) -> Receipt:
-        """Record what one request saved; the arguments are those of ``SavingsRecord``.
+        """Record what one request saved. The arguments are the fields of ``SavingsRecord``.
 
-        Returns when the record is durable, or as soon as it is clear that it cannot be now: the receipt says which.
-        With ``wait=False`` it returns at once, and the receipt becomes durable later. Storage faults never raise.
+        Returns when the record is durable, or when it cannot become durable now. The receipt says which. With
+        ``wait=False`` the call returns at once, and the receipt becomes durable later. Storage faults never raise.
 
-        ``idempotency_key`` (1 to 255 characters) names the record for a sender that may repeat it: of all records with
-        one key, among the last 100,000 that had any, the first is counted, and all get its receipt.
+        ``idempotency_key`` (1 to 255 characters) identifies the record, for a sender that may repeat it. Of all records
+        with the same key, only the first is counted, and all of them get a receipt for it. The store remembers the last
+        100,000 keys.
 
         Raises:
             TypeError, ValueError: an argument is wrong; nothing was recorded. KeyConflictError, a ValueError: the key
-                was recorded before with other content.
+                was recorded before with different content.
             RuntimeError: the tracker is closed.
         """
         record = SavingsRecord(
@@ -182,15 +184,16 @@ class SavingsTracker:
     def record_many(
         self, records: Iterable[SavingsRecord], *, idempotency_key: str | None = None, wait: bool = True
     ) -> Receipt:
-        """Record several savings, all of them or none; the receipt is the last one's. As ``record_request`` else.
+        """Record several savings atomically: all of them or none. The receipt is that of the last record. Otherwise
+        this works like ``record_request``.
 
         Raises:
-            ValueError: there is no record.
+            ValueError: ``records`` is empty.
         """
         return self._record(_checked(records), idempotency_key, wait=wait)
 
     async def record_request_async(self, **arguments: Unpack[RecordArguments]) -> Receipt:
-        """``record_request`` for a task: the same arguments and receipt, and the event loop is never blocked."""
+        """``record_request`` for a task. It has the same arguments and receipt, and never blocks the event loop."""
         fields: dict[str, Any] = dict(arguments)
         wait, key = fields.pop("wait", True), fields.pop("idempotency_key", None)
         return await self.record_many_async([SavingsRecord(**fields)], idempotency_key=key, wait=wait)
@@ -199,13 +202,13 @@ class SavingsTracker:
         self, records: Iterable[SavingsRecord], *, idempotency_key: str | None = None, wait: bool = True
     ) -> Receipt:
         """``record_many`` for a task."""
-        # Here, because a program that records without asyncio need not load it.
+        # Imported here, so that programs without asyncio do not load it.
         import asyncio
 
         checked, loop = _checked(records), asyncio.get_running_loop()
         ended = loop.create_future() if wait else None
         if len(checked) > _MANY_RECORDS or idempotency_key is not None:
-            # A key is looked up in what other processes recorded, and that reads files.
+            # The lookup of a key includes records of other processes, which requires reading files.
             receipt = await asyncio.to_thread(self._accept, checked, idempotency_key, ended)
         else:
             receipt = self._accept(checked, None, ended)
@@ -214,12 +217,12 @@ class SavingsTracker:
         return receipt
 
     def snapshot(self) -> Snapshot:
-        """The durable totals now, with what other processes recorded."""
+        """The current durable totals, including records of other processes."""
         group = self._background.group
         with group.entered.lock:
             view = self._store.refresh()
             if not self._is_closed and not self._store.is_saved():
-                # Also what other processes recorded that have ended since.
+                # This also saves records of other processes that have ended since.
                 self._background.keep_saved(self._close_with_process)
             records, tokens = group.pending()
             operations = self._store.operations()
@@ -249,7 +252,7 @@ class SavingsTracker:
 
     @property
     def observers(self) -> Observers:
-        """What is told of this process's commits and saves."""
+        """The observers that are notified about this process's commits and saves."""
         return Observers([self._tracing, self._counters])
 
     @property
@@ -258,9 +261,10 @@ class SavingsTracker:
         return self._path
 
     def save(self) -> bool:
-        """Save the document now, with what is pending, also while the disk is failing. Returns whether it is durable.
+        """Commit the pending records and save the document now, even while the disk is failing. Returns whether both
+        succeeded.
 
-        In a signal handler that interrupts a call of the tracker by the same thread it can do nothing, and returns
+        In a signal handler that interrupts a call of the tracker by the same thread, this does nothing and returns
         False.
 
         Raises:
@@ -277,12 +281,12 @@ class SavingsTracker:
             return group.failure is None and self._background.save(span)
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until everything recorded before is durable, at most ``timeout`` seconds (None: as long as it takes).
+        """Wait until all previous records are durable, for at most ``timeout`` seconds (None: no limit).
 
-        In a signal handler that interrupts a call of the tracker by the same thread it does not wait.
+        In a signal handler that interrupts a call of the tracker by the same thread, this does not wait.
 
         Returns:
-            Whether it is.
+            Whether all previous records are durable.
         """
         last = self._background.group.last()
         if last is None:
@@ -291,13 +295,14 @@ class SavingsTracker:
         return last.wait(timeout)
 
     def close(self) -> bool:
-        """Commit what is pending, once, save the document, and stop. Receipts that are not durable then stay so.
+        """Try once to commit the pending records, save the document, and stop. Receipts that are not durable then never
+        become durable.
 
-        In a signal handler that interrupts a call of the tracker by the same thread it accepts no more records, and
-        returns False: the process's end closes the tracker again.
+        In a signal handler that interrupts a call of the tracker by the same thread, the tracker only stops accepting
+        records, and this returns False. The tracker is closed again when the process exits.
 
         Returns:
-            Whether everything recorded is durable. What is not is lost with the process, and logged.
+            Whether all records are durable. Records that are not durable are lost, and this is logged.
         """
         group = self._background.group
         group.refuse()
@@ -342,19 +347,19 @@ class SavingsTracker:
         return self._background.group.accept(records, key, ended)
 
     def _close_with_process(self) -> None:
-        # A process of multiprocessing ends without running what is registered to be run at its exit. It has these
-        # modules loaded; other programs do not pay for the import.
+        # A process of multiprocessing does not run atexit handlers when it ends. Such a process has already loaded
+        # these modules. Other programs do not pay for the import.
         process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
         if process is not None and util is not None and process.parent_process() is not None:
             util.Finalize(self, self.close, exitpriority=0)
 
     def _publish_failure(self) -> None:
-        # At once: the process may be killed for it.
+        # Published immediately, because the failure may cause the process to be killed.
         if hasattr(self, "_store"):
             self._store.publish_counts()
 
     def _begin_in_fork(self) -> None:
-        """Begin anew in a forked child. What was pending is the parent's."""
+        """Reset the tracker in a forked child. Pending records belong to the parent."""
         self._counters = OperationCounters(self._publish_failure)
         observers = Observers([self._tracing, self._counters])
         self._closing = threading.RLock()
@@ -376,7 +381,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def default_path() -> str:
-    """The default store, in the user's state directory. Makes nothing.
+    """The path of the default store in the user's state directory. Does not create anything.
 
     Raises:
         StoreError: the user has no home directory.
@@ -387,7 +392,7 @@ def default_path() -> str:
         path = os.fspath(platformdirs.user_state_path("savings-exporter", appauthor=False) / DOCUMENT_NAME)
     except (KeyError, RuntimeError):
         path = ""
-    # Without a home directory "~" is left as it is.
+    # Without a home directory, "~" is not expanded.
     if not os.path.isabs(path):
         raise StoreError(
             "this user has no home directory, so there is no default store", "Name a store with --store PATH"
@@ -401,7 +406,7 @@ def _made_default_path(fs: FileSystem) -> str:
     try:
         fs.make_directories(directory)
     except OSError as error:
-        raise StoreError(f"{directory}: cannot be made: {error.strerror}; name a store with --store PATH") from None
+        raise StoreError(f"{directory}: cannot be created: {error.strerror}; name a store with --store PATH") from None
     return path
 
 
@@ -410,7 +415,7 @@ def _checked(records: Iterable[SavingsRecord]) -> tuple[SavingsRecord, ...]:
     if not checked:
         raise ValueError("records must not be empty")
     for position, record in enumerate(checked):
-        # The journal holds the fields of this type, and no others.
+        # The journal stores only the fields of this type.
         if type(record) is not SavingsRecord:
             raise TypeError(f"records[{position}] must be a SavingsRecord, not {type(record).__name__}")
     return checked

@@ -1,4 +1,4 @@
-"""Watching a document, with or without journals, that another program owns: Headroom, or a tracker. Never writes."""
+"""Reads a document, with or without journals, that another program (Headroom or a tracker) writes. Never writes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from savings_exporter.storage.view import View
 
 logger = logging.getLogger(__name__)
 
-OWNER_HAS_TO_FIX_IT = "The file is only read here: the program that writes it, or who runs that program, has to fix it"
+OWNER_HAS_TO_FIX_IT = "This process only reads the file: the program that writes it, or its operator, has to fix it"
 
 
 class WatchedFile:
-    """The totals of a store that another program changes, read again when it is not the one that was read last.
+    """The totals of a store that another program changes. The store is read again when it has changed.
 
-    When it cannot be read, or is gone, the last totals stay and ``health`` says why: a counter must not vanish
-    because its source is away for a moment.
+    If the store cannot be read or no longer exists, the last totals stay and ``health`` says why: a counter must not
+    disappear because its source is temporarily unavailable.
 
     Raises:
         StoreError: there is no document at the path, or it cannot be read.
@@ -44,7 +44,7 @@ class WatchedFile:
             raise StoreError(self._problem(error), path=self._reader.path) from error
 
     def snapshot(self) -> Snapshot:
-        """The totals now, or the last ones that could be read, also while another thread waits for the disk."""
+        """The current totals, or the last ones if reading fails or another thread is still reading the store."""
         if self._reading.acquire(blocking=False):
             try:
                 self._view, self._read_at = self._refreshed(), _now()
@@ -58,11 +58,11 @@ class WatchedFile:
         return self._reader.snapshot(self._view, self._view.document.operations, self._read_at)
 
     def health(self) -> Health:
-        """Whether the document could be read when it was last looked at, and if not, why."""
+        """Whether the last attempt to read the document succeeded, and if not, why."""
         return self._health
 
     def _reader_now(self) -> Reader:
-        # A symlink may lead to another file meanwhile.
+        # The path is resolved each time, because a symlink may refer to another file now.
         return Reader(self._fs, self._fs.resolved(self.storage_path), Limits())
 
     def _refreshed(self) -> View:
@@ -91,7 +91,7 @@ class WatchedFile:
         return found.view
 
     def _problem(self, error: OSError | StoreError) -> str:
-        """What is wrong. What a store's owner can do is left out: a watched file belongs to another program."""
+        """A description of the problem. It omits the remedy, because the file belongs to another program."""
         if isinstance(error, StoreError):
             return error.problem
         return f"{self._reader.path}: cannot be read: {error.strerror} ({error_symbol(error)})"

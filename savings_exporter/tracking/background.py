@@ -1,4 +1,6 @@
-"""The background threads: they commit what no thread leads, retry, save the document, make segments ahead of need."""
+"""The background threads. They commit batches that no other thread leads, retry failed commits and saves, save the
+document, and create segments in advance.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +23,28 @@ logger = logging.getLogger(__name__)
 
 _PUBLISH_SECONDS = 1.0
 
-# How often it is looked whether another process's save has ended.
+# How often within the save interval to check whether another process's save has ended.
 _LOOKS_IN_INTERVAL = 10
 
 
 class Saves(NamedTuple):
-    """How the document's saves stand: why the last one failed (None: it did not), and when the next one is due."""
+    """The state of the document's saves: why the last one failed (None if it did not), and when the next one is due."""
 
     failure: Failed | None = None
     retry: Retry = Retry()
     due: float = math.inf
 
     def failed(self, failure: Failed, now: float) -> Saves:
-        """After a failed save."""
+        """The state after a failed save."""
         retry = self.retry.failed(now)
         return Saves(failure, retry, retry.at)
 
 
 class Background:
-    """Does what is due for one tracker. ``save_interval`` is in seconds.
+    """Runs the background work of one tracker. ``save_interval`` is in seconds.
 
-    Two threads: one commits, the other saves. A save may wait for another process's save or for a slow disk, and must
-    not keep records waiting meanwhile.
+    One thread commits and another one saves. A save may wait for another process's save or for a slow disk. Records
+    must not wait for that.
     """
 
     def __init__(self, store: Store, save_interval: float) -> None:
@@ -58,14 +60,14 @@ class Background:
         self._was_interrupted = False
 
     def wake(self) -> None:
-        """Have the records that wait committed."""
+        """Wake the committing thread, so that it commits the waiting records."""
         self._committer.wake()
 
     def start(self, started: Callable[[], None]) -> None:
-        """Start the threads, unless they run; ``started`` is called the first time.
+        """Start the threads, unless they are running. ``started`` is called only the first time.
 
         Raises:
-            RuntimeError: no thread can be started now.
+            RuntimeError: a thread cannot be started now.
         """
         if not self._has_started:
             self._saver.start()
@@ -74,24 +76,25 @@ class Background:
             self._has_started = True
 
     def keep_saved(self, started: Callable[[], None]) -> None:
-        """Have the document saved after the interval, also when this process has recorded nothing."""
+        """Schedule a save after the interval, even if this process has recorded nothing."""
         if self.saves.due == math.inf:
             with suppress(RuntimeError):
                 self.start(started)
             self._saver.wake()
 
     def stop(self) -> None:
-        """End the threads. What waits is not committed any more."""
+        """Stop the threads. They do not commit waiting records any more."""
         self._committer.stop()
         self._saver.stop()
 
     def save(self, span: Span | None = None, *, closing: bool = False) -> bool:
-        """Save the document now; whether that worked."""
+        """Save the document now. Returns whether this succeeded."""
         try:
             self.group.repair_names()
             failure = self._store.save(span, closing=closing)
         except BaseException:
-            # An interrupt: the thread saves again, so that files and lock are as a whole save leaves them.
+            # After an interrupt, the saving thread saves again, so that the files and the lock are in the state of a
+            # complete save.
             self._was_interrupted = True
             self._saver.wake()
             raise
@@ -108,18 +111,18 @@ class Background:
         return True
 
     def reason(self) -> str:
-        """Why saves fail, in words."""
+        """A description of why saves fail."""
         what = described(self._store.path, "the document could not be saved", self.saves.failure)
         return f"{what}; what was recorded is durable in the journal"
 
     def _note_commit(self) -> None:
-        """After a commit, which any thread may lead: have the document saved after the interval."""
+        """Called after a commit, which any thread may lead. Wakes the saving thread to schedule a save."""
         if not self._has_news or self._store.wants_segment():
             self._has_news = True
             self._saver.wake()
 
     def _commit_due(self) -> float:
-        """When the committing thread has something to do next, on the monotonic clock."""
+        """When the next work of the committing thread is due, on the monotonic clock."""
         return 0.0 if self.group.is_waiting() else self.group.retry.at
 
     def _commit(self) -> None:
@@ -127,7 +130,7 @@ class Background:
             self.group.commit()
 
     def _save_due(self) -> float:
-        """When the saving thread has something to do next, on the monotonic clock."""
+        """When the next work of the saving thread is due, on the monotonic clock."""
         publish = self._counts_published_at + _PUBLISH_SECONDS if self._has_news else math.inf
         return min(self.saves.due, publish)
 
@@ -146,13 +149,13 @@ class Background:
             self._save_if_needed()
 
     def _schedule_save(self) -> None:
-        """Have the document saved after the interval, if there is something to save."""
+        """Schedule a save after the interval, if the document does not hold everything."""
         if self.saves.due == math.inf and not self._store.is_saved():
             self.saves = self.saves._replace(due=time.monotonic() + self._save_interval)
 
     def _save_if_needed(self) -> None:
-        # One save in the interval is enough for all processes. Each save reads all journals, so whether it is needed is
-        # told by the document alone.
+        # One save per interval is enough for all processes, because each save reads all journals. The document alone
+        # therefore shows whether a save is needed.
         saved_at, now = self._store.saved_at(), time.monotonic()
         age = (datetime.now(timezone.utc) - saved_at).total_seconds() if saved_at else math.inf
         if self.saves.failure is None and self._store.is_saved():
@@ -162,6 +165,7 @@ class Background:
         elif self.saves.failure is None and 0 <= age < 2 * self._save_interval and self._store.is_being_saved():
             self.saves = Saves(due=now + self._save_interval / _LOOKS_IN_INTERVAL)
         else:
-            # After a failure the document at the path may be the one of which it is not known whether it is durable.
+            # This also runs after a failed save: the document at the path may then be the one from that save, and it is
+            # unknown whether it is durable.
             self.save()
             self._schedule_save()

@@ -1,4 +1,4 @@
-"""Records on their way: accepted together, sealed as one frame, durable together."""
+"""Batches of records that are accepted together, sealed as one frame, and durable together."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     import asyncio
 
 MOST_LINKS = 128
-"""A commit is linked to at most so many spans of its records, as many as OpenTelemetry keeps."""
+"""The maximum number of record spans that a commit is linked to. OpenTelemetry keeps no more links."""
 
 _HANDOVER_SECONDS = 1.0
 
-# So few at a time take some milliseconds: the caller may be an event loop.
+# Folding this number of records takes some milliseconds. It must be short, because the caller may be an event loop.
 _FOLDED_AT_ONCE = 500
 
 
 class Entry(NamedTuple):
-    """Records that were accepted by one call. ``last`` is the place of the last one in the batch, from 1.
+    """Records that one call added. ``last`` is the position of the last record in the batch, starting at 1.
 
-    ``key`` and ``fingerprint`` are empty without an idempotency key. ``sums`` stand for entries that were folded.
+    ``key`` and ``fingerprint`` are empty without an idempotency key. ``sums`` represent entries that were folded.
     """
 
     last: int
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
     sums: tuple[Row, ...] = ()
 
     def group(self) -> Group:
-        """The entry as a frame holds it."""
+        """The entry as a group of a frame."""
         if self.key:
             return Group(records=self.records, key=self.key.hex(), print=self.fingerprint.hex(), at=self.last)
         return Group(records=self.records, sums=self.sums)
@@ -50,7 +50,8 @@ class Entry(NamedTuple):
 class Batch:
     """Records that become durable together, in the order in which they were accepted.
 
-    Each change is one assignment or one call of a list's method, so an interrupt leaves the state before or after it.
+    Each change is one assignment or one call of a list's method. An interrupt therefore leaves the state either before
+    or after the change.
     """
 
     __slots__ = (
@@ -69,26 +70,26 @@ class Batch:
         self.has_keys = False
         self.futures: set[asyncio.Future[None]] = set()
         self._followers: deque[threading.Lock] = deque()
-        # Of locks rather than an event: an event's own lock may be held by the thread that a signal interrupts.
+        # These are locks rather than an event, because a signal may interrupt a thread that holds the event's own lock.
         self._waiting: deque[threading.Lock] = deque()
         self._entered = entered
         self._unfolded = 0
 
     @property
     def count(self) -> int:
-        """How many records it holds."""
+        """How many records the batch holds."""
         return self.entries[-1].last if self.entries else 0
 
     @property
     def tokens(self) -> int:
-        """What compression saved in them, in tokens."""
+        """How many tokens compression saved in these records."""
         return sum(
             sum(record.tokens_saved for record in entry.records) + sum(row.counts[0] for row in entry.sums)
             for entry in self.entries
         )
 
     def holds(self, key: bytes) -> bool:
-        """Whether records with this key are in it: an interrupt may have come before they were added."""
+        """Whether the batch holds records with this key. An interrupt may have come before they were added."""
         return any(entry.key == key for entry in self.entries)
 
     @property
@@ -97,7 +98,7 @@ class Batch:
         return self.first is not None
 
     def add(self, records: Sequence[SavingsRecord], key: bytes = b"", fingerprint: bytes = b"") -> int:
-        """Accept records; the place of the last one."""
+        """Add records. Returns the position of the last one."""
         entries = self.entries
         last = len(records) + (entries[-1].last if entries else 0)
         if key:
@@ -113,7 +114,7 @@ class Batch:
             self.links.append(span.get_span_context())
 
     def groups(self) -> list[Group]:
-        """The entries as a frame holds them; those without a key together."""
+        """The groups for the frame. If no entry has a key or sums, all entries form one group."""
         entries = self.entries
         if self.has_keys or entries[0].sums:
             return [entry.group() for entry in entries]
@@ -122,7 +123,7 @@ class Batch:
         return [Group(records=[record for entry in entries for record in entry.records])]
 
     def fold(self, most_unfolded: int, most_rows: int) -> None:
-        """Keep only the sums of the oldest records without a key, so that memory has a bound while a disk fails."""
+        """Replace the oldest records without a key by their sums, so that memory is bounded while a disk fails."""
         if self._unfolded <= most_unfolded:
             return
         unfolded = sum(len(entry.records) for entry in self.entries if not entry.key)
@@ -134,7 +135,7 @@ class Batch:
                 sums.add_rows(entry.sums)
                 sums.add_all(entry.records)
                 unfolded -= len(entry.records)
-        # The last entry says how many records there are.
+        # The last entry's ``last`` must still be the number of records in the batch.
         self.entries = [Entry(self.count if not kept else 0, (), sums=tuple(sums.rows())), *kept]
         self._unfolded = unfolded
 
@@ -148,9 +149,9 @@ class Batch:
         return turn
 
     def await_commit(self, turn: threading.Lock) -> None:
-        """Wait until the batch's commit has ended, and then release the next one that waits."""
+        """Wait until the batch's commit has ended, and then release the next waiting thread."""
         try:
-            # Looked at again from time to time: an interrupt may have come before the release.
+            # The state is checked regularly, because an interrupt may have come before the release.
             while not turn.acquire(True, _HANDOVER_SECONDS) and not (self.is_over or self.durable):
                 pass
             self.release_next()
@@ -158,18 +159,20 @@ class Batch:
             try:
                 self._followers.remove(turn)
             except ValueError:
-                # It was this thread's turn, so it is up to this thread to release the next one.
+                # This thread was already released, so it must release the next one.
                 self.release_next()
             raise
 
     def release_next(self) -> None:
-        """Release one thread that waits; it releases the next."""
+        """Release one waiting thread, which then releases the next one."""
         if self._followers:
-            with suppress(IndexError):  # another thread may be as fast
+            with suppress(IndexError):  # another thread may have removed the last one
                 self._followers.popleft().release()
 
     def wait(self, timeout: float | None) -> bool:
-        """Wait until it is durable or given up. A signal handler within a call of its own thread does not wait."""
+        """Wait until the batch is durable or abandoned. A signal handler that interrupts a tracker call of the same
+        thread does not wait.
+        """
         turn = threading.Lock()
         turn.acquire()
         self._waiting.append(turn)
@@ -182,7 +185,7 @@ class Batch:
         return self.durable
 
     def attempted(self) -> None:
-        """A commit has ended, well or badly: release those who wait for it."""
+        """Called when a commit has succeeded or failed. Releases the threads and tasks that wait for it."""
         if self.futures:
             futures = self.futures.copy()
             _finish_all(futures)
@@ -190,11 +193,11 @@ class Batch:
         self.release_next()
 
     def end(self) -> None:
-        """It is durable, or given up: only its receipts are needed any more."""
+        """Called when the batch is durable or abandoned. From then on, only its receipts are needed."""
         self.is_over = True
         if self._waiting:
             for turn in self._waiting.copy():
-                with suppress(RuntimeError):  # an interrupted call of this method has released it
+                with suppress(RuntimeError):  # an interrupted call of this method already released it
                     turn.release()
         if self.durable:
             self.entries, self.links, self.frame = [Entry(self.count, ())], [], None
@@ -205,12 +208,12 @@ def _finish_all(futures: Iterable[asyncio.Future[None]]) -> None:
     for future in futures:
         loops.setdefault(future.get_loop(), []).append(future)
     for loop, waiting in loops.items():
-        with suppress(RuntimeError):  # the loop may be closed by now
+        with suppress(RuntimeError):  # the loop may be closed already
             loop.call_soon_threadsafe(finish, waiting)
 
 
 def finish(futures: Iterable[asyncio.Future[None]]) -> None:
-    """Set futures that still wait. Called in their event loop."""
+    """Complete the futures that are still pending. Called in their event loop."""
     for future in futures:
         if not future.done():
             future.set_result(None)

@@ -1,4 +1,4 @@
-"""Which threads are in a call of the tracker: a signal handler runs in the middle of whatever its thread does."""
+"""Records which threads are in a call of the tracker, because a signal handler may interrupt such a call."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import threading
 
 
 class Entered(threading.local):
-    """Whether this thread is in a call of the tracker already. If so, a signal handler runs in the middle of that call:
-    it must neither wait for it nor change what the call is changing.
+    """Whether this thread is already in a call of the tracker. If so, the current code runs in a signal handler that
+    interrupted this call. It must not wait for the call, and must not change data that the call is changing.
 
-    ``with entered.lock:`` enters and leaves. That is a lock because no signal handler runs half-way through taking or
-    releasing one.
+    ``with entered.lock:`` marks the time in which a thread is in a call. It is a lock because a signal handler never
+    runs in the middle of its acquisition or release.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
 
     def is_here(self) -> bool:
-        """Whether this thread has entered."""
+        """Whether this thread is in a call of the tracker."""
         return is_owned(self.lock)
 
 

@@ -1,9 +1,9 @@
-"""Group commit: records that wait at the same moment share one frame.
+"""Group commit: records that wait at the same time share one frame.
 
-The first record of a batch *leads* it: its thread takes the commit lock, seals the batch, commits it and releases the
-others, which wait on a lock each. The thread that waits to lead the next batch goes first, then one follower, and each
-follower releases the next. A batch whose first record belongs to a task, or is not waited for, is led by the background
-thread, as are retries.
+The thread of the first record in a batch is the *leader*. It takes the commit lock, seals the batch, commits it and
+releases the *followers*, each of which waits on its own lock. The leader releases one follower, and each follower
+releases the next one. The committing thread in the background leads a batch if its first record belongs to a task or is
+not waited for. It also leads retries.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Of more records than this that wait for a failing disk, only the sums are kept; of these at most so many rows.
+# While a disk fails, at most _MOST_UNFOLDED waiting records without a key are kept. Of older ones only the sums are
+# kept. _MOST_ROWS limits the number of their rows (see ``Sums``).
 _MOST_UNFOLDED = 10_000
 _MOST_ROWS = 10_000
 
 
 class Batches(NamedTuple):
-    """The batch that takes records on, and the one that is being committed or failed to be."""
+    """The open batch, which accepts records, and the sealed batch, whose commit is in progress or has failed."""
 
     open: Batch
     sealed: Batch | None = None
 
 
 class _Keyed(NamedTuple):
-    """An idempotency key and the fingerprint of what it carries."""
+    """An idempotency key and the fingerprint of its records."""
 
     key: str
     digest: bytes
@@ -53,7 +54,7 @@ class _Keyed(NamedTuple):
 
 
 class _Expected(NamedTuple):
-    """Records with a key that are pending: their batch, their place in it, and what they carry."""
+    """Pending records with a key: their batch, their position in it, and the fingerprint of their content."""
 
     batch: Batch
     place: int
@@ -63,9 +64,9 @@ class _Expected(NamedTuple):
 class GroupCommit:
     """Commits the records of one tracker's threads and tasks.
 
-    ``failure`` is why the last commit failed, None when it did not, and ``retry`` when the next attempt is due.
-    ``wake`` wakes the committing thread; ``committed`` is called after each commit. ``entered`` says whether this
-    thread is in a call of the tracker.
+    ``failure`` is why the last commit failed, or None when it did not fail. ``retry`` says when the next attempt is
+    due. ``wake`` wakes the committing thread. ``committed`` is called after each successful commit. ``entered`` says
+    whether the current thread is in a call of the tracker.
     """
 
     def __init__(self, store: Store, wake: Callable[[], None], committed: Callable[[], None]) -> None:
@@ -75,13 +76,13 @@ class GroupCommit:
         self._store = store
         self._wake = wake
         self._committed = committed
-        # Held while batches change, never while the disk is at work.
+        # Held while batches change, but never during disk I/O.
         self._mutex = threading.RLock()
         # Held by the thread that commits.
         self._committing = threading.RLock()
         self._batches = Batches(Batch(self.entered))
-        # What signal handlers recorded in the middle of a call of their thread: each time a batch of its own, because
-        # the call may be changing the open one.
+        # Records of signal handlers that interrupted a call of the same thread. Each gets its own batch, because the
+        # interrupted call may be changing the open batch.
         self._nested: deque[Batch] = deque()
         self._pending_keys: dict[bytes, _Expected] = {}
         self._was_interrupted = False
@@ -90,7 +91,7 @@ class GroupCommit:
     # Recording.
 
     def record(self, records: Sequence[SavingsRecord], key: Any, *, wait: bool) -> Receipt:
-        """Accept records and, with ``wait``, return when a commit that carried them has ended.
+        """Accept records. With ``wait``, return when a commit with these records has ended.
 
         Raises:
             KeyConflictError: the key was recorded with other content.
@@ -110,7 +111,7 @@ class GroupCommit:
                 raise
 
     def accept(self, records: Sequence[SavingsRecord], key: Any, ended: asyncio.Future[None] | None) -> Receipt:
-        """Accept records for the committing thread; ``ended`` is set when a commit that carried them has ended."""
+        """Accept records for the committing thread. ``ended`` is set when a commit with these records has ended."""
         is_nested = self.entered.is_here()
         with self.entered.lock:
             keyed = None if key is None else self._looked_up(records, key)
@@ -123,19 +124,19 @@ class GroupCommit:
                         batch.futures.add(ended)
                         ended = None
             if ended is not None:
-                # There is nothing to wait for, or no telling how long.
+                # There is nothing to wait for, or the time to wait is unknown because commits fail.
                 ended.get_loop().call_soon_threadsafe(finish, [ended])
             self._leave_to_background(batch)
             return receipt
 
     def refuse(self) -> None:
-        """Accept no more records."""
+        """Stop accepting records."""
         self._is_closed = True
 
     # Committing.
 
     def commit(self, span: Span | None = None) -> None:
-        """Commit what waits, a batch that failed before included, whatever the retry schedule says."""
+        """Commit all waiting batches, including one that failed before, regardless of the retry schedule."""
         with self.entered.lock:
             try:
                 with self._committing:
@@ -149,12 +150,12 @@ class GroupCommit:
                 raise
 
     def repair_names(self) -> None:
-        """Make the files of this process again if their names were removed, before a save reads them."""
+        """Recreate this process's files if their names were removed, before a save reads them."""
         with self._committing:
             self._store.repair_names()
 
     def is_waiting(self) -> bool:
-        """Whether there are records that only the committing thread commits."""
+        """Whether there are records that no thread except the committing thread will commit."""
         with self._mutex:
             waiting, sealed = self._batches
             is_led = waiting.is_led or not waiting.count
@@ -168,26 +169,28 @@ class GroupCommit:
         return waiting[-1] if waiting else None
 
     def pending(self) -> tuple[int, int]:
-        """How many records are accepted and not durable, and how many tokens they saved."""
+        """How many records are accepted but not durable, and how many tokens they saved."""
         with self.entered.lock, self._mutex:
             waiting = self._waiting()
             return sum(batch.count for batch in waiting), sum(batch.tokens for batch in waiting)
 
     def abandon(self) -> None:
-        """Give up what is not durable: it is not tried again."""
+        """Abandon the records that are not durable. They are not committed any more."""
         with self.entered.lock, self._mutex:
             for batch in self._waiting():
                 batch.end()
                 batch.attempted()
 
     def leave_to_parent(self) -> None:
-        """In a forked child, where no thread commits what waited: its receipts do not become durable here."""
+        """Called in a forked child. The parent commits the waiting batches, so their receipts never become durable in
+        the child.
+        """
         for batch in (*self._batches, *self._nested):
             if batch is not None:
                 batch.is_over = True
 
     def reason(self) -> str:
-        """Why commits fail, in words."""
+        """A description of why commits fail."""
         records, tokens = self.pending()
         what = described(self._store.path, "records could not be committed", self.failure)
         return f"{what}; {records} records ({tokens} tokens saved) are not durable"
@@ -197,7 +200,7 @@ class GroupCommit:
         with self.entered.lock, self._mutex:
             open_batch, sealed = self._batches
             batches = [*([sealed] if sealed is not None else []), *self._nested, open_batch]
-            # After an interrupt a nested one may be the sealed one, too.
+            # After an interrupt, a nested batch may also be the sealed one.
             return [batch for batch in dict.fromkeys(batches) if batch.count and not batch.durable]
 
     def _recorded(self, records: Sequence[SavingsRecord], keyed: _Keyed | None, span: Span, *, wait: bool) -> Receipt:
@@ -218,7 +221,7 @@ class GroupCommit:
         return receipt
 
     def _looked_up(self, records: Sequence[SavingsRecord], key: Any) -> _Keyed:
-        """A key, and what it was counted as by any process. Reads what other processes recorded meanwhile."""
+        """Validate a key and compute the fingerprint of its records. Also reads what other processes have recorded."""
         checked = checked_key(key)
         assert checked is not None
         digest = digest_of(checked)
@@ -228,7 +231,7 @@ class GroupCommit:
     def _accept(
         self, records: Sequence[SavingsRecord], keyed: _Keyed | None, span: Span
     ) -> tuple[Receipt, Batch | None]:
-        """Add records to the open batch; the batch is None when there is nothing to wait for."""
+        """Add records to the open batch. The returned batch is None when there is nothing to wait for."""
         if keyed is not None or self._is_closed:
             repeat = self._refused_or_repeat(keyed)
             if repeat is not None:
@@ -242,7 +245,9 @@ class GroupCommit:
         return Receipt(batch, place), batch
 
     def _accept_nested(self, records: Sequence[SavingsRecord], keyed: _Keyed | None, span: Span) -> Receipt:
-        """Accept what a signal handler records in the middle of a call of its thread, for the committing thread."""
+        """Accept records of a signal handler that interrupted a call of the same thread. The committing thread commits
+        them.
+        """
         repeat = self._refused_or_repeat(keyed)
         if repeat is not None:
             return repeat[0]
@@ -255,7 +260,7 @@ class GroupCommit:
         return Receipt(batch, place)
 
     def _add(self, batch: Batch, records: Sequence[SavingsRecord], keyed: _Keyed | None) -> int:
-        """Add records to a batch; the place of the last one."""
+        """Add records to a batch. Returns the position of the last one."""
         if keyed is None:
             return batch.add(records)
         place = batch.add(records, keyed.digest, keyed.fingerprint)
@@ -263,7 +268,7 @@ class GroupCommit:
         return place
 
     def _refused_or_repeat(self, keyed: _Keyed | None) -> tuple[Receipt, Batch | None] | None:
-        """What a repeat gets; None when the records are new.
+        """The result for a repeat; None when the records are new.
 
         Raises:
             KeyConflictError: the key was recorded with other content.
@@ -274,7 +279,7 @@ class GroupCommit:
         return None if keyed is None else self._repeat_of(keyed)
 
     def _repeat_of(self, keyed: _Keyed) -> tuple[Receipt, Batch | None] | None:
-        """The receipt of the records that had this key before, None when there are none."""
+        """The receipt of the earlier records with this key; None when there are none."""
         entry = self._store.view.keys.get(keyed.digest)
         if entry is not None:
             _refuse_other_content(entry.matches(keyed.fingerprint), keyed.key)
@@ -286,9 +291,9 @@ class GroupCommit:
         return Receipt(expected.batch, expected.place, duplicate=True), expected.batch
 
     def _lead(self, batch: Batch, span: Span) -> None:
-        """Commit a batch that this thread leads, and release those who wait for it."""
+        """Commit a batch that this thread leads, and release the threads that wait for it."""
         with self._committing:
-            # A batch that an interrupt left may come first. While commits fail, a call does not pay for a retry.
+            # A batch that an interrupt left behind may come first. While commits fail, this call does not retry.
             while self.failure is None and not batch.is_over:
                 sealed = self._sealed()
                 if sealed is None or not self._commit(sealed, span):
@@ -297,11 +302,14 @@ class GroupCommit:
             batch.attempted()
 
     def _sealed(self) -> Batch | None:
-        """The batch to commit: the one that failed before, or the open one, which takes on no more records then."""
+        """The batch to commit: the one that failed before, or else a nested batch or the open one, which is sealed now.
+        A sealed batch accepts no more records.
+        """
         with self._mutex:
             batches = self._batches
             if batches.sealed is None and self._nested:
-                # Taken away only after that: committed twice after an interrupt, it is written once.
+                # Removed only after the assignment. If an interrupt comes in between, the batch is committed twice but
+                # written once.
                 self._batches = batches._replace(sealed=self._nested[0])
                 self._nested.popleft()
             elif batches.sealed is None and batches.open.entries:
@@ -309,7 +317,7 @@ class GroupCommit:
             return self._batches.sealed
 
     def _commit(self, batch: Batch, span: Span | None) -> bool:
-        """Commit a sealed batch; whether that worked. Interrupted at any point, it can be done again."""
+        """Commit a sealed batch. Returns whether this succeeded. It can be repeated after an interrupt at any point."""
         if not batch.durable:
             try:
                 result = self._attempt(batch, span)
@@ -357,19 +365,19 @@ class GroupCommit:
         self._wake()
 
     def _note_interrupt(self) -> None:
-        """After an interrupt or an error anywhere: the committing thread commits what waits."""
+        """Called after any interrupt or error in a call. The committing thread then commits the waiting records."""
         self._was_interrupted = True
         self._batches.open.is_led = False
         self._wake()
 
     def _leave_to_background(self, batch: Batch | None) -> None:
-        """Have the committing thread commit a batch, unless a thread leads it."""
+        """Let the committing thread commit a batch, unless another thread leads it."""
         if batch is not None and not batch.is_led:
             self._wake()
 
 
 def described(path: str, what: str, failure: Failed | None) -> str:
-    """A failure, in words."""
+    """A description of a failure."""
     if failure is None:
         return f"{path}: {what}"
     error = failure.error

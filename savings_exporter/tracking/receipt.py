@@ -1,4 +1,4 @@
-"""What a record call returns: whether the saving is durable, and where it stands."""
+"""The receipt that a record call returns: whether the saving is durable, and its sequence number."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from savings_exporter.model.keys import KeyEntry
 
 
 class Carrier(Protocol):
-    """What a receipt asks: the batch that carries the record, or the record of which it is a repeat."""
+    """The source of a receipt's data: the batch that holds the record, or the earlier record that it repeats."""
 
     @property
     def durable(self) -> bool:
@@ -16,18 +16,18 @@ class Carrier(Protocol):
 
     @property
     def first(self) -> int | None:
-        """The sequence number of its first record, None until it is durable."""
+        """The sequence number of the first record; None until it is durable."""
 
     @property
     def writer(self) -> str:
-        """The writer that records it, empty until it is known."""
+        """The writer of the record; empty until it is known."""
 
     def wait(self, timeout: float | None) -> bool:
-        """Wait until it is durable or given up."""
+        """Wait until the record is durable or abandoned."""
 
 
 class Counted:
-    """A record that was counted before: what the receipt of a repeat asks."""
+    """A record that was counted before. It is the source of data for the receipt of a repeat."""
 
     durable = True
 
@@ -36,15 +36,15 @@ class Counted:
         self.writer = entry.writer.hex()
 
     def wait(self, _timeout: float | None) -> bool:
-        """It is durable already."""
+        """Return at once: the record is durable already."""
         return True
 
 
 class Receipt:
-    """What a record call returns: whether the saving is durable, and where it stands in the store.
+    """The result of a record call: whether the saving is durable, and its sequence number in the store.
 
-    A receipt is true when it is durable. One that is not durable yet may become so later: the record is pending, and
-    the tracker goes on trying until it is saved or closed.
+    A receipt is true when its record is durable. A receipt that is not durable yet may become durable later: the record
+    is pending, and the tracker keeps trying until the record is durable or the tracker is closed.
     """
 
     __slots__ = ("_carrier", "_duplicate", "_place")
@@ -61,27 +61,27 @@ class Receipt:
 
     @property
     def sequence(self) -> int | None:
-        """The record's number within ``writer``, from 1 (of several records, the last one's); None until durable."""
+        """The record's number within ``writer``, from 1; for several records, the last one's. None until durable."""
         first = self._carrier.first
         return None if first is None else first + self._place - 1
 
     @property
     def writer(self) -> str | None:
-        """The writer that recorded it, 16 hexadecimal digits; None until durable. With ``sequence``, it names the
-        record for good.
+        """The writer of the record, 16 hexadecimal digits; None until durable. Together with ``sequence``, it
+        identifies the record permanently.
         """
         return self._carrier.writer if self._carrier.durable else None
 
     @property
     def duplicate(self) -> bool:
-        """Whether its idempotency key was recorded before, with the same content: then it was not counted again."""
+        """Whether the key was recorded before with the same content. If so, the record was not counted again."""
         return self._duplicate
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the record is durable, at most ``timeout`` seconds (None: as long as it takes).
+        """Wait until the record is durable, for at most ``timeout`` seconds (None: no limit).
 
         Returns:
-            Whether it is durable now. False at once when the tracker was closed without saving it.
+            Whether the record is durable now. False at once when the tracker was closed before the record was durable.
         """
         return self._carrier.wait(timeout)
 

@@ -1,4 +1,4 @@
-"""When something that failed is tried again: a pure schedule, from a state and the time to what is due."""
+"""The schedule of retries after failures. It is pure: it computes the next attempt from a state and the time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST_DOUBLINGS = 30
 class Retry(NamedTuple):
     """A schedule of retries: after 0.1 s, then 0.2 s, and so on up to every 30 s.
 
-    ``failures`` is how often it failed in a row, ``at`` when it is due, on the monotonic clock.
+    ``failures`` is the number of consecutive failures. ``at`` is when the next attempt is due, on the monotonic clock.
     """
 
     failures: int = 0

@@ -1,4 +1,4 @@
-"""A thread that does what is due, when it is due or when it is woken."""
+"""A thread that runs its work when the work is due or when the thread is woken."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """A thread that calls ``work`` when that is due. ``due`` says when, on the monotonic clock."""
+    """A thread that calls ``work`` when it is due. ``due`` returns that time, on the monotonic clock."""
 
     def __init__(self, name: str, due: Callable[[], float], work: Callable[[], None]) -> None:
         self._name = name
@@ -24,20 +24,21 @@ class Worker:
         self._work = work
         self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        # The first one does the work. A call that was interrupted while it started a thread may start another.
+        # Only the first thread does the work. If a call is interrupted while it starts a thread, a later call may start
+        # another one.
         self._running: list[threading.Thread] = []
         self._is_ended = False
 
     def wake(self) -> None:
-        """Have the thread look what is due. A signal handler may call this at any moment."""
+        """Make the thread check for due work. A signal handler may call this at any time."""
         if self._wakeups.empty():
             self._wakeups.put(None)
 
     def start(self) -> None:
-        """Start the thread, unless it runs.
+        """Start the thread, unless it is running.
 
         Raises:
-            RuntimeError: no thread can be started now.
+            RuntimeError: the thread cannot be started now.
         """
         if self._thread is None:
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -45,7 +46,7 @@ class Worker:
             self._thread = thread
 
     def stop(self) -> None:
-        """End the thread, after what it is doing."""
+        """Stop the thread after its current work."""
         self._is_ended = True
         self.wake()
         for thread in self._running[:1]:
@@ -63,6 +64,6 @@ class Worker:
                 if not self._is_ended:
                     self._work()
             except Exception:
-                # Such as no memory. A thread that ended would leave records pending for ever.
+                # For example, no memory is available. If the thread ended, records would stay pending forever.
                 logger.exception("the thread %s failed; it continues", self._name)
                 time.sleep(FIRST_SECONDS)

@@ -112,7 +112,7 @@ def test_advice_is_for_a_reader(watched: Path, content: str) -> None:
     started = run_cli("watch", str(watched)).stderr
     for said in (detail, started):
         assert str(watched) in said
-        assert said.count("the program that writes it, or who runs that program, has to fix it") == 1
+        assert said.count("the program that writes it, or its operator, has to fix it") == 1
         assert not re.search("move|--repair|--store|backup|lost", said)
     assert started.count("\n") == 1
 
