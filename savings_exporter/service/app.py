@@ -25,6 +25,7 @@ from savings_exporter.service.intake import Intake, IntakeLimits, Posted, refuse
 from savings_exporter.service.pages import status as status_page
 from savings_exporter.service.paths import HEALTHY_PATH, READY_PATH, SAVINGS_PATH
 from savings_exporter.service.problems import RefusedError
+from savings_exporter.service.requests import RequestLog, RequestLogging
 from savings_exporter.service.views import as_json
 from savings_exporter.tracker import SavingsTracker
 from savings_exporter.tracking.receipt import Receipt
@@ -57,6 +58,7 @@ class Service:
         self._telemetry_path = telemetry_path
         self._intake = Intake(limits)
         self.stopping = False
+        self.requests = RequestLog(self._registry, (telemetry_path, SAVINGS_PATH, HEALTHY_PATH, READY_PATH, "/"))
         self.app = Starlette(
             routes=[
                 Route(telemetry_path, self._metrics),
@@ -67,6 +69,7 @@ class Service:
             ],
             middleware=[
                 Middleware(GZipMiddleware, minimum_size=_LEAST_COMPRESSED_BYTES),
+                Middleware(RequestLogging, log=self.requests),
                 *([Middleware(BearerToken, token=token)] if token else []),
             ],
             exception_handlers=problems.HANDLERS,

@@ -204,9 +204,7 @@ def _bound(path: str) -> Iterator[socket.socket]:
             ours = socket_at(_socket_path(path))
             listener.listen()
         except OSError as error:
-            raise SettingsError(
-                f"{_socket_path(path)}: cannot accept drills: {error.strerror or error}"
-            ) from None
+            raise SettingsError(f"{_socket_path(path)}: cannot accept drills: {error.strerror or error}") from None
         try:
             yield listener
         finally:

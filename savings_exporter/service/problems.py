@@ -74,7 +74,8 @@ async def _http_error(_request: Request, error: Exception) -> Response:
 
 
 async def _client_disconnected(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=HTTPStatus.BAD_REQUEST)
+    # The client does not get this answer. It is counted and logged.
+    return problem(HTTPStatus.BAD_REQUEST, "the client closed the connection before its request was complete")
 
 
 async def _unexpected(_request: Request, _error: Exception) -> Response:

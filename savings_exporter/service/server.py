@@ -109,6 +109,7 @@ def run(service: Service, listener: socket.socket, tls: Tls | None, started: Cal
         ssl_keyfile=tls.key_file if tls else None,
     )
     _Server(config, service, started).run(sockets=[listener])
+    service.requests.flush()
 
 
 class _Server(uvicorn.Server):

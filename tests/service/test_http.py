@@ -12,7 +12,6 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -21,6 +20,7 @@ from savings_exporter import SavingsTracker
 from savings_exporter.service.app import Service as Application
 from savings_exporter.service.intake import IntakeLimits
 from savings_exporter.telemetry.metrics import SavingsCollector
+from tests.support.asgi import chunks, exchange
 from tests.support.faults import failing_directory_fsync
 from tests.support.service import Service, run_cli, running
 from tests.support.wait import eventually
@@ -324,33 +324,6 @@ def answer(service: Application, method: str, path: str) -> tuple[int, str | Non
     return status, headers.get("retry-after")
 
 
-async def exchange(
-    service: Application, method: str, path: str, body: AsyncIterator[bytes]
-) -> tuple[int, dict[str, str], bytes]:
-    """What the application answers to a request whose body comes in pieces: the status, the headers, the body."""
-    sent: list[dict[str, Any]] = []
-    headers = [(b"content-type", b"application/json")]
-    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers}
-
-    async def receive() -> dict[str, Any]:
-        try:
-            return {"type": "http.request", "body": await anext(body), "more_body": True}
-        except StopAsyncIteration:
-            return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    await service.app(scope, receive, send)
-    answered = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-    return sent[0]["status"], answered, sent[1]["body"]
-
-
-async def chunks(*data: bytes) -> AsyncIterator[bytes]:
-    for chunk in data:
-        yield chunk
-
-
 def test_too_large_bodies_are_refused(tracker: SavingsTracker) -> None:
     body = json.dumps(RECORD).encode()
     limits = IntakeLimits(body_bytes=len(body), body_bytes_in_flight=len(body) * 3 // 2)
@@ -413,7 +386,13 @@ def test_client_goes_away_in_its_body(store_path: Path, how: str) -> None:
             connection.close()
         assert service.post(RECORD)[0] == 200
         # Stopping waits for every request, so that whatever would be logged about one is there.
-        assert service.stop() == (0, "", "")
+        status, printed, log = service.stop()
+    assert (status, printed) == (0, "")
+    # Two lines for four requests, and no traceback.
+    assert [line.rpartition(": ")[2] for line in log.splitlines()] == [
+        'the client closed the connection before its request was complete"'
+    ] * 2
+    assert "refused 3 requests with status 400" in log
     with SavingsTracker(store_path) as tracker:
         assert tracker.snapshot().sequence == 1
 

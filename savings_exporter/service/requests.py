@@ -1,0 +1,145 @@
+"""Counts, measures and logs the requests of the service, so that a refused saving is visible to its operator."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection
+from http import HTTPStatus
+
+import msgspec
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from savings_exporter.service.paths import SAVINGS_PATH
+
+logger = logging.getLogger(__name__)
+
+_OTHER = "other"
+_METHODS = ("GET", "HEAD", "POST")
+# The answers to a POST. Their series exist from the start, so that increase() sees the first refused request.
+_POST_CODES = (200, 202, 400, 401, 405, 408, 413, 415, 422, 500, 503)
+_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_LOG_INTERVAL_SECONDS = 60.0
+
+
+class RequestLog:
+    """Counts answered requests, and logs refused ones: at most one line a minute for each method, route and status.
+
+    The label values are bounded: a path that is not one of ``routes`` counts as ``other``, and so does any method
+    other than GET, HEAD and POST.
+    """
+
+    def __init__(self, registry: CollectorRegistry, routes: Collection[str]) -> None:
+        self._routes = frozenset(routes)
+        self._count = Counter(
+            "savings_http_requests",
+            "Requests that this process answered.",
+            ["method", "route", "code"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "savings_http_request_duration_seconds",
+            "Duration of a request, from its headers to the end of its answer.",
+            ["method", "route"],
+            buckets=_BOUNDS,
+            registry=registry,
+        )
+        self._refusals: dict[tuple[str, str, int], _Refusal] = {}
+        for code in _POST_CODES:
+            self._count.labels("POST", SAVINGS_PATH, str(code))
+        self._seconds.labels("POST", SAVINGS_PATH)
+
+    def note(self, method: str, path: str, code: int, seconds: float, detail: str) -> None:
+        """Account for one answer. ``detail`` says why a request was refused."""
+        method = method if method in _METHODS else _OTHER
+        route = path if path in self._routes else _OTHER
+        self._count.labels(method, route, str(code)).inc()
+        self._seconds.labels(method, route).observe(seconds)
+        if code >= HTTPStatus.BAD_REQUEST:
+            kind = method, route, code
+            self._refusals.setdefault(kind, _Refusal(f"{method} {route}", code)).note(detail)
+
+    def flush(self) -> None:
+        """Log the refused requests that wait for their line."""
+        for refusal in self._refusals.values():
+            refusal.log()
+
+
+class RequestLogging:
+    """Middleware that passes requests on and notes their answers."""
+
+    def __init__(self, app: ASGIApp, log: RequestLog) -> None:
+        self._app = app
+        self._log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and account for its answer."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        answer = _Answer(send)
+        try:
+            await self._app(scope, receive, answer.send)
+        finally:
+            seconds = time.perf_counter() - began
+            self._log.note(scope["method"], scope["path"], answer.code, seconds, answer.detail())
+
+
+class _Answer:
+    """Passes an answer on, and keeps its status and the body of an error."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._body = b""
+        # The application ended without an answer, or raised: the server answers with this status.
+        self.code = int(HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.code = message["status"]
+        elif self.code >= HTTPStatus.BAD_REQUEST:
+            self._body = message.get("body", b"")
+        await self._send(message)
+
+    def detail(self) -> str:
+        """Why the request was refused, from the body of the error."""
+        try:
+            return msgspec.json.decode(self._body, type=_Problem).detail
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return "the request failed"
+
+
+class _Problem(msgspec.Struct):
+    detail: str = ""
+
+
+class _Refusal:
+    """Logs the refused requests of one kind: the first at once, the following ones once a minute, with their number."""
+
+    def __init__(self, request: str, code: int) -> None:
+        self._request = request
+        self._code = code
+        self._logged_at = float("-inf")
+        self._waiting = 0
+        self._detail = ""
+
+    def note(self, detail: str) -> None:
+        self._detail = detail
+        self._waiting += 1
+        if self._waiting > 1:
+            return  # a line is scheduled
+        delay = self._logged_at + _LOG_INTERVAL_SECONDS - time.monotonic()
+        if delay <= 0:
+            self.log()
+        else:
+            asyncio.get_running_loop().call_later(delay, self.log)
+
+    def log(self) -> None:
+        if not self._waiting:
+            return
+        count, self._waiting, self._logged_at = self._waiting, 0, time.monotonic()
+        refused = "a request" if count == 1 else f"{count} requests"
+        logger.warning("%s: refused %s with status %d: %s", self._request, refused, self._code, self._detail)
