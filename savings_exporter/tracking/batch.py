@@ -166,7 +166,7 @@ class Batch:
     def release_next(self) -> None:
         """Release one waiting thread, which then releases the next one."""
         if self._followers:
-            with suppress(IndexError):  # another thread may have removed the last one
+            with suppress(IndexError):  # another thread may be as fast
                 self._followers.popleft().release()
 
     def wait(self, timeout: float | None) -> bool:
@@ -197,7 +197,7 @@ class Batch:
         self.is_over = True
         if self._waiting:
             for turn in self._waiting.copy():
-                with suppress(RuntimeError):  # an interrupted call of this method already released it
+                with suppress(RuntimeError):  # an interrupted call of this method has released it
                     turn.release()
         if self.durable:
             self.entries, self.links, self.frame = [Entry(self.count, ())], [], None
@@ -208,7 +208,7 @@ def _finish_all(futures: Iterable[asyncio.Future[None]]) -> None:
     for future in futures:
         loops.setdefault(future.get_loop(), []).append(future)
     for loop, waiting in loops.items():
-        with suppress(RuntimeError):  # the loop may be closed already
+        with suppress(RuntimeError):  # the loop may be closed by now
             loop.call_soon_threadsafe(finish, waiting)
 
 
