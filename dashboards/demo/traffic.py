@@ -1,4 +1,4 @@
-"""Posts made-up savings to an exporter for ever, as a proxy would: python traffic.py http://exporter:9478."""
+"""Send generated savings to an exporter until stopped, as a proxy would: python traffic.py http://exporter:9478."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from savings_exporter.service.demo import made_up_savings
 
 _RETRY_SECONDS = 1.0
 
-# The exporter is close by: whatever proxy the environment names is not on the way to it.
+# The exporter is on the local network, so HTTP proxies from the environment are not used.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def post(exporter: str, record: SavingsRecord) -> None:
-    """Send one saving until there is an answer. By its key it counts once, also when only the answer got lost.
+    """Send one saving until the exporter answers. Because of its key it counts once, even if only the answer was lost.
 
     Raises:
-        urllib.error.HTTPError: the exporter refuses the saving, and would do so again.
+        urllib.error.HTTPError: the exporter refuses the saving permanently.
     """
     headers = {"Content-Type": "application/json", "Idempotency-Key": str(uuid.uuid4())}
     request = urllib.request.Request(f"{exporter}/v1/savings", msgspec.json.encode(record), headers)
@@ -41,7 +41,7 @@ def post(exporter: str, record: SavingsRecord) -> None:
 
 
 def main() -> None:
-    """Post one saving after the other, with a pause before each."""
+    """Send one saving after another, with a pause before each."""
     exporter = sys.argv[1]
     for pause, record in made_up_savings():
         time.sleep(pause)

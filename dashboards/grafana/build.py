@@ -1,4 +1,4 @@
-"""Write the dashboards and the pictures of their layout, as ``make dashboards`` does."""
+"""Generate the dashboards and the pictures of their layout, for ``make dashboards``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def built() -> dict[Path, str]:
-    """Every file that is built, by its path in the repository, and what is in it."""
+    """The contents of every generated file, by its path in the repository."""
     dashboards = {
         "savings": savings.build(other=(durability.TITLE, durability.UID)),
         "durability": durability.build(other=(savings.TITLE, savings.UID)),

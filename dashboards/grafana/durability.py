@@ -1,4 +1,4 @@
-"""The dashboard for the on-call engineer: is anything lost, why, and what the disk does."""
+"""The dashboard for the on-call engineer: whether records are at risk, why, and how the disk performs."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ UID, TITLE = "savings-exporter-durability", "Savings durability"
 
 _QUANTILES = ((0.5, "p50"), (0.95, "p95"), (0.99, "p99"))
 
-# A save that was never made has the timestamp 0, so this long ago.
+# A store without a save has the timestamp 0, so the age is more than this.
 _NEVER_SECONDS = 1e9
 
 _STEPS = (
-    ("write", "writing the new document to a temporary file", "Slow: a full or busy disk."),
-    ("fsync_file", "writing that file to stable storage", "Slow: the disk itself, or other load on it."),
-    ("replace", "renaming it over the old document", "Slow: a busy journal of the file system."),
+    ("write", "writing the new document to a temporary file", "If it is slow, the disk is full or busy."),
+    ("fsync_file", "syncing that file", "If it is slow, the disk is slow or has other load."),
+    ("replace", "renaming that file over the old document", "If it is slow, the journal of the file system is busy."),
     ("fsync_dir", "making that rename durable", "Until it returns, a power loss can bring back the old document."),
 )
 
 
 def build(other: tuple[str, str]) -> Any:
-    """The dashboard, with a link to the other."""
-    description = "Whether records become durable, why not, and how long each step takes. Start at the top."
+    """The dashboard, with a link to the other one."""
+    description = "Whether records become durable, failures and their causes, and latencies. Start at the top."
     rows = (_is_anything_lost(), _why(), _how_slow(), _how_much(), _what_runs())
     return dashboard_of(TITLE, UID, description, rows, other=other)
 
@@ -51,8 +51,8 @@ def _is_anything_lost() -> Row:
     waiting = ((None, GREEN), (1, ORANGE))
     healthy = stat_panel(
         "Store healthy",
-        "Whether commits and saves succeed, or a watched file can be read. Degraded: new records may be in memory only "
-        "and are lost if the process ends, so do not restart it.",
+        "Whether commits and saves succeed, or a watched file can be read. If it is degraded, new records may be only "
+        "in memory and are lost if the process ends. Do not restart the process.",
         "none",
         Query(of_instances("savings_store_healthy")),
         width=4,
@@ -60,8 +60,8 @@ def _is_anything_lost() -> Row:
     )
     last_fsync = stat_panel(
         "Last directory fsync",
-        "Failed: a power loss can bring back the document before the latest save. The journals still hold all "
-        "acknowledged records.",
+        "If it failed, a power loss can bring back the document from before the latest save. The journals still "
+        "contain all acknowledged records.",
         "none",
         Query(of_instances("savings_last_dir_fsync_success")),
         width=4,
@@ -69,15 +69,15 @@ def _is_anything_lost() -> Row:
     )
     last_save = stat_panel(
         "Since the last save",
-        "The age of the document. It grows while nothing is recorded. Records that were committed since are durable in "
-        "the journals.",
+        "The age of the document. It grows while no records arrive. Records that were committed after the last save "
+        "are durable in the journals.",
         "s",
         Query(f"time() - ({of_instances('savings_last_save_success_timestamp_seconds')} > 0)"),
         width=4,
     )
     drill = stat_panel(
         "Fire drill",
-        "Active: failures are simulated on purpose. What is red may come from the drill, not from the disk.",
+        "If it is active, a drill simulates failures. Failures on this dashboard may come from the drill.",
         "none",
         Query(f"max by (job, instance) ({of_instances('savings_drill_active')})"),
         width=4,
@@ -85,7 +85,7 @@ def _is_anything_lost() -> Row:
     )
     alerts = listing(
         "Firing alerts",
-        "Firing alerts of all exporters, also of those that are not selected above. The runbook says what is at risk.",
+        "Firing alerts of all exporters, including those not selected above. The runbook says what is at risk.",
         (("Firing", "none", Query('ALERTS{alertstate="firing", alertname=~"Savings.*"}')),),
         width=24,
         height=5,
@@ -99,7 +99,8 @@ def _is_anything_lost() -> Row:
             last_fsync.mappings([state(zero=("FAILED", RED), one=("ok", GREEN))]),
             stat_panel(
                 "Records pending",
-                "Records accepted and not yet durable: lost if the process ends now. A few for a moment are normal.",
+                "Records that are accepted but not yet durable. They are lost if the process ends now. A few records "
+                "are normal for a short time.",
                 "short",
                 Query(of_instances("savings_records_pending")),
                 width=4,
@@ -107,7 +108,8 @@ def _is_anything_lost() -> Row:
             ),
             stat_panel(
                 "Tokens pending",
-                "Tokens saved in those records: what the lifetime figure would miss if the process ended now.",
+                "Tokens saved in the pending records. If the process ends now, they are missing from the lifetime "
+                "total.",
                 "short",
                 Query(of_instances("savings_tokens_pending")),
                 width=4,
@@ -124,8 +126,8 @@ def _why() -> Row:
     steps_and_errors = "{{instance}} {{step}} {{error}}"
     directory = timeline(
         "Directory fsync",
-        "Red: it failed, and a power loss can undo the latest save. Orange: the file system has none, so the renamed "
-        "file is synced instead, and a power loss can undo the rename.",
+        "Red: the last directory fsync failed, and a power loss can undo the latest save. Orange: the file system has "
+        "no directory fsync. The renamed file is synced instead, and a power loss can undo the rename.",
         Query(of_instances("savings_last_dir_fsync_success"), "{{instance}} last one"),
         Query(of_instances("savings_dir_fsync_supported"), "{{instance}} supported"),
         width=12,
@@ -138,44 +140,45 @@ def _why() -> Row:
             with_states(directory, "B", unsupported),
             timeline(
                 "Fire drills",
-                "When failures were simulated, and which. Failures in these times say nothing about the disk.",
+                "The times and kinds of simulated failures. Failures at these times may not come from the disk.",
                 Query(of_instances("savings_drill_active"), "{{instance}} {{drill}}"),
                 width=12,
                 states=[state(zero=("none", BLUE), one=("active", ORANGE))],
             ),
             bars(
                 "Failed syncs by target",
-                "directory: a power loss can undo a save. file: a new document was discarded, the old "
-                "document stays. journal: a commit or a new segment; the records of a commit are pending.",
+                "directory: a power loss can undo a save. file: a new document was discarded, and the old document "
+                "remains. journal: a commit or a new segment failed; the records of a failed commit are pending.",
                 Query(happened("savings_fsync_failures_total", "target"), "{{instance}} {{target}}"),
                 width=8,
             ),
             bars(
                 "Failed commits by step and error",
-                "Commits whose records are pending, in memory, until a retry succeeds. EIO: the disk. ENOSPC, EDQUOT: "
-                "no space. EROFS: the file system has aborted.",
+                "The records of a failed commit are pending in memory until a retry succeeds. EIO: disk error. ENOSPC, "
+                "EDQUOT: no space. EROFS: the file system became read-only.",
                 Query(happened("savings_commit_failures_total", "step", "error"), steps_and_errors),
                 width=8,
             ),
             bars(
                 "Failed saves by step and error",
-                "The document was not replaced, or not durably. Acknowledged records stay in the journals, which grow "
-                "until a save succeeds.",
+                "The document was not replaced, or the replacement is not durable. Acknowledged records stay in the "
+                "journals, which grow until a save succeeds.",
                 Query(happened("savings_save_failures_total", "step", "error"), steps_and_errors),
                 width=8,
             ),
             graph(
                 "Records pending over time",
-                "Spikes are commits in progress. A plateau or a slope is a disk that accepts nothing: these records "
-                "are lost if the process ends.",
+                "Short spikes are commits in progress. If the value stays high or grows, commits fail or hang. Pending "
+                "records are lost if the process ends.",
                 "short",
                 Query(of_instances("savings_records_pending")),
                 width=12,
             ),
             graph(
                 "Repairs at opening, by kind",
-                "What was repaired when the store was opened, over its lifetime. torn_tail: a commit that was never "
-                "acknowledged. corrupt_document, previous_document: rebuilt from the previous save and the journals.",
+                "Repairs when the store was opened, over its lifetime. torn_tail: an incomplete commit that was never "
+                "acknowledged. corrupt_document, previous_document: the document was rebuilt from the previous one and "
+                "the journals.",
                 "short",
                 Query(of_instances("savings_recoveries_total"), "{{instance}} {{kind}}"),
                 width=12,
@@ -194,25 +197,26 @@ def _how_slow() -> Row:
             ),
             _latencies(
                 "Save duration",
-                "A whole save of the document. Requests that arrive during it can wait for its end.",
+                "The duration of a whole save of the document. Records are still committed during a save.",
                 "save",
                 width=12,
             ),
             _latencies(
                 "Commit duration",
-                "One commit to a journal. Callers wait for it until their records are durable.",
+                "The duration of one commit to a journal. Callers wait for the commit that makes their records "
+                "durable.",
                 "commit",
                 width=12,
             ),
             heat(
                 "Saves by duration",
-                "How many saves took how long, of all stores. Points are exemplars: each links to its trace.",
+                "The distribution of save durations over all stores. Points are exemplars: each links to its trace.",
                 Query(buckets("savings_save_duration_seconds"), "{{le}}"),
                 width=12,
             ),
             heat(
                 "Commits by duration",
-                "How many commits took how long, of all stores. Points are exemplars: each links to its trace.",
+                "The distribution of commit durations over all stores. Points are exemplars: each links to its trace.",
                 Query(buckets("savings_commit_duration_seconds"), "{{le}}"),
                 width=12,
             ),
@@ -226,7 +230,8 @@ def _how_much() -> Row:
         (
             graph(
                 "Commits and saves per second",
-                "Attempts, failed ones included. No commits while requests arrive: nothing becomes durable.",
+                "Attempts, including failed ones. If there are no commits while requests arrive, no record becomes "
+                "durable.",
                 "ops",
                 Query(per_second("savings_commits_total"), "{{instance}} commits"),
                 Query(per_second("savings_saves_total"), "{{instance}} saves"),
@@ -234,7 +239,7 @@ def _how_much() -> Row:
             ),
             graph(
                 "Records per commit",
-                "Records in one commit. Many: many callers wait at once, or the disk is slow.",
+                "Records in one commit. A high value means that many callers wait at once, or that the disk is slow.",
                 "short",
                 Query(quantile(0.5, "savings_commit_records"), "{{instance}} p50"),
                 Query(quantile(0.99, "savings_commit_records"), "{{instance}} p99"),
@@ -242,7 +247,7 @@ def _how_much() -> Row:
             ),
             graph(
                 "Document and journal size",
-                "Journals that only grow mean that saves fail. Nothing is lost by that until the disk is full.",
+                "If the journals only grow, saves fail. This loses no record until the disk is full.",
                 "bytes",
                 Query(of_instances("savings_document_size_bytes"), "{{instance}} document"),
                 Query(of_instances("savings_journal_size_bytes"), "{{instance}} journal"),
@@ -250,7 +255,7 @@ def _how_much() -> Row:
             ),
             graph(
                 "Since the newest record",
-                "The age of the newest durable record, by its own timestamp. It grows while nothing is recorded.",
+                "The age of the newest durable record, by its own timestamp. It grows while no records arrive.",
                 "s",
                 Query(f"time() - ({of_instances('savings_last_record_timestamp_seconds')} > 0)"),
                 width=6,
@@ -268,8 +273,8 @@ def _what_runs() -> Row:
         (
             listing(
                 "Exporters",
-                "Which exporter shows which store. Exporters of one store show the same totals and counters. An "
-                "exporter that is missing here is not scraped, and no alert covers its store.",
+                "The exporters and their stores. Exporters of one store show the same totals and counters. If an "
+                "exporter is missing here, it is not scraped, and no alert covers its store.",
                 (("Up", "none", Query(named)),),
                 width=12,
                 height=8,
@@ -281,14 +286,15 @@ def _what_runs() -> Row:
             ),
             graph(
                 "Resident memory",
-                "Grows with the pending records. If the kernel kills the process for it, they are lost.",
+                "It grows with the number of pending records. If the kernel kills the process for its memory use, "
+                "these records are lost.",
                 "bytes",
                 Query(of_instances("process_resident_memory_bytes")),
                 width=6,
             ),
             graph(
                 "Uptime",
-                "How long each process has run. A drop to zero is a restart; a kill loses pending records.",
+                "The time since each process started. A drop to zero is a restart. A kill loses pending records.",
                 "s",
                 Query(f"time() - {of_instances('process_start_time_seconds')}"),
                 width=6,

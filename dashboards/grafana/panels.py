@@ -1,4 +1,4 @@
-"""Rows and panels, each kind in one look, and the dashboard around them."""
+"""Builders of rows, panels and dashboards. All panels of one kind have the same style."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models import heatmap as heatmap_models
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-# The builder of any kind of panel: they have no base of their own.
+# The builder of any kind of panel. The builders have no common base class.
 Panel = Any
 
 GREEN, ORANGE, RED, BLUE = "green", "orange", "red", "blue"
 
-# That of Grafana 11, the oldest that is meant: newer ones bring a dashboard up to date themselves.
+# The schema of Grafana 11, the oldest supported version. Newer versions upgrade a dashboard themselves.
 _SCHEMA = 39
 
 _DATASOURCE = common_models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 
 class Query(NamedTuple):
-    """One query of a panel, and the name of what it gives."""
+    """One query of a panel, and the legend of its result."""
 
     expr: str
     legend: str = "{{instance}}"
 
 
 class Row(NamedTuple):
-    """A question, and the panels that answer it, from left to right."""
+    """A row: its title is a question, and its panels answer it, from left to right."""
 
     title: str
     panels: Sequence[Panel]
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 def stat_panel(
     title: str, description: str, unit: str, query: Query, *, width: int, steps: Sequence[tuple[float | None, str]] = ()
 ) -> Panel:
-    """A number as it is now, never as it was last seen; with ``steps`` its background says whether it is right."""
+    """A current value, never an outdated one. With ``steps`` the colour of the background shows whether it is good."""
     panel = stat.Panel().with_target(_target(query).instant())
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
     panel.graph_mode(common_models.BigValueGraphMode.NONE)
@@ -63,7 +63,7 @@ def stat_panel(
 def graph(
     title: str, description: str, unit: str, *queries: Query, width: int, height: int = 8, exemplars: bool = False
 ) -> Panel:
-    """Lines over time, with the largest first in the legend. Exemplars lead to the trace of what was measured."""
+    """Lines over time, with the largest first in the legend. Each exemplar links to the trace of its measurement."""
     panel = timeseries.Panel().targets([target.exemplar(exemplars) for target in _targets(queries)])
     panel.fill_opacity(8).show_points(common_models.VisibilityMode.AUTO).axis_soft_min(0)
     panel.legend(_legend())
@@ -72,14 +72,14 @@ def graph(
 
 
 def bars(title: str, description: str, query: Query, *, width: int) -> Panel:
-    """How often something happened, as stacked bars: zeros take no room, and anything else stands out."""
+    """The number of events as stacked bars: zeros are invisible, and other values are easy to see."""
     panel = graph(title, description, "short", query, width=width)
     panel.draw_style(common_models.GraphDrawStyle.BARS).fill_opacity(70)
     return panel.stacking(common.StackingConfig().mode(common_models.StackingMode.NORMAL))
 
 
 def largest(title: str, description: str, unit: str, query: Query, *, width: int) -> Panel:
-    """The largest names as horizontal bars."""
+    """The names with the largest values, as horizontal bars."""
     panel = bargauge.Panel().with_target(_target(query).instant())
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
     panel.orientation(common_models.VizOrientation.HORIZONTAL).display_mode(common_models.BarGaugeDisplayMode.BASIC)
@@ -90,7 +90,7 @@ def largest(title: str, description: str, unit: str, query: Query, *, width: int
 def timeline(
     title: str, description: str, *queries: Query, width: int, states: Sequence[models.ValueMapping], height: int = 6
 ) -> Panel:
-    """Which state something was in, and when."""
+    """States over time."""
     panel = statetimeline.Panel().targets(_targets(queries)).mappings(states)
     panel.color_scheme(dashboard.FieldColor().mode(models.FieldColorModeId.THRESHOLDS))
     panel.show_value(common_models.VisibilityMode.NEVER).merge_values(True).fill_opacity(80)
@@ -98,7 +98,7 @@ def timeline(
 
 
 def heat(title: str, description: str, query: Query, *, width: int) -> Panel:
-    """How many observations took how long, with exemplars."""
+    """The distribution of durations over time, with exemplars."""
     panel = heatmap.Panel().with_target(_target(query).format(PromQueryFormat.HEATMAP).exemplar(True))
     scale = heatmap.HeatmapColorOptions().mode(heatmap_models.HeatmapColorMode.SCHEME)
     panel.color(scale.scheme("Oranges").exponent(0.5).steps(64)).filter_values(heatmap.FilterValueRange().le(1e-9))
@@ -117,14 +117,15 @@ def listing(
     names: dict[str, str],
     hidden: Sequence[str] = (),
 ) -> Panel:
-    """A table as it is now: a line for each set of labels, and a column for each query, with its heading and unit.
+    """A table of current values: a line for each set of labels, and a column for each query, with its heading and unit.
 
-    ``names`` are the labels to show and their headings, in their order. The largest of the first column come first.
+    ``names`` maps the labels to show to their headings, in display order. The lines are sorted by the first column,
+    the largest value first.
     """
     panel = table.Panel().targets(
         [target.instant().format(PromQueryFormat.TABLE) for target in _targets([query for _, _, query in columns])]
     )
-    # A single query's column is called Value, those of several Value #A, Value #B and so on.
+    # Grafana names the column of a single query Value, and those of several queries Value #A, Value #B and so on.
     values = [f"Value #{letter}" if len(columns) > 1 else "Value" for letter in _letters(columns)]
     headings = {**names, **{value: heading for value, (heading, _, _) in zip(values, columns, strict=True)}}
     panel.with_transformation(models.DataTransformerConfig(id_val="merge", options={}))
@@ -146,7 +147,7 @@ def listing(
 
 
 def state(**texts: tuple[str, str]) -> models.ValueMapping:
-    """What 0 and 1 mean, as ``zero=(text, colour)`` and ``one=(text, colour)``."""
+    """A mapping of 0 and 1, given as ``zero=(text, colour)`` and ``one=(text, colour)``."""
     digits = {"zero": "0", "one": "1"}
     return models.ValueMap(
         options={
@@ -157,25 +158,25 @@ def state(**texts: tuple[str, str]) -> models.ValueMapping:
 
 
 def from_value_on(value: float, text: str, colour: str) -> models.ValueMapping:
-    """What every number from this one on means."""
+    """A mapping of all values from ``value`` upwards."""
     result = models.ValueMappingResult(text=text, color=colour, index=0)
     return models.RangeMap(options=models.DashboardRangeMapOptions(from_val=value, result=result))
 
 
 def with_states(panel: Panel, ref_id: str, mappings: Sequence[models.ValueMapping]) -> Panel:
-    """Let one query's numbers mean something of their own."""
+    """Give the values of one query their own mappings."""
     return panel.override_by_query(ref_id, [models.DynamicConfigValue(id_val="mappings", value=list(mappings))])
 
 
 def thresholds(steps: Sequence[tuple[float | None, str]]) -> dashboard.ThresholdsConfig:
-    """Colours from these values on; None is from the smallest on."""
+    """Colours from these values upwards; None is the base colour for the smallest values."""
     config: dashboard.ThresholdsConfig = dashboard.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE)
     config.steps([models.Threshold(value=value, color=colour) for value, colour in steps])
     return config
 
 
 def dashboard_of(title: str, uid: str, description: str, rows: Iterable[Row], *, other: tuple[str, str]) -> Any:
-    """A dashboard of these rows, with a link to the ``other``, which is given by its title and uid."""
+    """A dashboard of these rows, with a link to the ``other`` dashboard, which is given by its title and uid."""
     other_title, other_uid = other
     link = dashboard.DashboardLink(other_title).type(models.DashboardLinkType.LINK).url(f"/d/{other_uid}")
     builder = dashboard.Dashboard(title).uid(uid).description(description).tags(["savings-exporter"])
@@ -187,7 +188,7 @@ def dashboard_of(title: str, uid: str, description: str, rows: Iterable[Row], *,
             builder.with_panel(panel)
     built = builder.annotations([]).build()
     built.schema_version = _SCHEMA
-    # The library's default hides links in a menu.
+    # By default the library hides links in a menu.
     built.links[0].placement = None
     for number, panel in enumerate(built.panels, 1):
         panel.id_val = number

@@ -1,4 +1,4 @@
-"""A picture of a dashboard's layout, for the documentation: drawn from the dashboard's own positions."""
+"""Draw a picture of a dashboard's layout for the documentation, from the positions of its panels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 _COLUMN, _LINE, _GAP = 40, 15, 4
 _COLUMNS = 24
 _FONT = "system-ui, sans-serif"
-# How many of a title's letters go on a column, at the font's size.
+# The number of letters of a title that fit into one column, at the font's size.
 _LETTERS_PER_COLUMN = 5.2
 
 
 def picture(dashboard: Mapping[str, Any]) -> str:
-    """The layout as SVG: a box for each panel with its title and kind, a line for each row."""
+    """Return the layout as SVG: a box for each panel with its title and type, and a line for each row."""
     panels = dashboard["panels"]
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels) * _LINE + 2 * _GAP
     width = _COLUMNS * _COLUMN + 2 * _GAP

@@ -1,4 +1,4 @@
-"""The dashboard of what is saved: how much, whether it goes on, and by which models, projects and agents."""
+"""The dashboard of the savings: how much was and is saved, and by which models, projects and agents."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ _CACHE_COST = "savings_cache_cost_saved_usd"
 _PAIR = ("provider", "model")
 _NO_PRICE = "not known"
 _ABOUT = (
-    "From the first scrape in that time to the last, of exporters that answer now; a model's first scrape is not in it."
+    "The growth between the first and the last scrape in that period, for exporters that respond now. Tokens that a "
+    "model had saved before its first scrape are not included."
 )
 
 
 def build(other: tuple[str, str]) -> Any:
-    """The dashboard, with a link to the other."""
-    description = "What was saved, by which models, projects and agents. Durable records only, across restarts."
+    """The dashboard, with a link to the other one."""
+    description = "Savings in total and by model, project and agent. Only durable records count, across restarts."
     rows = (_how_much(), _is_it_going_on(), _models(), _named("project"), _named("agent"), _what_else())
     return dashboard_of(TITLE, UID, description, rows, other=other)
 
 
 def _how_much() -> Row:
-    lifetime = "since each store was made, across restarts and crashes; each store counts once."
+    lifetime = "since each store was created, across restarts and crashes; each store counts once."
     today = stat_panel(
         "Tokens saved today",
         f"Input tokens that compression saved since midnight. {_ABOUT}",
@@ -44,14 +45,15 @@ def _how_much() -> Row:
     ).time_from("now/d")
     week = stat_panel(
         "Tokens saved this week",
-        f"Input tokens that compression saved since the week began. {_ABOUT}",
+        f"Input tokens that compression saved since the start of the week. {_ABOUT}",
         "short",
         Query(total(_TOKENS, function="gain"), ""),
         width=4,
     ).time_from("now/w")
     of_input = stat_panel(
         "Saved share of input",
-        "Of all input tokens there would have been, lifetime: what compression and deferred tool schemas saved.",
+        "The share of the input tokens that compression and deferred tool schemas saved, over the lifetime. The whole "
+        "is the sum of the tokens saved and the tokens sent.",
         "percent",
         Query(share(), ""),
         width=4,
@@ -68,7 +70,7 @@ def _how_much() -> Row:
             ),
             stat_panel(
                 "Cost saved",
-                f"US dollars that compression saved, {lifetime} Negative where it cost more than it saved.",
+                f"US dollars that compression saved, {lifetime} Negative if compression cost more than it saved.",
                 "currencyUSD",
                 Query(total(_COST_SAVED), ""),
                 width=4,
@@ -87,21 +89,23 @@ def _is_it_going_on() -> Row:
         (
             graph(
                 "Tokens saved per second",
-                "Input tokens that compression saves now. Zero while requests arrive: compression saves nothing.",
+                "Input tokens that compression saves now. If it is zero while requests arrive, compression saves "
+                "nothing.",
                 "short",
                 Query(total(_TOKENS, function="rate"), "tokens saved"),
                 width=8,
             ),
             graph(
                 "Requests per second",
-                "Requests that proxies record now. Zero: there is no traffic, or none reaches the exporter.",
+                "Requests that proxies record now. Zero means that there is no traffic, or that none reaches the "
+                "exporter.",
                 "reqps",
                 Query(total(_REQUESTS, function="rate"), "requests"),
                 width=8,
             ),
             graph(
                 "Saved share of input, now",
-                "Of all input tokens there would be now: what compression and deferred tool schemas save.",
+                "The share of the input tokens that compression and deferred tool schemas save now.",
                 "percent",
                 Query(share(function="rate"), "saved share"),
                 width=8,
@@ -124,14 +128,14 @@ def _models() -> Row:
         (
             largest(
                 "Tokens saved by model",
-                "Input tokens that compression saved, lifetime: the twenty models with most.",
+                "Input tokens that compression saved over the lifetime, for the twenty models that saved most.",
                 "short",
                 Query(f"topk(20, {total(_TOKENS, 'model')})", "{{model}}"),
                 width=8,
             ),
             graph(
                 "Tokens saved per second by model",
-                "Which models save now. Models beyond the limit of 200 count as other.",
+                "Input tokens that compression saves now, by model. Models beyond the limit of 200 count as other.",
                 "short",
                 Query(total(_TOKENS, *_PAIR, function="rate"), "{{provider}} {{model}}"),
                 width=16,
@@ -139,7 +143,7 @@ def _models() -> Row:
             ),
             listing(
                 "Models",
-                "What each provider's model saved and cost, lifetime. A share is empty where no input was recorded.",
+                "Savings and cost of each model over the lifetime. The share is empty if no input was recorded.",
                 columns,
                 width=24,
                 height=9,
@@ -160,14 +164,15 @@ def _named(label: str) -> Row:
     panels = (
         largest(
             f"Tokens saved by {label}",
-            f"Input tokens that compression saved, lifetime: the twenty {label}s with most. {unnamed}",
+            f"Input tokens that compression saved over the lifetime, for the twenty {label}s that saved most. "
+            f"{unnamed}",
             "short",
             Query(f"topk(20, {total(tokens, label)})", f"{{{{{label}}}}}"),
             width=8,
         ),
         graph(
             f"Tokens saved per second by {label}",
-            f"Which {label}s save now. {unnamed}",
+            f"Input tokens that compression saves now, by {label}. {unnamed}",
             "short",
             Query(total(tokens, label, function="rate"), f"{{{{{label}}}}}"),
             width=8,
@@ -175,7 +180,7 @@ def _named(label: str) -> Row:
         ),
         listing(
             f"{label.capitalize()}s",
-            f"What each {label} saved and how many requests it made, lifetime. {unnamed}",
+            f"Tokens saved and requests of each {label} over the lifetime. {unnamed}",
             columns,
             width=8,
             height=9,
@@ -187,12 +192,12 @@ def _named(label: str) -> Row:
 
 def _what_else() -> Row:
     stats = (
-        ("Deferred tool tokens saved", "Input tokens that deferred tool schemas saved, lifetime.", "short", _TOOLS),
-        ("Output tokens saved", "Output tokens that were not generated, lifetime.", "short", _OUTPUT),
-        ("Cache reads", "Input tokens that providers read from prompt caches, lifetime.", "short", _CACHE),
-        ("Input tokens sent", "Input tokens that were sent, after saving, lifetime.", "short", _INPUT),
-        ("Input cost", "US dollars paid for input, lifetime, as proxies recorded them.", "currencyUSD", _INPUT_COST),
-        ("Cache cost saved", "US dollars that prompt caches saved, lifetime.", "currencyUSD", _CACHE_COST),
+        ("Deferred tool tokens saved", "Lifetime input tokens that deferred tool schemas saved.", "short", _TOOLS),
+        ("Output tokens saved", "Lifetime output tokens that were not generated.", "short", _OUTPUT),
+        ("Cache reads", "Lifetime input tokens that providers read from prompt caches.", "short", _CACHE),
+        ("Input tokens sent", "Lifetime input tokens that were sent, after all savings.", "short", _INPUT),
+        ("Input cost", "Lifetime US dollars paid for input, as proxies recorded them.", "currencyUSD", _INPUT_COST),
+        ("Cache cost saved", "Lifetime US dollars that prompt caches saved.", "currencyUSD", _CACHE_COST),
     )
     kinds = (
         *((_TOKENS, "compression"), (_TOOLS, "deferred tools"), (_OUTPUT, "output not generated")),
@@ -207,14 +212,14 @@ def _what_else() -> Row:
             ),
             graph(
                 "Tokens per second by kind",
-                "What is saved now, by how, next to the input that is still sent.",
+                "Tokens saved now by each method, compared with the input that is sent.",
                 "short",
                 *(Query(total(metric, function="rate"), name) for metric, name in kinds),
                 width=12,
             ),
             graph(
                 "Cost saved and input cost",
-                "US dollars, lifetime: what compression and prompt caches saved, next to what was paid for input.",
+                "Lifetime US dollars that compression and prompt caches saved, compared with the cost of the input.",
                 "currencyUSD",
                 Query(total(_COST_SAVED), "saved"),
                 Query(total(_CACHE_COST), "saved by caches"),
