@@ -47,7 +47,7 @@ def main() -> None:
     if filesystem == "tmpfs":
         parser.error(f"{arguments.directory} is on a tmpfs, where nothing is durable; name a --directory on a disk")
 
-    # A server of a peer is stopped on the way out, also when this process is told to end.
+    # Peer servers must be stopped when this process exits, even because of a signal.
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, lambda number, _frame: sys.exit(128 + number))
 
@@ -55,7 +55,7 @@ def main() -> None:
     results: dict[str, Result] = {}
     left_out: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.directory) as directory:
-        # A server that runs as another user has to reach its own directory in this one.
+        # A server that runs as another user must be able to access its own directory in this one.
         os.chmod(directory, 0o711)
         setup = Setup(directory=Path(directory), repeat=arguments.repeat, scale=arguments.scale)
         for work in arguments.works or WORKS:
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results as a table in Markdown, and what there is to say about them."""
+    """The results as a table in Markdown, followed by their notes."""
     heads = ["work", "against", "ours", "the peer", "figure", "target", "met"]
     rows = [heads, *([*_row(result)] for result in results)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
@@ -92,7 +92,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """Everything about a result, each run's figures included."""
+    """All data of a result, including the figures of each run."""
     return {
         "work": result.work,
         "peer": result.peer,
@@ -110,7 +110,7 @@ def as_json(result: Result) -> dict[str, Any]:
 
 
 def machine(filesystem: str) -> Mapping[str, Any]:
-    """What the figures depend on."""
+    """The environment that the figures depend on."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "savings-exporter": version("savings-exporter"),
@@ -157,7 +157,7 @@ def _number(value: float) -> str:
 
 
 def _filesystem(directory: Path) -> str:
-    """The type of the filesystem that a directory is on, in the kernel's words."""
+    """The type of the file system of a directory, as the kernel names it."""
     shown = subprocess.run(["df", "--output=fstype", str(directory)], capture_output=True, text=True)
     return shown.stdout.split()[-1] if shown.returncode == 0 else "unknown"
 

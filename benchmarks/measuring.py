@@ -1,4 +1,4 @@
-"""Taking turns with a peer, and what comes of it."""
+"""Run our store and a peer in turn, and compare the results."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from typing import NamedTuple, TypedDict
 from benchmarks.workload import REQUESTS, Fields
 
 Recorder = Callable[[Fields], object]
-"""Makes one request durable, and returns only then."""
+"""Records one request, and returns when it is durable."""
 
 Opened = Callable[[], AbstractContextManager[Recorder]]
-"""Opens what records. Every thread or process that is measured opens its own."""
+"""Opens a recorder. Every measured thread or process opens its own."""
 
 Store = Callable[[Path], AbstractContextManager[Opened]]
-"""A tracker's store or a peer's in an empty directory; what it starts there it stops at its end."""
+"""A store of the tracker or of a peer in an empty directory. It stops at its end everything that it started."""
 
-# Longer than the default save_interval, so that every run of ours pays for a save of the document.
+# Longer than the default save_interval, so that every run of our store includes a save of the document.
 _RUN_SECONDS = 6.0
 _WARM_UP = 0.1
 _START_TOGETHER_SECONDS = 120.0
@@ -41,7 +41,7 @@ class LeftOutError(Exception):
 
 
 class Turns(TypedDict):
-    """The figures of both sides, one a run."""
+    """The figures of both sides, one per run."""
 
     ours: list[float]
     theirs: list[float]
@@ -49,7 +49,7 @@ class Turns(TypedDict):
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and how long to measure. ``scale`` multiplies the runs' seconds and the counts of records."""
+    """Where and how long to measure. ``scale`` multiplies the duration of the runs and the numbers of records."""
 
     directory: Path
     repeat: int = 5
@@ -57,7 +57,7 @@ class Setup:
 
     @property
     def seconds(self) -> float:
-        """How long one run lasts."""
+        """The duration of one run, in seconds."""
         return _RUN_SECONDS * self.scale
 
     def count(self, records: int) -> int:
@@ -73,9 +73,9 @@ class Setup:
             yield Path(directory)
 
     def taking_turns(self, ours: Callable[[], float], peer: Callable[[], float]) -> Turns:
-        """Peer, ours, peer, ours...: what slows the machine down for a while slows both.
+        """Run the peer and our store alternately, so that a slow phase of the machine affects both.
 
-        The peer is first, so that no time is lost where it is not installed.
+        The peer runs first, so that no time is lost if it is not installed.
         """
         figures = [(peer(), ours()) for _ in range(self.repeat)]
         return {"ours": [figure for _, figure in figures], "theirs": [figure for figure, _ in figures]}
@@ -92,7 +92,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Result:
-    """The figures of one work, one a run, in ``unit``; the medians are compared."""
+    """The figures of one work, one per run, in ``unit``; the medians are compared."""
 
     work: str
     peer: str
@@ -115,19 +115,19 @@ class Result:
 
 
 class Moment(NamedTuple):
-    """The time, and the CPU time that the process has used, user and system, in seconds."""
+    """The time, and the CPU time of the process (user and system), in seconds."""
 
     time: float
     cpu: float
 
     @classmethod
     def now(cls) -> Moment:
-        """This moment."""
+        """The current moment."""
         return cls(time.perf_counter(), time.process_time())
 
 
 class Run(NamedTuple):
-    """One thread's or process's run: the seconds that each record took, and when it began and ended."""
+    """The run of one thread or process: the seconds that each record took, and the begin and end of the run."""
 
     took: list[float]
     began: Moment
@@ -135,11 +135,11 @@ class Run(NamedTuple):
 
 
 Workers = Callable[[Opened, float], list[Run]]
-"""Records for so many seconds, in threads or processes that begin together after a warm-up."""
+"""Records for a number of seconds, in threads or processes that start together after a warm-up."""
 
 
 def threads(count: int) -> Workers:
-    """So many threads of this process."""
+    """Run in a number of threads of this process."""
 
     def run(opened: Opened, seconds: float) -> list[Run]:
         barrier = threading.Barrier(count)
@@ -150,7 +150,7 @@ def threads(count: int) -> Workers:
 
 
 def processes(count: int) -> Workers:
-    """So many processes of one thread."""
+    """Run in a number of processes with one thread each."""
 
     def run(opened: Opened, seconds: float) -> list[Run]:
         spawn = multiprocessing.get_context("spawn")
@@ -165,17 +165,17 @@ one_thread = threads(1)
 
 
 def rate(runs: Sequence[Run]) -> float:
-    """Records a second, of all together, from the first one's begin to the last one's end."""
+    """Records per second of all runs together, from the begin of the first to the end of the last."""
     return _records(runs) / (max(run.ended.time for run in runs) - min(run.began.time for run in runs))
 
 
 def cpu(runs: Sequence[Run]) -> float:
-    """CPU time a record, in seconds: that of the whole process, for the runs of its threads."""
+    """CPU time per record, in seconds. It is the CPU time of the whole process, for the runs of its threads."""
     return (max(run.ended.cpu for run in runs) - min(run.began.cpu for run in runs)) / _records(runs)
 
 
 def p99(runs: Sequence[Run]) -> float:
-    """The time that 99 of 100 records do not exceed, in seconds."""
+    """The 99th percentile of the time per record, in seconds."""
     took = sorted(itertools.chain.from_iterable(run.took for run in runs))
     return took[math.ceil(len(took) * 0.99) - 1]
 
@@ -200,7 +200,7 @@ def _measured(opened: Opened, seconds: float) -> Run:
             _start.wait(_START_TOGETHER_SECONDS)
             return _repeated(record, seconds)
     except BaseException:
-        # The others must not wait for one that will not come.
+        # The other threads must not wait for a thread that failed.
         _start.abort()
         raise
 

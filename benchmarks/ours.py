@@ -1,4 +1,4 @@
-"""Our side: trackers that record, through the public API, and the few places that depend on a store's files."""
+"""Our side: trackers that record through the public API, and the few functions that depend on a store's files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAME = "proxy_savings.json"
 BATCH = 1_000
 
 NEVER = 1e9
-"""A ``save_interval``, in seconds, for where the journal is looked at: a save of the document would take its place."""
+"""A ``save_interval``, in seconds, for works that inspect the journal: a save of the document would replace it."""
 
 
 @contextmanager
@@ -37,20 +37,20 @@ def shared_tracker(directory: Path, **options: Any) -> Iterator[Opened]:
 
 @contextmanager
 def tracker_each(directory: Path, *, keyed: bool = False) -> Iterator[Opened]:
-    """A tracker for each process, on one store."""
+    """One tracker per process, all on one store."""
     yield partial(_recorder_of_store, directory / NAME, keyed=keyed)
 
 
 @contextmanager
 def batch_tracker(directory: Path, records: Sequence[SavingsRecord]) -> Iterator[Opened]:
-    """A tracker that records all these records in one call of ``record_many``."""
+    """A tracker that records all given records in one call of ``record_many``."""
     with SavingsTracker(directory / NAME) as tracker:
         yield lambda: nullcontext(lambda _fields: check(tracker.record_many(records)))
 
 
 @contextmanager
 def traced_caller(directory: Path, provider: TracerProvider, *, ours_too: bool) -> Iterator[Opened]:
-    """A proxy that opens a span for each request that it records; ``ours_too``: the tracker makes spans as well."""
+    """A proxy that opens a span for each request that it records. ``ours_too``: the tracker creates spans as well."""
     caller = provider.get_tracer("caller")
     with SavingsTracker(directory / NAME, tracer_provider=provider if ours_too else NoOpTracerProvider()) as tracker:
         record = recorder(tracker)
@@ -63,7 +63,7 @@ def traced_caller(directory: Path, provider: TracerProvider, *, ours_too: bool) 
 
 
 def recorder(tracker: SavingsTracker) -> Recorder:
-    """Records one request and insists that it is durable."""
+    """Records one request and fails if it is not durable."""
 
     def record(fields: Fields) -> None:
         check(tracker.record_request(**fields))
@@ -72,7 +72,7 @@ def recorder(tracker: SavingsTracker) -> Recorder:
 
 
 def keyed_recorder(tracker: SavingsTracker) -> Recorder:
-    """The same, each request with an idempotency key that no other has."""
+    """The same, with a unique idempotency key for each request."""
     prefix, numbers = secrets.token_hex(8), itertools.count()
 
     def record(fields: Fields) -> None:
@@ -82,20 +82,20 @@ def keyed_recorder(tracker: SavingsTracker) -> Recorder:
 
 
 def check(receipt: object) -> None:
-    """Stop the run where a record was not durable."""
+    """Stop the run if a record is not durable."""
     if not receipt:
         raise RuntimeError("a record of ours was not durable: look at the disk, and at the log above")
 
 
 def fill(tracker: SavingsTracker, records: int) -> None:
-    """Record so many requests, a thousand at a time."""
+    """Record a number of requests, a thousand at a time."""
     batch = [SavingsRecord(**fields) for fields in many(BATCH)]
     for first in range(0, records, BATCH):
         check(tracker.record_many(batch[: records - first]))
 
 
 def record_bytes(setup: Setup) -> int:
-    """The bytes that one record takes in the journal, its share of what is left of a block included."""
+    """The bytes that one record takes in the journal, including its share of the unused rest of a block."""
     records = 500
     with setup.fresh() as directory, SavingsTracker(directory / NAME, save_interval=NEVER) as tracker:
         for fields in many(records):
@@ -105,7 +105,7 @@ def record_bytes(setup: Setup) -> int:
 
 
 def make_crashed_store(directory: Path, records: int) -> None:
-    """A store whose only writer was killed: every record is in its journal, each in a commit of its own."""
+    """A store whose only writer was killed: every record is in its journal, each in a separate commit."""
     writer = multiprocessing.get_context("spawn").Process(target=_record_and_die, args=(directory / NAME, records))
     writer.start()
     writer.join()
@@ -114,9 +114,9 @@ def make_crashed_store(directory: Path, records: int) -> None:
 
 
 def journal_lines(directory: Path) -> list[bytes]:
-    """What was committed to a store's journal: the JSON in each frame.
+    """The contents of a store's journal: the JSON in each frame.
 
-    This and ``segments`` are all that depends on the format of the journal.
+    Only this function and ``segments`` depend on the format of the journal.
     """
     return [line for path in segments(directory) for line in _json_objects(path.read_bytes())]
 
@@ -129,7 +129,7 @@ def segments(directory: Path) -> list[Path]:
 def document_format() -> tuple[Callable[[bytes], Any], Callable[[Any], bytes]]:
     """The functions that decode and encode a document.
 
-    They are not public. The public API saves no document with as many points as are measured: it thins the history.
+    They are not public. The public API cannot save a document with this many points, because it thins the history.
     """
     try:
         document = import_module("savings_exporter.formats.document")
@@ -154,7 +154,7 @@ def _record_and_die(path: Path, records: int) -> None:
 
 def _json_objects(data: bytes) -> Iterator[bytes]:
     """The JSON objects between other bytes, such as the headers of frames."""
-    # As Latin-1 each byte is a character, so that a position in the text is one in the data.
+    # In Latin-1 each byte is one character, so that positions in the text are positions in the data.
     text = data.rstrip(b"\0").decode("latin-1")
     decode = json.JSONDecoder().raw_decode
     start = text.find('{"')

@@ -1,4 +1,4 @@
-"""The requests that every work records, ours and the peer's alike."""
+"""The requests that every work records, with our store and with the peer."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ REQUESTS = tuple(
     request(number, provider, model, project)
     for number, ((provider, model), project) in enumerate(itertools.product(_MODELS, _PROJECTS))
 )
-"""They are recorded over and over, in this order."""
+"""The works record these requests repeatedly, in this order."""
 
 
 def many(count: int) -> list[Fields]:
-    """So many requests."""
+    """A number of requests."""
     return list(itertools.islice(itertools.cycle(REQUESTS), count))

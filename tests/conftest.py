@@ -1,8 +1,8 @@
-"""What every tier shares: fixtures, which tests are run, and the list of what was left out.
+"""Shared by all test suites: fixtures, the selection of tests, and the list of skipped tests.
 
-A test says what it needs with ``@pytest.mark.needs("prometheus", "strace")``. Where that is missing, the test is
-left out and the run ends with a line that says so; with ``REQUIRE_ALL=1`` leaving anything out is a failure. With
-``INSTALL_PEERS=1`` (``make test``) what the selected tests need is installed before, where make has a target for it.
+A test names what it needs with ``@pytest.mark.needs("prometheus", "strace")``. If a need is missing, the test is
+skipped, and the run ends with a line that says so. With ``REQUIRE_ALL=1`` a skipped test is a failure. With
+``INSTALL_PEERS=1`` (``make test``) the needs of the selected tests are installed first, if make has a target for them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell starts what runs in its background with this signal ignored, and our children would inherit that.
+    # A shell starts background jobs with this signal ignored, and child processes of the tests would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "needs(*names): leave the test out where one of these is missing")
     config.addinivalue_line("markers", "slow: its cases take longer than half a second; --fast leaves it out")
@@ -56,7 +56,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _make(target: str, config: pytest.Config) -> None:
-    """Make a target. Where that fails, the tests that need it are left out."""
+    """Run a make target. If it fails, the tests that need it are skipped."""
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         subprocess.run(["make", "--no-print-directory", target], cwd=ROOT, check=False)
     importlib.invalidate_caches()
@@ -92,19 +92,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """Why a test or a module was skipped."""
+    """The reason why a test or a module was skipped."""
     return report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else report.longreprtext
 
 
 @pytest.fixture
 def store_path(tmp_path: Path) -> Path:
-    """Where a test's store goes."""
+    """The path of a test's store."""
     return tmp_path / "proxy_savings.json"
 
 
 @pytest.fixture
 def faults() -> Iterator[FaultyFileSystem]:
-    """A file system whose steps fail and hang; at the end none does."""
+    """A file system whose steps can fail and hang; it is repaired at the end."""
     faults = FaultyFileSystem()
     yield faults
     faults.mend()
@@ -119,7 +119,7 @@ def tracker(store_path: Path, faults: FaultyFileSystem) -> Iterator[SavingsTrack
 
 @pytest.fixture
 def traced(store_path: Path, faults: FaultyFileSystem) -> Iterator[Traced]:
-    """A tracker on a new store, whose spans are kept, on the file system ``faults``."""
+    """A tracker on a new store, with its spans kept in memory, on the file system ``faults``."""
     traced = Traced(store_path, faults)
     yield traced
     traced.tracker.close()

@@ -1,8 +1,8 @@
-"""Rules of the storage engine, each with a patch that takes it out of the code and the tests that must fail then.
+"""Rules of the storage engine, each with a patch that removes it from the code and the tests that must then fail.
 
 ``make mutants`` (or ``python -m tests.mutants [NAME ...]``) applies each patch in a copy of the tree and runs its
-tests. It ends with 1 when a mutant survives, when a patch does not apply any more, or when a test fails without any
-patch. A rule whose removal no test notices is not tested.
+tests. It exits with 1 when a mutant survives, when a patch no longer applies, or when a test fails without any patch.
+If no test fails after the removal of a rule, the rule is not tested.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple
 from tests.support.paths import ROOT
 
 MOST_SECONDS = 180
-"""How long the tests of one mutant may take; longer ones count as failed."""
+"""The time limit for the tests of one mutant, in seconds; tests that take longer count as failed."""
 
 RULES = "tests/storage/test_rules.py"
 NAMES = "tests/storage/test_store_names.py"
@@ -37,7 +37,7 @@ _TREE = ("savings_exporter", "tests", "pyproject.toml", "dashboards")
 
 
 class Edit(NamedTuple):
-    """A text that stands exactly once in a file of the package, and what replaces it."""
+    """A text that occurs exactly once in a file of the package, and its replacement."""
 
     file: str
     old: str
@@ -45,7 +45,7 @@ class Edit(NamedTuple):
 
 
 class Mutant(NamedTuple):
-    """A rule, how it is taken out, and the tests of which one must fail then."""
+    """A rule, the edits that remove it, and the tests of which at least one must then fail."""
 
     rule: str
     edits: Sequence[Edit]
@@ -495,7 +495,7 @@ MUTANTS = [
         ],
         [f"{RULES}::test_segment_made_meanwhile"],
     ),
-    # The platform, other programs, and what others are told.
+    # The platform, other programs, and observers.
     mutant(
         "A failed directory fsync is no unsupported one",
         "storage/operation.py",
@@ -538,7 +538,7 @@ def applied(edit: Edit, text: str) -> str:
     """The text of a file with the edit.
 
     Raises:
-        ValueError: what it replaces is not there, or more than once.
+        ValueError: the text to replace does not occur exactly once.
     """
     if text.count(edit.old) != 1:
         raise ValueError(f"{edit.file}: this text stands there {text.count(edit.old)} times:\n{edit.old}")
@@ -546,7 +546,7 @@ def applied(edit: Edit, text: str) -> str:
 
 
 def problem_of(some: Mutant, tree: Path) -> str:
-    """Why a mutant survives in a copy of the tree, empty when it is killed."""
+    """The reason why a mutant survives in a copy of the tree; empty if it is killed."""
     originals = {edit.file: (tree / "savings_exporter" / edit.file).read_text() for edit in some.edits}
     changed = dict(originals)
     try:
@@ -566,7 +566,7 @@ def problem_of(some: Mutant, tree: Path) -> str:
 
 
 def run(tests: Sequence[str], tree: Path) -> tuple[int | None, str]:
-    """Run tests in a tree: pytest's exit status (None when they took too long) and what it wrote."""
+    """Run tests in a tree. Return the exit status of pytest (None after the time limit) and its output."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
@@ -579,7 +579,7 @@ def run(tests: Sequence[str], tree: Path) -> tuple[int | None, str]:
 
 
 def copied_tree(directory: Path) -> Path:
-    """A copy of all that the tests need."""
+    """A copy of all files that the tests need."""
     skipped = shutil.ignore_patterns("__pycache__", ".*")
     for name in _TREE:
         if (ROOT / name).is_dir():

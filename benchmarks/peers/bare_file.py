@@ -1,4 +1,4 @@
-"""A bare file: the least that a durable record takes without a store around it."""
+"""A bare file: the minimum cost of a durable record, without a store."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _FILE_BYTES = 4 * 1024 * 1024
 
 @contextmanager
 def bare_file(directory: Path, size: int) -> Iterator[Opened]:
-    """``pwrite`` and ``fdatasync`` of ``size`` bytes a record, into a file of zeros."""
+    """``pwrite`` and ``fdatasync`` of ``size`` bytes per record, into a file of zeros."""
     yield partial(appending, directory / "bare", size)
 
 
 @contextmanager
 def appending(path: Path, size: int) -> Iterator[Recorder]:
-    """A file of zeros, written in order; at its end it is written from its beginning again, as a new segment."""
+    """A file of zeros, written sequentially. At its end, writing continues at its beginning, as in a new segment."""
     path.write_bytes(bytes(_FILE_BYTES))
     descriptor = os.open(path, os.O_RDWR)
     try:

@@ -1,4 +1,4 @@
-"""Headroom's own tracker, in the virtual environment that ``make headroom`` makes: it saves its document a record."""
+"""Headroom's own tracker, in the environment that ``make headroom`` creates. It saves its document for each record."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ json.dump(record(seconds), sys.stdout)
 
 
 def fill_headroom(path: Path, points: int) -> None:
-    """Let Headroom itself write a document with so many points of history."""
+    """Let Headroom write a document with this number of history points."""
     _headroom(_HEADROOM_FILL, [str(path), points, _headroom_requests()])
 
 
 def headroom_rate(path: Path, seconds: float) -> float:
-    """Records a second of Headroom's tracker on this document, each saved with its fsyncs, after a warm-up."""
+    """Records per second of Headroom's tracker on this document, after a warm-up. Each record is saved and synced."""
     return float(json.loads(_headroom(_HEADROOM_RECORD, [str(path), seconds, _headroom_requests()])))
 
 
 def _headroom_requests() -> list[Fields]:
-    """The same requests; Headroom prices them itself."""
+    """The same requests; Headroom computes their prices itself."""
     return [{name: value for name, value in fields.items() if name not in USD} for fields in REQUESTS]
 
 

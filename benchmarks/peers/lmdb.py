@@ -1,4 +1,4 @@
-"""LMDB with its defaults (``sync`` and ``metasync`` on), over py-lmdb: one write transaction a record."""
+"""LMDB with its defaults (``sync`` and ``metasync`` on), through py-lmdb: one write transaction per record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.workload import Fields
 
 RECORDS, TOTALS = b"records", b"totals"
 
-# An upper bound of the file's size, not what it takes.
+# An upper bound of the file's size, not its actual size.
 _MAP_BYTES = 16 * 1024**3
 
 _SUMS = struct.Struct(f"<{1 + len(schema.TOKENS)}q{len(schema.USD)}d32s")
@@ -31,7 +31,7 @@ _row = msgspec.msgpack.Encoder().encode
 
 @contextmanager
 def lmdb(directory: Path) -> Iterator[Opened]:
-    """An environment that each process opens for itself. One process can open it only once."""
+    """An environment. Each process opens it for itself, and can open it only once."""
     _client()
     yield partial(_opened, directory / "environment")
 
@@ -42,12 +42,12 @@ def environment(path: Path) -> Any:
 
 
 def key_of(table: str, fields: Fields) -> bytes:
-    """The key of the totals that a request is part of."""
+    """The key of the totals that include a request."""
     return "\0".join([table, *(fields[name] for name in schema.TOTALS[table])]).encode()
 
 
 def sums_in(value: bytes) -> tuple[int, int]:
-    """The requests and the saved tokens in a value of the totals."""
+    """The numbers of requests and of saved tokens in a value of the totals."""
     requests, *sums = _SUMS.unpack(value)
     return requests, sums[schema.SUMS.index("tokens_saved")]
 

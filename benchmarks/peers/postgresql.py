@@ -1,8 +1,8 @@
-"""PostgreSQL with ``synchronous_commit=on``, over psycopg 3: one call of a function a record, one transaction each.
+"""PostgreSQL with ``synchronous_commit=on``, through psycopg 3: one function call per record, one transaction each.
 
-The function holds the statements that SQLite gets one by one. In short runs with one thread it was 1.2 to 2.5 times as
-fast as a transaction of five prepared statements, the same in psycopg's pipeline mode, and one statement with
-data-modifying CTEs.
+The function contains the statements that SQLite receives one by one. In short runs with one thread it was 1.2 to 2.5
+times as fast as the alternatives: a transaction of five prepared statements, the same transaction in psycopg's pipeline
+mode, and one statement with data-modifying CTEs.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _CALL = f"SELECT record({', '.join(f'%({name})s::{_TYPES[name]}' for name in sch
 
 @contextmanager
 def postgresql(directory: Path) -> Iterator[Opened]:
-    """A new cluster with Debian's defaults; each thread or process has a connection.
+    """A new cluster with Debian's defaults; each thread or process has its own connection.
 
-    The server refuses to run as root: then it runs as the user ``postgres``.
+    The server refuses to run as root. If this process is root, the server runs as the user ``postgres``.
     """
     client, programs, user = _client(), _programs(), _user()
     data = directory / "cluster"
@@ -56,7 +56,7 @@ def postgresql(directory: Path) -> Iterator[Opened]:
             [str(programs / "postgres"), "-D", str(data), "-k", str(sockets), *options],
             log=directory / "postgresql.log",
             is_ready=lambda: _answers(client, sockets),
-            # The fast shutdown: it does not wait for clients.
+            # The fast shutdown, which does not wait for clients.
             stop_signal=signal.SIGINT,
             user=user,
         ):
@@ -67,7 +67,7 @@ def postgresql(directory: Path) -> Iterator[Opened]:
 
 
 def connect(sockets: Path) -> Any:
-    """A connection to the server whose sockets are in a directory; each statement is a transaction."""
+    """A connection to the server with its sockets in this directory; each statement is a transaction."""
     return _client().connect(host=str(sockets), user=_USER, dbname="postgres", autocommit=True)
 
 
@@ -85,7 +85,7 @@ def _client() -> Any:
 
 
 def _programs() -> Path:
-    """Where ``initdb`` and ``postgres`` are; Debian has a directory a version, which is not on the PATH."""
+    """The directory of ``initdb`` and ``postgres``. Debian has one directory per version, which is not on the PATH."""
     found = shutil.which("initdb")
     if found is not None:
         return Path(found).resolve().parent

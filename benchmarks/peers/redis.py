@@ -1,4 +1,4 @@
-"""Redis with ``appendfsync always``, over redis-py: a stream entry a record, a hash of totals, one script a record.
+"""Redis with ``appendfsync always``, through redis-py: per record one stream entry, hashes of totals, one script call.
 
 A script (EVALSHA) is one round trip and as atomic as MULTI/EXEC. The same commands in a pipeline with MULTI/EXEC
 reached two thirds of its rate in a short run with one thread.
@@ -42,7 +42,7 @@ end
 
 @contextmanager
 def redis(directory: Path) -> Iterator[Opened]:
-    """A server that syncs its append-only file before it answers; each thread or process has a connection."""
+    """A server that syncs its append-only file before it answers; each thread or process has its own connection."""
     client, command = _client(), _server()
     with server.socket_directory() as sockets:
         socket = sockets / "redis.sock"
@@ -55,7 +55,7 @@ def redis(directory: Path) -> Iterator[Opened]:
 
 
 def key_of(table: str, fields: Fields) -> str:
-    """The key of the hash of totals that a request is part of."""
+    """The key of the hash of the totals that include a request."""
     return "\0".join([table, *(fields[name] for name in schema.TOTALS[table])])
 
 
@@ -80,7 +80,7 @@ def _server() -> str:
 
 
 def _answers(client: Any, socket: Path) -> bool:
-    # Asked for only once the socket is there: the client tries again by itself, after seconds.
+    # Connect only when the socket exists, because the client would wait for seconds before its next attempt.
     if not socket.exists():
         return False
     try:

@@ -1,4 +1,4 @@
-"""What every peer keeps of a record: a row, and the totals that the record is part of, as the tracker keeps them."""
+"""The data that every peer stores for a record: a row, and the same totals as the tracker."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ every transaction locks, comes last, so that it is locked for the shortest time.
 
 
 def stamped(fields: Fields) -> Fields:
-    """The request with the time of its arrival, as the tracker adds it."""
+    """The request with its arrival time, which the tracker also adds."""
     return {**fields, "timestamp": datetime.now(timezone.utc).isoformat()}
 
 
 def tables(row_id: str) -> list[str]:
-    """The statements that create the tables in SQL; ``row_id`` declares the key of a record's row."""
+    """The SQL statements that create the tables; ``row_id`` declares the key of a record's row."""
     sums = ", ".join([*(f"{name} BIGINT" for name in TOKENS), *(f"{name} DOUBLE PRECISION" for name in USD)])
     names = ", ".join(f"{name} TEXT" for name in NAMES)
     return [

@@ -1,4 +1,4 @@
-"""A server of a peer: started in the benchmark's directory, stopped by its own process id."""
+"""A server of a peer, started in the benchmark's directory and stopped by its process id."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def running(
     stop_signal: signal.Signals = signal.SIGTERM,
     user: str | None = None,
 ) -> Iterator[None]:
-    """A server that accepts connections; it is stopped at the end, also by an exception.
+    """A server that accepts connections. It is stopped at the end of the block, even after an exception.
 
     Args:
         command: starts the server in the foreground.
-        log: the file that takes what the server prints.
+        log: the file for the output of the server.
         is_ready: whether it accepts connections.
-        stop_signal: asks it to stop; a server that goes on is killed after 30 seconds.
-        user: the user that it runs as, instead of this one.
+        stop_signal: asks it to stop; a server that does not stop is killed after 30 seconds.
+        user: the user that it runs as, if not the current one.
 
     Raises:
-        RuntimeError: it did not start; the message has the end of its log.
+        RuntimeError: it did not start; the message contains the end of its log.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -57,7 +57,7 @@ def running(
 
 @contextmanager
 def socket_directory(user: str | None = None) -> Iterator[Path]:
-    """A directory with a short path: that of a Unix domain socket has at most 107 bytes."""
+    """A directory with a short path, because the path of a Unix domain socket has at most 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         give_to(Path(directory), user)
         yield Path(directory)

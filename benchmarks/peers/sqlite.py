@@ -1,4 +1,4 @@
-"""SQLite, from the standard library: WAL mode, ``synchronous=FULL``, one transaction a record."""
+"""SQLite, from the standard library: WAL mode, ``synchronous=FULL``, one transaction per record."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _STATEMENTS = [schema.insert(":{}"), *schema.upserts(":{}", "max")]
 
 @contextmanager
 def sqlite(directory: Path) -> Iterator[Opened]:
-    """A database; each connection commits each request in a transaction of its own."""
+    """A database; each connection commits each request in a separate transaction."""
     _make_database(directory / DATABASE)
     yield partial(_connected, directory / DATABASE)
 
 
 @contextmanager
 def sqlite_batches(directory: Path, requests: Sequence[Fields]) -> Iterator[Opened]:
-    """A database; each call of the recorder commits all these requests in one transaction."""
+    """A database; each call of the recorder commits all given requests in one transaction."""
     _make_database(directory / DATABASE)
     yield partial(_connected_for_batches, directory / DATABASE, requests)
 
@@ -63,7 +63,7 @@ def _transactions(path: Path) -> Iterator[Callable[[Sequence[Fields]], None]]:
         database.execute("PRAGMA synchronous=FULL")
 
         def commit(rows: Sequence[Fields]) -> None:
-            # A transaction that takes the write lock later than at its beginning fails when another one was faster.
+            # A transaction that takes the write lock after its beginning fails if another one took it first.
             database.execute("BEGIN IMMEDIATE")
             for statement in _STATEMENTS:
                 if len(rows) == 1:

@@ -1,4 +1,4 @@
-"""The works: what is recorded, against which peer, and with which target."""
+"""The works: each defines what is recorded, the peer and the target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does not grow: bytes on the device, time and memory after many records."""
+"""Works for quantities that must not grow: bytes on the device, time and memory after many records."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from savings_exporter import SavingsTracker
 _BLOCK_BYTES = 4096
 _SECTOR_BYTES = 512
 
-# Before bytes are counted: so many records, until small first segments are full, and a pause in which the next segment
-# is made.
+# Before bytes are counted, this number of records fills the small first segments, and a pause lets the background
+# thread create the next segment.
 _SETTLING_RECORDS = 1_000
 _SETTLING_SECONDS = 1.0
 
 
 def device_bytes(setup: Setup) -> Result:
-    """What reaches the device for each commit, while neither a segment is made nor the document saved."""
+    """Bytes written to the device per commit, while no segment is created and no document is saved."""
     records, size = setup.count(2_000), record_bytes(setup)
     with loop_ext4(setup) as (mounted, written):
         runs = iter(range(3 * setup.repeat))
@@ -68,7 +68,7 @@ def device_bytes(setup: Setup) -> Result:
 
 
 def after_a_million(setup: Setup) -> Result:
-    """A record costs the same however many there are."""
+    """The cost of a record does not depend on the number of records."""
     large, small = setup.count(1_000_000), setup.count(1_000)
     with (
         setup.fresh() as directory,
@@ -112,9 +112,9 @@ def memory(setup: Setup) -> Result:
 
 @contextmanager
 def loop_ext4(setup: Setup) -> Iterator[tuple[Path, Callable[[], int]]]:
-    """An ext4 of its own on a loop device, and how many bytes were written to it.
+    """An ext4 file system on a loop device, and the number of bytes written to it.
 
-    The kernel's own timed commit of time stamps is put off, because it is not a record's.
+    The periodic commit of time stamps by the kernel is postponed, because no record causes it.
     """
     if os.geteuid() != 0 or shutil.which("losetup") is None or shutil.which("mkfs.ext4") is None:
         raise LeftOutError("it mounts an ext4 on a loop device: that needs root, losetup and mkfs.ext4")
@@ -136,7 +136,7 @@ def loop_ext4(setup: Setup) -> Iterator[tuple[Path, Callable[[], int]]]:
 
 
 def _memory_after(path: Path, small: int, large: int) -> tuple[float, float]:
-    """This process's memory in MB after so many records, and after so many."""
+    """The memory of this process in MB after each of two numbers of records."""
     with SavingsTracker(path) as tracker:
         record = recorder(tracker)
 

@@ -1,7 +1,7 @@
-"""CPU time: what a record costs where the disk is fast.
+"""CPU time: the cost of a record if the disk is fast.
 
-The peer is a fixed figure, because the first engine is no longer here to be run. It depends on the processor and on how
-it was measured (docs/benchmarks.md, Limits); the CPU time of a bare write in the same run is noted beside it.
+The peer is a fixed figure, because the first engine is no longer part of the code. The figure depends on the processor
+and on how it was measured (docs/benchmarks.md, Limits). The report includes the CPU time of a bare write in the run.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from benchmarks.ours import record_bytes, shared_tracker
 from benchmarks.peers.bare_file import bare_file
 from benchmarks.works.rates import runs_of
 
-# Microseconds a record, as given for a machine of two cores with a virtio disk; not measured with these works.
+# Microseconds per record on a machine of two cores with a virtio disk; not measured with these works.
 _FIRST_ENGINE_ONE_THREAD = 323.0
 _FIRST_ENGINE_64_THREADS = 85.0
 
 
 def cpu_one_thread(setup: Setup) -> Result:
-    """Alone, a record pays for a whole commit."""
+    """With one thread, each record needs a whole commit."""
     return _against_first_engine(
         setup, "CPU time of a record, one thread", one_thread, _FIRST_ENGINE_ONE_THREAD, at_most=0.4
     )
 
 
 def cpu_threads(setup: Setup) -> Result:
-    """Together, records share commits, and what is left is each one's own."""
+    """With many threads, records share commits, and only the cost of each record itself remains."""
     return _against_first_engine(
         setup, "CPU time of a record, 64 threads", threads(64), _FIRST_ENGINE_64_THREADS, at_most=0.5
     )

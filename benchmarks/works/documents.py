@@ -24,10 +24,10 @@ _MANY_NAMES = [request(n, "openai", f"model-{n}", f"project-{n}") for n in range
 
 
 def saving(setup: Setup) -> Result:
-    """A save encodes the whole document, on a processor that records need as well.
+    """A save encodes the whole document, and competes with recording for the processor.
 
-    The document is read before each time, as by a process that saves what another one saved before, so that nothing
-    but what reading keeps is left over from the time before. Points of history that were read do not change any more.
+    The document is read before each measurement, as in a process that saves after another process did. Only the data
+    that reading keeps is therefore in memory. History points that were read do not change any more.
     """
     points = setup.count(5_000)
     decode, encode = document_format()
@@ -120,7 +120,7 @@ def scrape(setup: Setup) -> Result:
 
 
 def _save_ms(setup: Setup) -> tuple[int, float]:
-    """How many points of history a tracker keeps at most, and the median time of saving them after one more record."""
+    """The maximum number of history points of a tracker, and the median time of a save after one more record."""
     with setup.fresh() as directory:
         path = directory / NAME
         path.write_bytes(_document_with_history(setup, _hourly_then_daily()))
@@ -135,19 +135,19 @@ def _save_ms(setup: Setup) -> tuple[int, float]:
 
 
 def _hourly(points: int) -> list[datetime]:
-    """The ends of so many hours until now, the oldest first."""
+    """The ends of the last ``hours`` hours until now, the oldest first."""
     now = datetime.now(timezone.utc).replace(microsecond=0)
     return [now - timedelta(hours=number) for number in reversed(range(points))]
 
 
 def _hourly_then_daily() -> list[datetime]:
-    """The moments of the points that a tracker keeps: every hour of two weeks, and every day of two years before."""
+    """The times of the points that a tracker keeps: every hour of two weeks, and every day of the two years before."""
     hours = _hourly(14 * 24)
     return [*(hours[0] - timedelta(days=number) for number in reversed(range(1, 2 * 365))), *hours]
 
 
 def _document_with_history(setup: Setup, moments: Sequence[datetime]) -> bytes:
-    """A document as Headroom writes it, with a point of history at each moment."""
+    """A document in Headroom's format, with a history point at each moment."""
     with setup.fresh() as directory:
         with SavingsTracker(directory / NAME) as tracker:
             check(tracker.record_many(SavingsRecord(**fields) for fields in _MANY_NAMES))
@@ -162,12 +162,12 @@ def _document_with_history(setup: Setup, moments: Sequence[datetime]) -> bytes:
 
 
 def _share(point: dict[str, Any], share: float) -> dict[str, Any]:
-    """A part of a point's totals; whole numbers stay whole."""
+    """A fraction of a point's totals; integers stay integers."""
     return {key: type(value)(value * share) for key, value in point.items() if isinstance(value, (int, float))}
 
 
 def _median_ms(setup: Setup, *, prepare: Callable[[], Any], work: Callable[[Any], object]) -> float:
-    """The median time of some work on what is prepared before each time, in milliseconds."""
+    """The median time of a function, in milliseconds. Its argument is prepared again before each measurement."""
     took: list[float] = []
     ends_at = time.perf_counter() + setup.seconds
     while not took or time.perf_counter() < ends_at:
@@ -184,7 +184,7 @@ def _plain_copy(registry: CollectorRegistry) -> CollectorRegistry:
     for family in registry.collect():
         samples = family.samples
         if not samples:
-            # A family whose values are not known. A plain instrument without labels would show zero.
+            # A family whose values are unknown. A plain instrument without labels would export zero.
             continue
         labels = sorted({name for sample in samples for name in sample.labels} - {"le"})
         if family.type == "counter":

@@ -1,4 +1,4 @@
-"""How many records a second become durable, and how long one takes."""
+"""Durable records per second, and the latency of a record."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SERVERS: Mapping[str, tuple[str, Store]] = {
 
 
 def one_thread_bare(setup: Setup) -> Result:
-    """The least that a disk takes for a durable record."""
+    """The minimum cost of a durable record on a disk."""
     size = record_bytes(setup)
     bare = partial(bare_file, size=size)
     return Result(
@@ -43,7 +43,7 @@ def one_thread_bare(setup: Setup) -> Result:
 
 
 def bare_latency(setup: Setup) -> Result:
-    """The slowest of a hundred records."""
+    """The 99th percentile of the latency of a record."""
     bare = partial(bare_file, size=record_bytes(setup))
     return Result(
         work="p99 of a record, 8 threads",
@@ -83,7 +83,7 @@ def headroom_rates(setup: Setup) -> Result:
 
 
 def batches(setup: Setup) -> Result:
-    """All of a batch or none of it."""
+    """A batch is committed completely or not at all."""
     requests = many(BATCH)
     ours = partial(batch_tracker, records=[SavingsRecord(**fields) for fields in requests])
     peer = partial(sqlite_batches, requests=requests)
@@ -99,12 +99,12 @@ def batches(setup: Setup) -> Result:
 
 
 def rate_of(setup: Setup, store: Store, workers: Workers) -> float:
-    """Records a second, into a fresh store."""
+    """Records per second, with a fresh store."""
     return rate(runs_of(setup, store, workers))
 
 
 def runs_of(setup: Setup, store: Store, workers: Workers) -> list[Run]:
-    """The runs of threads or processes with a fresh store."""
+    """The runs of threads or processes on a fresh store."""
     with setup.fresh() as directory, store(directory) as opened:
         return workers(opened, setup.seconds)
 
@@ -112,7 +112,7 @@ def runs_of(setup: Setup, store: Store, workers: Workers) -> list[Run]:
 def _compared(
     work: str, peer: str, ours: tuple[Store, Workers], theirs: tuple[Store, Workers], at_least: float
 ) -> Callable[[Setup], Result]:
-    """The work that compares the rates of two stores, each with its threads or processes."""
+    """A work that compares the rates of two stores, each with its own threads or processes."""
 
     def measured(setup: Setup) -> Result:
         return Result(

@@ -1,4 +1,4 @@
-"""How long a command takes, from its start to its end: a shell hook may call one for every command."""
+"""The duration of a command from process start to exit. A shell hook may run one for each command."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PEER = [sys.executable, "-c", "import msgspec, typer"]
 
 
 def start_version(setup: Setup) -> Result:
-    """Only what prints the version is imported."""
+    """Only the modules that print the version are imported."""
     return _compared(setup, "savings-exporter --version", [*_COMMAND, "--version"])
 
 
 def start_record(setup: Setup) -> Result:
-    """Only what records is imported; a store is opened, committed to and closed."""
+    """Only the modules that record are imported; a store is opened, committed to and closed."""
     with setup.fresh() as directory:
         saving = ["--model", "m", "--tokens-saved", "1", "--store", str(directory / NAME)]
         return _compared(setup, "savings-exporter record", [*_COMMAND, "record", *saving])
@@ -38,7 +38,7 @@ def _compared(setup: Setup, work: str, command: list[str]) -> Result:
 
 
 def _median_of(command: list[str], setup: Setup) -> Callable[[], float]:
-    _milliseconds(command)  # so that both are compiled, as pip compiles what it installs
+    _milliseconds(command)  # so that all modules are compiled, as pip does at installation
 
     def median() -> float:
         return sorted(_milliseconds(command) for _ in range(setup.count(11)))[setup.count(11) // 2]

@@ -1,4 +1,4 @@
-"""What spans cost. They are made, batched and thrown away where they would be sent."""
+"""The cost of spans. They are created, batched, and discarded instead of being sent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SAMPLED = 0.01
 
 
 def tracing_sampled(setup: Setup) -> Result:
-    """A proxy that samples one request in a hundred; its own spans are made on both sides."""
+    """A proxy samples one request in a hundred; both sides create the proxy's own spans."""
 
     def side(*, ours_too: bool) -> float:
         with _provider(ParentBased(TraceIdRatioBased(_SAMPLED))) as provider:
@@ -35,7 +35,7 @@ def tracing_sampled(setup: Setup) -> Result:
 
 
 def tracing_all(setup: Setup) -> Result:
-    """Every commit is sampled, and no caller has a span."""
+    """Every commit is sampled, and the callers have no spans."""
 
     def traced() -> float:
         with _provider(ALWAYS_ON) as provider:

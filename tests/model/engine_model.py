@@ -1,42 +1,44 @@
 #!/usr/bin/env python3
-"""An executable specification of the store: a journal and a file of its own for each writer, and one document.
+"""An executable specification of the store: each writer has its own journal and file, and all share one document.
 
-The store keeps a lifetime total. Every writer (one open tracker in one process) appends frames to a journal of its own.
-A save counts all journals in one document. This program states the protocol as the storage package has it, with all
-that a disk, a kernel or an operator may do to it, and visits every state that can be reached.
+The store keeps a lifetime total. Every writer (one open tracker in one process) appends frames to its own journal.
+A save counts all journals in one document. This program models the protocol of the storage package, and everything
+that a disk, a kernel or an operator may do to the store. It visits every reachable state.
 
     python3 -m tests.model.engine_model                the protocol: each configuration, its states, its violations
-    python3 -m tests.model.engine_model --mutants      each rule taken out in turn: a violation must be found
-    python3 -m tests.model.engine_model --trace NAME   the shortest run of a configuration or mutant that ends in one
-    python3 -m tests.model.engine_model --short        the smaller configurations alone, which the tests search
+    python3 -m tests.model.engine_model --mutants      each rule removed in turn: a violation must be found
+    python3 -m tests.model.engine_model --trace NAME   the shortest run to a violation, in a configuration or mutant
+    python3 -m tests.model.engine_model --short        only the smaller configurations, which the tests search
 
 What is modelled
 ----------------
-* A file has two contents: what processes read now (the page cache), and what a power loss may leave (the disk).
-* A segment that was removed and that a power loss brings back may have lost what it held.
-* A name that was made, replaced or removed without a directory fsync may or may not survive a power loss, each name on
-  its own. A directory fsync that fails leaves that open.
-* A frame that was written and not synced may or may not survive. A failed sync may leave the frame nowhere, on the
-  disk, or readable now and gone after a power loss (a second fsync then succeeds without writing anything).
-* A writer's file is never synced. Its watermark belongs to one boot: after a power loss the journal counts to its last
-  good frame, also when the file itself is gone.
-* A process can be stopped between any two steps (the others go on), or killed there. One that starts again is a new
+* A file has two contents: the content that processes read now (the page cache), and the content after a power loss
+  (the disk).
+* A power loss can restore a removed segment. The segment may have lost its content.
+* If a name was created, replaced or removed without a directory fsync, this change may or may not survive a power loss,
+  independently for each name. After a failed directory fsync the outcome is unknown.
+* A frame that was written but not synced may or may not survive. After a failed sync the frame may be lost, on the
+  disk, or readable now and lost after a power loss (a second fsync then succeeds without writing anything).
+* A writer's file is never synced. Its watermark belongs to one boot. After a power loss the journal counts up to its
+  last valid frame, even if the file itself is lost.
+* A process can be stopped (while the others continue) or killed between any two steps. A restarted process is a new
   writer. Locks end with their process. A process may also close: it saves, removes its segments and ends.
 
 What is checked, in every state
 -------------------------------
-* lost       an acknowledged record is held by {document, journals} and by {previous document, journals}: as they are
-             now, and in every combination of contents that a power loss could leave.
+* lost       {document, journals} and {previous document, journals} both contain every acknowledged record: in the
+             current state, and in every combination of contents that a power loss could leave.
 * twice      no record, acknowledged or not, is counted twice in any of them. All attempts with one idempotency key
              are one record.
-* gap        no such combination has a hole in a writer's sequence numbers: recovery would report it as damage.
-* doubt      none ends before what a document holds of a journal: recovery could not tell whether records are lost.
-* backwards  totals that a reader sees never go down, not across a kill and not across a power loss.
-* reader     a reader that takes no lock returns totals that held at one instant between its start and its end, and
-             does not take records for lost that are there.
+* gap        no such combination has a gap in a writer's sequence numbers: recovery would report it as damage.
+* doubt      no journal ends before the position that a document stores for it: recovery could not determine whether
+             records are lost.
+* backwards  totals that a reader sees never decrease, not even across a kill or a power loss.
+* reader     a reader that takes no lock returns totals that were correct at one instant between its start and its end,
+             and does not report existing records as lost.
 
-The model is bounded: two processes, two to four records, one or two frames a segment, one or two saves a process, and
-the faults that a configuration names. Within these bounds the search is complete.
+The model is bounded: two processes, two to four records, one or two frames per segment, one or two saves per process,
+and the faults that a configuration names. Within these bounds the search is complete.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The rules. The defaults are the protocol. Every other value takes one rule out.
+# The rules. The defaults are the protocol. Every other value removes one rule.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -76,9 +78,9 @@ class Rules:
     store_lock: bool = True
     # Dead writers are determined before anything is counted.
     dead_first: bool = True
-    # A save notes for each writer how far its journal is counted.
+    # A save stores for each writer up to which number its journal is counted.
     through: bool = True
-    # A document notes where reading goes on only of writers that may record more: segments of the others are removed.
+    # A document stores a position to continue reading only for writers that may record more.
     place_of_living: bool = True
     # A save keeps the document that it replaces.
     previous: bool = True
@@ -93,7 +95,7 @@ class Rules:
     # A writer's entry is dropped in a save that begins with a directory fsync, made after its files were removed
     # | "unsynced": without one | "same": in the save that retires.
     drop: str = "synced"
-    # A key is counted once, whichever journals it stands in.
+    # A key is counted once, regardless of which journals contain it.
     keys_once: bool = True
     # Watermarks of an earlier boot are not used.
     boot: bool = True
@@ -107,11 +109,11 @@ class Rules:
 # The state. Everything is an immutable tuple, so that a state can be a key of a dictionary.
 # ----------------------------------------------------------------------------------------------------------------------
 
-NO_ENTRY = -1  # The document has no entry for this writer: its journal counts from the first frame.
+NO_ENTRY = -1  # The document has no entry for this writer, so its journal counts from the first frame.
 NOBODY = -1  # A lock that is free.
-ALL = 99  # Instead of a watermark: the journal counts to its last good frame.
+ALL = 99  # Instead of a watermark: the journal counts up to its last valid frame.
 
-GONE, HERE, EITHER = 1, 2, 3  # What a power loss makes of a name.
+GONE, HERE, EITHER = 1, 2, 3  # The effect of a power loss on a name.
 DURABLE, UNSYNCED, DOUBTFUL = 1, 2, 3  # A frame: on the disk | on its way | its sync failed, and it can be read now.
 
 
@@ -126,7 +128,7 @@ class Doc(NamedTuple):
 
 
 class Name(NamedTuple):
-    """A name of a document: what it shows now, and what it may show after a power loss."""
+    """A name of a document: its document now, and the possible ones after a power loss."""
 
     now: Doc
     after: frozenset[Doc]
@@ -168,7 +170,7 @@ class Process(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """``floor`` is what could be seen when it began, ``counts`` what it counted."""
+    """``floor`` is the total that was visible when it began, ``counts`` the total that it counted."""
 
     at: str = "document"
     doc: Doc | None = None
@@ -180,7 +182,7 @@ class Reader(NamedTuple):
 
 
 class Left(NamedTuple):
-    """What may still happen."""
+    """The faults that may still happen."""
 
     saves: tuple[int, ...]
     kills: int
@@ -281,7 +283,7 @@ class Model:
 
     @staticmethod
     def readable(segments: Sequence[Segment]) -> dict[int, tuple[int, int]]:
-        """By sequence number, of every frame that can be read: its record, and the first segment that holds it."""
+        """For every readable frame, by sequence number: its record, and the first segment that contains it."""
         found: dict[int, tuple[int, int]] = {}
         for place, segment in enumerate(segments):
             if segment.now:
@@ -314,7 +316,7 @@ class Model:
         return any(times for other, times in enumerate(counts) if self.groups[other] == group)
 
     def limits(self, s: State) -> tuple[int, ...]:
-        """How far each journal counts."""
+        """Up to which number each journal counts."""
         return tuple(mark if file.now else ALL for mark, file in zip(s.watermarks, s.files, strict=True))
 
     def visible(self, s: State) -> tuple[int, ...]:
@@ -357,7 +359,7 @@ class Model:
             certain[self.groups[record]] += doc.counts[record]
             possible[self.groups[record]] += doc.counts[record]
         for writer, segments in enumerate(journals):
-            frames: dict[int, tuple[int, bool]] = {}  # By sequence number: the record, whether it is certainly there.
+            frames: dict[int, tuple[int, bool]] = {}  # By sequence number: the record, and whether it certainly exists.
             for segment in segments:
                 if not (segment.now if now else segment.after & HERE):
                     continue
@@ -368,7 +370,7 @@ class Model:
                     frames[number] = (record, sure or (number in frames and frames[number][1]))
             at = max(doc.through[writer], 0)
             end = max(frames, default=0)
-            # To need the previous document after a power loss is one fault more.
+            # Needing the previous document after a power loss counts as another fault.
             if what == "document" and at and self._is_doubtful(segments, at, doc.place[writer], frames):
                 return "doubt: the journal may end before what the document holds of it"
             while at < end:
@@ -417,7 +419,7 @@ class Model:
             yield from self.read(s, s.reader)
 
     def go(self, s: State, i: int, p: Process, at: str, **changes: Any) -> State:
-        """Process i goes on to the step ``at``. Changes are of the process, or of the state."""
+        """Process i continues at the step ``at``. The changes apply to the process, or to the state."""
         mine = {name: changes.pop(name) for name in list(changes) if name in Process._fields}
         return s._replace(processes=put(s.processes, i, p._replace(at=at, **mine)), **changes)
 
@@ -618,7 +620,7 @@ class Model:
         return self.go(s, i, p, at, new=new)
 
     def is_both(self, s: State, p: Process) -> bool:
-        """Whether the new document gets both names: at close, and when there is none yet."""
+        """Whether the new document gets both names: at close, and if there is no document yet."""
         return (p.back == "close" and self.r.both_at_close) or s.doc.now == self.empty
 
     def at_keep_previous(self, s: State, i: int, p: Process) -> Steps:
@@ -686,7 +688,7 @@ class Model:
             yield "removes writers' files, ends the save", self.leave(s, i, p)
 
     def needless(self, s: State, w: int, new: Doc, old: Doc, p: Process) -> list[int]:
-        """The segments of a writer that both documents cover, and that the writer will not use again."""
+        """The segments of a writer that both documents cover and that the writer will not use again."""
         if new.through[w] == NO_ENTRY:
             return []
         if self.r.retire == "new":
@@ -694,7 +696,7 @@ class Model:
         listed = [n for n, segment in enumerate(s.journals[w][: p.listed[w]]) if segment.now]
         is_finished = w in p.dead or (p.back.endswith("close") and w == p.writer) or not self.r.spare_living
         if p.back == "close":
-            # The rule that both documents are new at close is taken out, and the removal of segments is not.
+            # A mutant removes the rule that both documents are new at close, but not the removal of segments.
             old = new
         if is_finished and old.through[w] >= new.through[w]:
             return listed
@@ -702,7 +704,7 @@ class Model:
         return [n for n in listed if n < first]
 
     def leave(self, s: State, i: int, p: Process) -> State:
-        """A save ends, well or badly. After one at close, the process ends."""
+        """A save ends, with or without success. After a save at close, the process ends."""
         if s.store_lock == i:
             s = s._replace(store_lock=NOBODY)
         if p.back.endswith("close"):
@@ -713,7 +715,7 @@ class Model:
     # ---- The disk ----------------------------------------------------------------------------------------------------
 
     def directory_fsync(self, s: State) -> State:
-        """Every name is now on the disk as it can be seen."""
+        """Every name is now on the disk as it is visible."""
         journals = tuple(
             tuple(
                 segment._replace(after=HERE) if segment.now else Segment(now=False, after=GONE, frames=())
@@ -729,13 +731,13 @@ class Model:
         )
 
     def directory_fsync_fails(self, s: State) -> State:
-        """The outcome is unknown: what was open stays open."""
+        """The outcome is unknown, so the open possibilities stay open."""
         return s._replace(left=s.left._replace(fsync_faults=s.left.fsync_faults - 1))
 
     # ---- Crashes -----------------------------------------------------------------------------------------------------
 
     def kill(self, s: State, i: int) -> State:
-        """Locks end with the process. Its client gives up, unless the record has a key and is sent elsewhere, too."""
+        """Locks end with the process. Its client gives up, unless the record has a key and is sent elsewhere."""
         p = s.processes[i]
         return s._replace(
             processes=put(s.processes, i, Process()),
@@ -746,7 +748,7 @@ class Model:
         )
 
     def power_loss(self, s: State) -> Steps:
-        """Every combination of what the disk may hold."""
+        """Every combination of the possible contents of the disk."""
         todo = tuple(todo[1:] if p.record >= 0 else todo for p, todo in zip(s.processes, s.todo, strict=True))
         processes = tuple(Process("ended") if p.at == "ended" else Process() for p in s.processes)
         down = s._replace(
@@ -764,7 +766,7 @@ class Model:
         shape = [len(segments) for segments in s.journals]
         seen = set()
         for doc, previous in itertools.product(s.doc.after, s.previous.after):
-            # The one that is newer is used; the other stays until the next save.
+            # The newer one is used; the other stays until the next save.
             used = previous if sum(previous.counts) > sum(doc.counts) else doc
             for flat in itertools.product(*choices):
                 rest = iter(flat)
@@ -822,7 +824,7 @@ class Model:
                 yield "reader answers", s._replace(reader=r._replace(at="done"))
 
     def read_frames(self, s: State, r: Reader) -> Reader:
-        """Count what the listed segments hold. One that is open can be read after it was removed."""
+        """Count the frames in the listed segments. An open segment can be read after its removal."""
         assert r.doc is not None
         opened = set(r.opened)
         journals = tuple(
@@ -849,13 +851,13 @@ class Model:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The search: breadth first, so the first violation is one of the shortest.
+# The search is breadth-first, so the first violation has a shortest run.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Result:
-    """What a search found; ``is_complete`` says whether it was ended by a violation or by the last state."""
+    """The result of a search; ``is_complete``: the search visited all states and found no violation."""
 
     states: int
     seconds: float
@@ -865,7 +867,7 @@ class Result:
 
 
 def search(config: Config, limit: int) -> Result:
-    """Visit every state, at most so many; stop at the first violation."""
+    """Visit every state, up to a limit; stop at the first violation."""
     model, began = Model(config), time.monotonic()
     start = model.start()
     parent: dict[State, tuple[State, str] | None] = {start: None}
@@ -1003,7 +1005,7 @@ MUTANTS: Mapping[str, tuple[Mapping[str, Any], str]] = {
 
 
 def mutated(name: str) -> Config:
-    """The configuration in which a mutant is found."""
+    """The configuration in which a mutant is detected."""
     changes, where = MUTANTS[name]
     return replace(CONFIGS[where], rules=replace(Rules(), **changes))
 

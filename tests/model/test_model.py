@@ -1,4 +1,4 @@
-"""The protocol, searched whole within small bounds; and each of its rules, whose removal must be noticed."""
+"""Search all states of the protocol within small bounds. The removal of each rule must be detected."""
 
 from __future__ import annotations
 

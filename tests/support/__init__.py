@@ -1,1 +1,1 @@
-"""Tools of the tests, by what they are about."""
+"""Helpers for the tests, by subject."""

@@ -1,4 +1,4 @@
-"""What the compose file and the Dockerfile say, and its mounts laid out without containers."""
+"""Read the compose file and the Dockerfile, and recreate the mounts without containers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DASHBOARDS = ROOT / "dashboards"
 
 
 def dockerfile(instruction: str) -> list[str]:
-    """What follows an instruction, each time that it is given."""
+    """The arguments of an instruction, once for each time that it occurs."""
     text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     return re.findall(rf"^{instruction}\s+(.*)$", text, flags=re.MULTILINE)
 
@@ -30,12 +30,12 @@ def healthcheck() -> list[str]:
 
 
 def mounts(service: str) -> list[list[str]]:
-    """Source and target of a service's mounts, and ``ro`` where it must not write."""
+    """Source and target of a service's mounts, and ``ro`` if the mount is read-only."""
     return [mount.split(":") for mount in SERVICES[service].get("volumes", [])]
 
 
 def laid_out(service: str, root: Path) -> list[str]:
-    """Lay a service's mounts out below a directory as they are in its container; its command, with paths in there."""
+    """Recreate a service's mounts below a directory. Return the service's command, with paths in that directory."""
     for source, target, *_ in mounts(service):
         place = root / target.lstrip("/")
         if source.startswith("."):
@@ -47,7 +47,7 @@ def laid_out(service: str, root: Path) -> list[str]:
 
 
 def edit(path: Path, *changes: tuple[str, str]) -> None:
-    """Replace patterns in a file, each of which must be there."""
+    """Replace patterns in a file. Each pattern must occur."""
     text = path.read_text()
     for pattern, replacement in changes:
         text, count = re.subn(pattern, replacement, text)

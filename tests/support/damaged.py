@@ -17,10 +17,10 @@ from tests.support.scrape import samples
 DOCUMENT = "proxy_savings.json"
 
 SAVED = (1, 10, 100)
-"""What is saved in the document, and in the one before it."""
+"""The records in the document, and in the previous document."""
 
 COMMITTED = (1_000, 10_000, 100_000)
-"""What is in the journal only."""
+"""The records that are only in the journal."""
 
 TOTAL = sum(SAVED) + sum(COMMITTED)
 
@@ -41,7 +41,7 @@ os._exit(0)
 
 
 class Kept:
-    """A store whose process was killed, as its files' bytes, put into a directory of its own each time it is needed.
+    """A store whose process was killed, as the bytes of its files. Each use writes them to a new directory.
 
     ``names`` are those of its files, ``journal`` is the segment's content without the zeros after it.
     """
@@ -61,17 +61,17 @@ class Kept:
         assert files.keys() == set(self.names.values())
         self.files = {key: files[name] for key, name in self.names.items()}
         self.journal = self.files["segment"].rstrip(b"\0")
-        # Padding costs time when a segment is written a thousand times, and says nothing.
+        # Padding is omitted: it costs time when a segment is written a thousand times, and it tests nothing.
         self.files["segment"] = self.journal + bytes(8192)
         self._directory = directory / "damaged"
 
     @property
     def frames(self) -> list[int]:
-        """Where each frame of the journal begins."""
+        """The offset of each frame in the journal."""
         return [at for at in range(len(self.journal)) if self.journal.startswith(b"SXJ2", at)]
 
     def put(self, **changed: bytes | None) -> Path:
-        """The store with other bytes in the place of its files; None leaves a file away."""
+        """The store with other bytes for some of its files; None omits a file."""
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir()
         for key, data in {**self.files, **changed}.items():
@@ -81,7 +81,7 @@ class Kept:
 
 
 def opened(path: Path) -> tuple[int, dict[str, float]]:
-    """The total that a store opens with, and its metrics."""
+    """The total of the store after it is opened, and its metrics."""
     with SavingsTracker(path) as tracker:
         snapshot = tracker.snapshot()
         assert (
@@ -91,12 +91,12 @@ def opened(path: Path) -> tuple[int, dict[str, float]]:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """The store's files, but for the lock file, which may be made anew."""
+    """The store's files, except the lock file, which may be created again."""
     return {file.name: file.read_bytes() for file in path.parent.iterdir() if not file.name.endswith(".lock")}
 
 
 def total_or_refused(path: Path) -> int | None:
-    """The total it opens with; None when it is refused, in one line, with the remedy, and with nothing changed."""
+    """The total after opening; None if the store is refused, with a one-line error and remedy, and is unchanged."""
     before = contents(path)
     try:
         return opened(path)[0]
@@ -109,12 +109,12 @@ def total_or_refused(path: Path) -> int | None:
     return None
 
 
-# Each damaged byte is a store opened. In the long form of the crash lab it is every byte; otherwise every fifth.
+# Each damaged byte means that a store is opened. The long form of the crash lab tests every byte, others every fifth.
 STRIDE = 1 if os.environ.get("CRASH_LAB") == "long" else 5
 
 
 def cuts(data: bytes) -> Iterator[bytes]:
-    """The data cut short at each position."""
+    """The data, truncated at each position."""
     yield from (data[:length] for length in range(0, len(data), STRIDE))
 
 

@@ -1,4 +1,4 @@
-"""A file system whose steps fail or hang."""
+"""A file system whose steps can fail or hang."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.support.service import Service
 from tests.support.wait import WAIT_SECONDS
 
 ERRNOS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""What disks and file systems report."""
+"""The errors that disks and file systems report."""
 
 
 class FaultyFileSystem(FileSystem):
-    """The real files, with steps that fail or hang as a test says. Pass it to a tracker as ``filesystem``.
+    """Real files, with steps that fail or hang as a test requests. Pass it to a tracker as ``filesystem``.
 
     ``calls`` lists what was called, each call by the name of the step that it is: ``write``, ``fsync_file``,
     ``replace``, ``fsync_dir`` of a save; ``append``, ``fsync_journal`` of a commit (a direct, synchronous write is one
@@ -41,18 +41,18 @@ class FaultyFileSystem(FileSystem):
         self._paths: dict[int, str] = {}
 
     def fail(self, step: str, number: int, times: float = float("inf")) -> None:
-        """Let the step fail with this errno, so many times."""
+        """Make the step fail with this errno, a number of times."""
         self._failing[step] = (number, times)
 
     def mend(self) -> None:
-        """No step fails or hangs from now on."""
+        """Repair the file system: no step fails or hangs any more."""
         self._failing.clear()
         for gate in self._gates.values():
             gate.set()
         self._gates.clear()
 
     def hang(self, step: str) -> None:
-        """Let the step hang until ``mend``; ``reached`` is set when one does."""
+        """Make the step hang until ``mend`` is called; ``reached`` is set when a step hangs."""
         self._gates[step] = threading.Event()
 
     def create(self, path: str, like: str) -> int:
@@ -122,7 +122,7 @@ class FaultyFileSystem(FileSystem):
 
 @contextmanager
 def failing_directory_fsync(service: Service, directory: Path, when: str = "when=1+") -> Iterator[None]:
-    """Let the kernel answer EIO to the service's fsyncs of a directory: to all, or as strace understands ``when``."""
+    """Make the service's directory fsyncs fail with EIO: all of them, or those that ``when`` selects (see strace)."""
     command = ["strace", "-f", "-p", str(service.process.pid), "-e", "trace=fsync", "-P", str(directory)]
     command += ["-e", f"inject=fsync:error=EIO:{when}", "-o", os.devnull]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:

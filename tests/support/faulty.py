@@ -1,4 +1,4 @@
-"""``savings-exporter`` on a disk that fails and hangs as standard input says; "done" answers each command."""
+"""``savings-exporter`` on a disk that fails and hangs on commands from standard input. It answers each with "done"."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.wait import eventually
 
 def obey(faults: FaultyFileSystem) -> None:
     """``fail STEP``, ``hang STEP``, ``closing`` (wait until the last save has begun) and ``mend``."""
-    # Not by sys.stdin, whose lock a thread would still hold when the process ends.
+    # sys.stdin is not used, because a thread would still hold its lock when the process ends.
     while command := os.read(0, 1024).decode().split():
         match command:
             case ["fail", step]:
@@ -32,7 +32,7 @@ def obey(faults: FaultyFileSystem) -> None:
 
 
 def is_closing() -> bool:
-    """Whether the main thread closes a tracker."""
+    """Whether the main thread is closing a tracker."""
     frame: FrameType | None = sys._current_frames()[threading.main_thread().ident or 0]
     while frame is not None:
         if frame.f_code is SavingsTracker.close.__code__:

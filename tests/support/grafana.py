@@ -1,4 +1,4 @@
-"""Grafana's dashboards as tests read them."""
+"""Read Grafana's dashboards for the tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DASHBOARDS = tuple(ROOT / "dashboards" / "grafana" / f"{name}.json" for name in 
 
 
 class PanelQuery(NamedTuple):
-    """A query, its variables in place, and where it is asked."""
+    """A query with its variables replaced, and its panel."""
 
     dashboard: str
     panel: str
@@ -20,7 +20,7 @@ class PanelQuery(NamedTuple):
 
 
 def panels(path: Path) -> list[dict[str, Any]]:
-    """All panels of a dashboard, rows included."""
+    """All panels of a dashboard, including rows."""
     found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["panels"]
     return found
 

@@ -1,4 +1,4 @@
-"""Names as the worst of clients send them."""
+"""Names as a hostile client may send them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A call of a tracker that a signal interrupts before one line of our code after the other, each in a new process.
+"""Interrupt a call of a tracker with a signal before each line of the package in turn, each time in a new process.
 
 ``python -m tests.support.interrupts HANDLER STRIDE [CALL]...`` makes each ``CALL`` and runs ``HANDLER`` before its
 first line, in another process before the line that comes ``STRIDE`` lines later, and so on until the call ends before
@@ -33,9 +33,9 @@ ONE: dict[str, Any] = {"model": "m", "tokens_saved": 1}
 
 
 class Scenario:
-    """A tracker, and how many records it has to have in the end: at least, and at most.
+    """A tracker, and the minimum and maximum number of records that it must have in the end.
 
-    Records that were accepted count; one whose call was interrupted may count.
+    Accepted records count; a record whose call was interrupted may count.
     """
 
     def __init__(self, path: str) -> None:
@@ -64,7 +64,7 @@ class Scenario:
         try:
             receipt = call()
         except RuntimeError:
-            # It is closed.
+            # The tracker is closed.
             self.attempted -= attempted
             raise
         if key is None:
@@ -75,7 +75,7 @@ class Scenario:
         return receipt
 
     def check(self) -> None:
-        """Nothing hangs, nothing is lost, nothing is counted twice, and the next calls work."""
+        """Check that nothing hangs, is lost or is counted twice, and that the next calls work."""
         tracker = self.tracker
         if is_refused(self.record):
             assert tracker.close()
@@ -123,7 +123,7 @@ def repeat(scenario: Scenario) -> Callable[[], Any]:
 
 
 def rotate(scenario: Scenario) -> Callable[[], Any]:
-    """Fill the first segment, so that the next commit begins another."""
+    """Fill the first segment, so that the next commit starts another one."""
     many = [SavingsRecord(**ONE, project=f"{number:0128}") for number in range(270)]
     scenario.record_many(many)
     return lambda: scenario.record_many(many[:40])
@@ -137,7 +137,7 @@ def refused(scenario: Scenario) -> Callable[[], Any]:
 
 
 def failing(scenario: Scenario) -> Callable[[], Any]:
-    """Commits have failed, and go on failing; the disk is well again when the call has ended."""
+    """Commits have failed and continue to fail; the disk works again after the call has ended."""
     scenario.record()
     scenario.faults.fail("fsync_journal", 5)
     scenario.record()
@@ -212,7 +212,7 @@ CALLS = {
 
 
 def is_refused(call: Callable[[], Any]) -> bool:
-    """Make a call; whether it was refused because the tracker is closed."""
+    """Make a call. Return whether it was refused because the tracker is closed."""
     try:
         call()
     except RuntimeError as error:
@@ -223,7 +223,7 @@ def is_refused(call: Callable[[], Any]) -> bool:
 
 
 ENDLESS = ("failing",)
-"""Calls within which what is recorded cannot become durable."""
+"""Calls during which a record cannot become durable."""
 
 
 def interrupt(_scenario: Scenario) -> None:
@@ -245,11 +245,11 @@ HANDLERS: dict[str, Callable[[Scenario], object]] = {
 
 
 WAITING = ("flush", "wait", "close")
-"""Handlers that wait for what is recorded to become durable, or give it up."""
+"""Handlers that wait until their record is durable, or give up."""
 
 
 def interrupting(number: int, handle: Callable[[FrameType], None]) -> Callable[[FrameType, str, Any], Any]:
-    """A trace function that calls ``handle`` before a line of our code, once.
+    """A trace function that calls ``handle`` once before a line of the package.
 
     Not before a line that enters or leaves a lock: there a signal is handled after the lock was let go, and tracing
     would come before. Nor before ``try:``, where none is handled.
@@ -272,18 +272,18 @@ def interrupting(number: int, handle: Callable[[FrameType], None]) -> Callable[[
 
 
 def is_taken(line: str) -> bool:
-    """Whether a handler runs after this line rather than before it."""
+    """Whether a handler runs after this line instead of before it."""
     return line.lstrip().startswith(("with ", "try:"))
 
 
 def run(call: str, handler: str, number: int, path: str) -> int:
-    """Make the call, with the handler before this line."""
+    """Make the call and run the handler before this line."""
     scenario, was_interrupted = Scenario(path), False
 
     def handle(frame: FrameType) -> None:
         nonlocal was_interrupted
         was_interrupted = True
-        # Shown with the child's traceback, if it fails.
+        # Printed with the child's traceback if it fails.
         scenario.interrupted_at = f"{frame.f_code.co_filename}:{frame.f_lineno}"
         HANDLERS[handler](scenario)
 
@@ -304,7 +304,7 @@ def run(call: str, handler: str, number: int, path: str) -> int:
 
 
 def run_in_child(call: str, handler: str, number: int) -> int:
-    """Run it in a forked process, in a new directory: its exit status."""
+    """Run it in a forked process, in a new directory. Return the exit status."""
     directory = tempfile.mkdtemp(dir=MEMORY)
     child = os.fork()
     if child == 0:
@@ -322,13 +322,13 @@ def run_in_child(call: str, handler: str, number: int) -> int:
 
 
 def main(handler: str, stride: int, *calls: str) -> int:
-    """Run all of it; 1 when something went wrong."""
+    """Run all interrupts. Return 1 if one of them failed."""
     logging.disable()
     for call in calls or CALLS:
         if call in ENDLESS and handler in WAITING:
             continue
         number, ended = 1, 0
-        # A call may be short for once, when the background thread did the work.
+        # A call can be shorter than usual if the background thread did the work.
         while ended < 3:
             status = run_in_child(call, handler, number)
             if status not in (0, ENDED_BEFORE):

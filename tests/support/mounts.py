@@ -1,4 +1,4 @@
-"""What this user may mount, and mounting it."""
+"""Check what this user may mount, and mount it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def can_mount() -> bool:
 
 
 def can_mount_fuse() -> bool:
-    """Whether this user may mount a FUSE filesystem that a test answers for."""
+    """Whether this user may mount a FUSE file system that a test implements."""
     return can_mount() and os.path.exists("/dev/fuse")
 
 
@@ -30,7 +30,7 @@ def can_make_user_namespaces() -> bool:
 
 @contextmanager
 def mounted(mountpoint: Path, kind: str, *, source: str = "savings-test", options: str = "rw") -> Iterator[None]:
-    """A filesystem mounted on a directory, which is made if needed; unmounted at the end."""
+    """A file system mounted on a directory, which is created if needed. It is unmounted at the end."""
     mountpoint.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", kind, "-o", options, source, mountpoint], check=True)
     try:

@@ -1,4 +1,4 @@
-"""What a test may need that not every machine has: how to look for it, and how to get it."""
+"""The needs of tests that not every machine meets: how to detect them, and how to install them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _is_taken(port: int) -> bool:
 
 
 class Need(NamedTuple):
-    """Whether something is there, why a test is left out where it is not, and the make target that installs it."""
+    """Whether a need is met, why a test is skipped if it is not, and the make target that installs it."""
 
     is_there: Callable[[], object]
     why_left_out: str

@@ -1,4 +1,4 @@
-"""The programs that are shipped together, started as the compose file starts them."""
+"""Start the programs of the compose file in the same way as the compose file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 from tests.support.compose import dockerfile, edit, laid_out
 from tests.support.wait import WAIT_SECONDS, eventually
 
-# Debian names the program differently.
+# Debian uses another name for the program.
 ALERTMANAGER = shutil.which("prometheus-alertmanager") or "alertmanager"
 
 
@@ -41,7 +41,7 @@ def answers(url: str) -> bool:
 
 @contextmanager
 def started(command: list[str], log: Path, ready: str, env: dict[str, str] | None = None) -> Iterator[None]:
-    """A program, from when it answers at an address."""
+    """A running program. The block begins when the program answers at an address."""
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=env) as process:
 
         def is_ready() -> bool:
@@ -57,7 +57,7 @@ def started(command: list[str], log: Path, ready: str, env: dict[str, str] | Non
 
 @contextmanager
 def exporter(directory: Path, port: int, **environment: str) -> Iterator[str]:
-    """The service as the image starts it, with its store and its port elsewhere; its address."""
+    """The service as the image starts it, with another store and port. Yields its address."""
     assert json.loads(dockerfile("ENTRYPOINT")[-1]) == ["savings-exporter"]
     command = [sys.executable, "-m", "savings_exporter", *json.loads(dockerfile("CMD")[-1])]
     env = dict(line.split("=", 1) for line in dockerfile("ENV") if line.startswith("SAVINGS_EXPORTER_"))
@@ -70,7 +70,7 @@ def exporter(directory: Path, port: int, **environment: str) -> Iterator[str]:
 
 @contextmanager
 def alertmanager(root: Path, port: int, *changes: tuple[str, str]) -> Iterator[str]:
-    """An Alertmanager as the compose file starts it, with changes in its configuration; its address."""
+    """An Alertmanager as the compose file starts it, with changes to its configuration. Yields its address."""
     command = [ALERTMANAGER, *laid_out("alertmanager", root), f"--web.listen-address=127.0.0.1:{port}"]
     edit(root / "etc/alertmanager/alertmanager.yml", *changes)
     url = f"http://127.0.0.1:{port}"
@@ -82,7 +82,7 @@ def alertmanager(root: Path, port: int, *changes: tuple[str, str]) -> Iterator[s
 def prometheus(
     root: Path, port: int, targets: list[str], alertmanager_port: int, *changes: tuple[str, str]
 ) -> Iterator[str]:
-    """A Prometheus as the compose file starts it, with its targets and intervals replaced; its address.
+    """A Prometheus as the compose file starts it, with other targets and intervals. Yields its address.
 
     ``changes`` are made in its rules.
     """
@@ -105,7 +105,7 @@ def prometheus(
 
 @contextmanager
 def listening(answer: Callable[[BaseHTTPRequestHandler, bytes], int | None]) -> Iterator[str]:
-    """A server that answers every POST with a status, or hangs up on None; its address."""
+    """A server that answers every POST with a status, or closes the connection if it is None. Yields its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

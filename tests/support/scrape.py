@@ -1,4 +1,4 @@
-"""Metrics, read back as Prometheus reads them."""
+"""Parse metrics as Prometheus parses them."""
 
 from __future__ import annotations
 

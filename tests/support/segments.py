@@ -1,4 +1,4 @@
-"""Segments of a journal: their names, their frames, and a file system that knows which ones are written."""
+"""Segments of a journal: their names, their frames, and a file system that logs which ones are written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.faults import FaultyFileSystem
 
 
 class WatchedSegments(FaultyFileSystem):
-    """Knows each write and sync of a segment, by its name, in ``touched``.
+    """Logs each write and sync of a segment, by its name, in ``touched``.
 
     ``late``: raised by each write and sync of a frame into a segment that is in use, after it has gone through.
     """
@@ -73,7 +73,7 @@ def segments(document: Path) -> list[Path]:
 
 
 def frames(segment: Path) -> list[Frame]:
-    """The frames in a segment that holds nothing else."""
+    """The frames in a segment that contains only frames."""
     data, writer = segment.read_bytes(), bytes.fromhex(segment.name.split(".")[-2])
     found = []
     for item in scan(data, store_of(data), writer):
@@ -84,7 +84,7 @@ def frames(segment: Path) -> list[Frame]:
 
 @contextmanager
 def copied(document: Path) -> Iterator[Path]:
-    """The files of a store as they are now, copied elsewhere, as after a kill of its processes: the document's path."""
+    """Copy the current files of a store, as after a kill of its processes. Return the path of the document's copy."""
     with tempfile.TemporaryDirectory() as directory:
         for file in document.parent.glob(f"{document.name}*"):
             shutil.copy(file, directory)

@@ -41,7 +41,7 @@ class Service:
         self.url = url
 
     def tell(self, command: str) -> None:
-        """Give a command to ``tests.support.faulty``, and wait until it is carried out."""
+        """Send a command to ``tests.support.faulty``, and wait until it is done."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(command)
@@ -49,13 +49,13 @@ class Service:
         assert self.process.stdout.readline() == "done\n"
 
     def get(self, path: str, headers: dict[str, str] | None = None) -> tuple[int, str]:
-        """GET a path: status and body."""
+        """GET a path. Return status and body."""
         return self._answer(urllib.request.Request(self.url + path, headers=headers or {}))
 
     def post(
         self, body: Any, path: str = "/v1/savings", headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, Any]]:
-        """POST an object (or bytes) as JSON: status and the answer's object."""
+        """POST an object (or bytes) as JSON. Return the status and the decoded answer."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         status, text = self._answer(
             urllib.request.Request(
@@ -71,7 +71,7 @@ class Service:
         return parsed(text)
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
-        """Send a signal and wait for the end: exit status and what was printed."""
+        """Send a signal and wait for the end. Return the exit status and the output."""
         self.process.send_signal(number)
         out, err = self.process.communicate(timeout=WAIT_SECONDS)
         return self.process.returncode, out, err
@@ -89,9 +89,9 @@ class Service:
 def running(
     *arguments: str, env: dict[str, str] | None = None, address: str = "127.0.0.1:0", faulty: bool = False
 ) -> Iterator[Service]:
-    """A ``savings-exporter`` command, by default on a free port of the loopback, killed at the end if it still runs.
+    """A ``savings-exporter`` command, by default on a free loopback port. It is killed at the end if it still runs.
 
-    With ``faulty`` its disk fails and hangs as it is told.
+    With ``faulty`` its disk fails and hangs on command.
     """
     module = "tests.support.faulty" if faulty else "savings_exporter"
     process = subprocess.Popen(
@@ -126,7 +126,7 @@ def _through_last_line(output: Iterable[str]) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on now."""
+    """A loopback port that is not in use now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

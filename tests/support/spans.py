@@ -1,4 +1,4 @@
-"""Spans, kept in memory."""
+"""Keep spans in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.scrape import samples
 
 
 class Traced:
-    """A tracker whose spans are kept."""
+    """A tracker with its spans kept in memory."""
 
     def __init__(self, path: Path, filesystem: FileSystem | None = None, save_interval: float = 5.0) -> None:
         self._exporter = InMemorySpanExporter()
@@ -26,15 +26,15 @@ class Traced:
         )
 
     def clear(self) -> None:
-        """Forget the spans so far."""
+        """Discard the spans so far."""
         self._exporter.clear()
 
     def saves(self) -> list[tuple[ReadableSpan, list[ReadableSpan]]]:
-        """Each save's span with its children, in the order of their beginning."""
+        """The span of each save with its children, ordered by start time."""
         return self._with_children("savings.save")
 
     def commits(self) -> list[tuple[ReadableSpan, list[ReadableSpan]]]:
-        """Each commit's span with its children, in the order of their beginning."""
+        """The span of each commit with its children, ordered by start time."""
         self.tracker.flush()
         return self._with_children("savings.commit")
 

@@ -1,11 +1,11 @@
-"""An interpreter that looks like Windows to what is imported next: ``python -c "import tests.support.windows; ..."``.
+"""Make the interpreter imitate Windows for later imports: ``python -c "import tests.support.windows; ..."``.
 
 ``os`` has no ``pread``, no ``pwrite``, no ``fdatasync``, no ``fork`` and no flags of POSIX; directories cannot be
 opened; files that are open cannot be renamed, replaced or removed; there is ``msvcrt`` and no ``fcntl``. A byte that
 ``msvcrt.locking`` has locked cannot be read through another descriptor. Only what this package does is imitated.
 """
 
-# What the package's dependencies import has to see the real platform.
+# The modules that the package's dependencies import must see the real platform.
 import asyncio  # noqa: F401
 import errno
 import importlib.metadata  # noqa: F401
@@ -32,7 +32,7 @@ _real: dict[str, Any] = {name: getattr(os, name) for name in ("open", "read", "r
 
 
 def _is_open(path: Any) -> bool:
-    """Whether a descriptor of this process leads to the file at a path."""
+    """Whether a descriptor of this process refers to the file at a path."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
