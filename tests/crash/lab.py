@@ -1,4 +1,4 @@
-"""The crash lab: disks that lose power, writers that are killed, and what must hold when the store is opened again.
+"""The crash lab: power losses, killed writers, and the checks after the store is opened again.
 
 A power loss is the shutdown ioctl of ext4 and XFS with the log not flushed: what the filesystem had not written to
 its device is gone, and every call fails until it is mounted again. It says nothing about a drive that forgets what it
@@ -38,12 +38,12 @@ LONG = os.environ.get("CRASH_LAB") == "long"
 FILESYSTEMS = ("ext4", "xfs")
 
 METHODS: tuple[SyncMethod, ...] = ("direct", "fdatasync")
-"""How the journal is written: every experiment is made in both ways."""
+"""The sync methods of the journal. Every experiment runs with both."""
 
 # ext4 flushes a file that is about to replace another by itself. Other filesystems do not, and no promise rests on it.
 _MOUNT_OPTIONS = {"ext4": "loop,noauto_da_alloc", "xfs": "loop"}
 _MAKE = {"ext4": ["mkfs.ext4", "-q", "-b", "4096"], "xfs": ["mkfs.xfs", "-q"]}
-_IMAGE_BYTES = 320 * 1024 * 1024  # XFS takes no less than 300 MiB
+_IMAGE_BYTES = 320 * 1024 * 1024  # XFS needs at least 300 MiB
 
 _SHUTDOWN = 0x8004587D
 _DONT_FLUSH_THE_LOG = struct.pack("I", 2)
@@ -59,12 +59,12 @@ _MOST_TORN_TAILS = 10
 
 
 class LostError(AssertionError):
-    """The store does not hold what was acknowledged."""
+    """The store does not contain all acknowledged records."""
 
 
 @dataclass
 class Figures:
-    """What one experiment did and found, over all its rounds."""
+    """The results of one experiment, over all its rounds."""
 
     crashes: int = 0
     attempted: int = 0
@@ -78,16 +78,16 @@ class Figures:
 
 
 RESULTS: dict[str, Figures] = {}
-"""The figures of every experiment of this run, by its name."""
+"""The figures of every experiment in this run, by name."""
 
 
 def reported(experiment: str) -> Figures:
-    """The figures of an experiment, which the run shows at its end."""
+    """The figures of an experiment, which are printed at the end of the run."""
     return RESULTS.setdefault(experiment, Figures())
 
 
 def rounds(short: int, long: int) -> int:
-    """How many rounds an experiment has: the short form is part of every run, the long form is ``make crash``."""
+    """The number of rounds of an experiment. The short form is part of every run; the long form is ``make crash``."""
     return long if LONG else short
 
 
@@ -110,12 +110,12 @@ class Disk:
         self.is_mounted = True
 
     def unmount(self) -> None:
-        """Unmount it, as soon as nobody uses it; its loop device goes by itself."""
+        """Unmount it as soon as it is not in use; this also removes its loop device."""
         unmount(self.mountpoint)
         self.is_mounted = False
 
     def lose_power(self) -> None:
-        """Forget what is not on the device, and fail every call from now on."""
+        """Discard all data that is not on the device, and fail every later call."""
         descriptor = os.open(self.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.ioctl(descriptor, _SHUTDOWN, _DONT_FLUSH_THE_LOG)
@@ -124,7 +124,7 @@ class Disk:
 
 
 class ThinDisk(Disk):
-    """A disk that takes room as blocks are written, and gives it back when it is trimmed.
+    """A disk that allocates space when blocks are written, and frees it when it is trimmed.
 
     Its device is written page by page: the loop driver of Linux 6.18 says that a request was written when there was
     room for a part of it only. No filesystem notices that, so nothing above one can.
@@ -139,12 +139,12 @@ class ThinDisk(Disk):
         self._request_size.write_text("4")
 
     def unmount(self) -> None:
-        """Unmount it, and leave its loop device as it was."""
+        """Unmount it, and keep its loop device."""
         super().unmount()
         self._request_size.write_text(self._usual_size)
 
     def trim(self) -> None:
-        """Give back the room of removed files. A disk that has failed already gives nothing."""
+        """Free the space of removed files. A disk that has already failed frees nothing."""
         subprocess.run(["fstrim", self.mountpoint], check=False, capture_output=True)
 
 
@@ -152,7 +152,7 @@ AnyDisk = TypeVar("AnyDisk", bound=Disk)
 
 
 class Pool:
-    """A tmpfs that thin disks lie on. When it has no room left, their devices fail."""
+    """A tmpfs that contains thin disks. When it has no space left, their devices fail."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -160,12 +160,12 @@ class Pool:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={2 * _IMAGE_BYTES}", "crash-lab", path], check=True)
 
     def leave_no_room(self) -> None:
-        """Take all the room that is left."""
-        # While others write, the room that is used now may be too small a moment later.
+        """Use up all space that is left."""
+        # Other processes write at the same time, so the used space may grow at any moment.
         eventually(lambda: self._resize(self._used()), "the pool to be as small as what is in it")
 
     def enlarge(self) -> None:
-        """Give room for whatever the filesystems can hold."""
+        """Provide enough space for all data that the file systems can store."""
         assert self._resize(2 * _IMAGE_BYTES)
 
     def _used(self) -> int:
@@ -178,12 +178,12 @@ class Pool:
 
 
 def drop_caches() -> None:
-    """Have the kernel forget what it believes to be on the disks."""
+    """Drop the kernel's cached contents of the disks."""
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 def unmount(mountpoint: Path) -> None:
-    """Unmount what is mounted there, as soon as nobody uses it."""
+    """Unmount the file system there as soon as it is not in use."""
     eventually(
         lambda: subprocess.run(["umount", mountpoint], check=False, capture_output=True).returncode == 0,
         f"the end of those who use {mountpoint}",
@@ -192,7 +192,7 @@ def unmount(mountpoint: Path) -> None:
 
 @contextmanager
 def mounted(disk: AnyDisk) -> Iterator[AnyDisk]:
-    """Mount a disk, and unmount it at the end, whatever happens."""
+    """Mount a disk, and unmount it at the end in every case."""
     try:
         disk.mount()
         yield disk
@@ -203,7 +203,7 @@ def mounted(disk: AnyDisk) -> Iterator[AnyDisk]:
 
 @contextmanager
 def pooled(directory: Path) -> Iterator[Pool]:
-    """A new pool in a directory, unmounted at the end. A disk in it has to be gone by then."""
+    """A new pool in a directory, unmounted at the end. Its disks must have been removed before."""
     pool = Pool(directory / "pool")
     try:
         yield pool
@@ -212,13 +212,13 @@ def pooled(directory: Path) -> Iterator[Pool]:
 
 
 class Running(NamedTuple):
-    """A process of the lab; ``alive`` is closed at its other end when it and all that it has forked have ended."""
+    """A process of the lab. The other end of ``alive`` is closed when the process and all its children have ended."""
 
     process: BaseProcess
     alive: Connection
 
     def kill(self) -> None:
-        """Kill it and what it has forked, and wait for their end."""
+        """Kill it and its children, and wait until they have ended."""
         self.process.kill()
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid or 0, signal.SIGKILL)
@@ -226,7 +226,7 @@ class Running(NamedTuple):
         self.await_end()
 
     def await_end(self) -> None:
-        """Wait until it and what it has forked have ended."""
+        """Wait until it and its children have ended."""
         assert self.alive.poll(WAIT_SECONDS), "a process of the lab does not end"
         with suppress(EOFError):
             self.alive.recv()
@@ -234,7 +234,7 @@ class Running(NamedTuple):
 
 
 class Lab:
-    """A store, the processes that record in it, and the accounts of what they were told.
+    """A store, the processes that record in it, and the accounts of the answers that they got.
 
     ``outside`` is a directory on a disk that is not in the experiment. At the end of a ``with`` no process is left.
     """
@@ -263,7 +263,7 @@ class Lab:
         return self.accounts.setdefault(name, Account(self._outside / name, sizes=sizes, keyed=keyed))
 
     def start(self, name: str, kind: str, sabotage: str | None = None) -> None:
-        """Start a process, going on with the streams of the one that had this name before."""
+        """Start a process that continues the streams of the previous process with this name."""
         streams = writers.STREAMS.get(kind, 1)
         names = [f"{name}-{n}" for n in range(streams)] if streams > 1 else [name]
         sizes = writers.BATCHES if kind == "batches" else (1,)
@@ -280,7 +280,7 @@ class Lab:
         self.running[name] = Running(process, alive)
 
     def goes_on(self) -> None:
-        """Wait until every process that runs has been told of something durable that it was not told of before."""
+        """Wait until every running process has received a new acknowledgement."""
         waiting = {name: self._told(name) for name in self.running}
 
         def all_went_on() -> bool:
@@ -296,7 +296,7 @@ class Lab:
             raise AssertionError(f"{error}: {sorted(waiting)} do not") from error
 
     def failures(self) -> int:
-        """How often a writer has met a failing disk until now."""
+        """How often writers have met a failing disk so far."""
         return sum(self._noted(name, "failed") for name in self._streams)
 
     def _told(self, name: str) -> int:
@@ -308,7 +308,7 @@ class Lab:
         return sum(account.notes[note] for account in self._streams[name] for note in notes)
 
     def kill(self, *names: str) -> None:
-        """Kill these processes (all, when none is named), and see that they had ended in no other way."""
+        """Kill these processes (all, if none is named), and check that they had not ended in another way."""
         for name in names or tuple(self.running):
             self.running.pop(name).kill()
         raised = self._left_behind(writers.RAISED)
@@ -319,7 +319,7 @@ class Lab:
         assert not raised, f"a writer raised: {raised}"
 
     def _left_behind(self, suffix: str) -> str:
-        """What processes left beside their ledgers when they ended by themselves."""
+        """The files that processes left beside their ledgers when they ended by themselves."""
         return "\n".join(path.read_text() for path in sorted(self._outside.glob(f"*{suffix}")))
 
     def _read(self) -> None:
@@ -327,7 +327,7 @@ class Lab:
             account.read()
 
     def check(self) -> Snapshot:
-        """Open the store again, and see that nothing is lost, nothing counted twice, and nothing left behind."""
+        """Open the store again, and check that nothing is lost, counted twice or left behind."""
         self._read()
         try:
             held = _records_in(self.store)
@@ -352,12 +352,12 @@ class Lab:
         return snapshot
 
     def verify(self) -> None:
-        """See that ``savings-exporter verify`` finds nothing wrong either."""
+        """Check that ``savings-exporter verify`` finds no problem either."""
         verified = run_cli("verify", "--store", str(self.store))
         assert verified.returncode == 0, verified.stderr
 
     def _count_streams(self, by_model: Mapping[str, Totals]) -> None:
-        """Add to the figures what is new since the last check."""
+        """Add the results since the last check to the figures."""
         counted = Counter[str]()
         for name, account in self.accounts.items():
             recovered = _requests(by_model, name)
@@ -371,7 +371,7 @@ class Lab:
         self._counted = counted
 
     def _check_streams(self, by_model: Mapping[str, Totals]) -> None:
-        """Acknowledged, recovered, attempted: each is part of the next. A batch is there as a whole or not at all."""
+        """Acknowledged records are among the recovered, and those among the attempted ones. No batch is partial."""
         lost, wrong = [], []
         for name, account in self.accounts.items():
             recovered = _requests(by_model, name)
@@ -385,7 +385,7 @@ class Lab:
         assert not wrong, "; ".join(wrong)
 
     def _check_saves(self, held: int) -> None:
-        """Before anything was mended, the document was no older than what ``save`` said was in it."""
+        """Before any repair, the document contained at least the records that ``save`` had reported."""
         saved = max((account.saved for account in self.accounts.values()), default=0)
         if held < saved:
             self.figures.lost += saved - held
@@ -404,7 +404,7 @@ class Lab:
                 raise AssertionError(f"{one} and {other} were both told that they are record {before} of {writer:016x}")
 
     def _check_exports(self, snapshot: Snapshot) -> None:
-        """What was shown to a reader is there, and never went back."""
+        """Totals that a reader saw are in the store, and never decreased."""
         for account in self.accounts.values():
             assert account.seen == sorted(account.seen), f"a lifetime total went back: {account.seen}"
             if account.seen and snapshot.lifetime.tokens_saved < account.seen[-1]:
@@ -412,17 +412,17 @@ class Lab:
             del account.seen[:-1]
 
     def _check_sums(self, snapshot: Snapshot) -> None:
-        """Every record is worth one token, and the total is the sum of the streams."""
+        """Every record counts one token, and the total is the sum of the streams."""
         assert snapshot.by_model.keys() <= self.accounts.keys()
         assert all(totals.requests == totals.tokens_saved for totals in snapshot.by_model.values())
         requests = sum(totals.requests for totals in snapshot.by_model.values())
         assert requests == snapshot.lifetime.requests == snapshot.lifetime.tokens_saved == snapshot.sequence
 
     def _check_files(self, snapshot: Snapshot) -> None:
-        """The document holds everything, and two saves later nothing is left of those who have ended."""
+        """The document contains everything, and after two more saves no files of ended writers are left."""
         assert _records_in(self.store) == snapshot.sequence, "the document saved at the end lacks something"
         with self._opened() as tracker:
-            # The first one notes that a writer has ended; the second one has that in both documents.
+            # The first save records that a writer has ended; after the second save, both documents contain this.
             assert tracker.save()
             assert tracker.save()
             again = tracker.snapshot().lifetime
@@ -444,9 +444,9 @@ def _requests(by_model: Mapping[str, Totals], name: str) -> int:
 
 
 def _records_in(document: Path) -> int:
-    """How many records a document holds, for a reader that only knows JSON; 0 when there is none yet."""
+    """The number of records in a document, for a reader that only knows JSON; 0 if there is no document yet."""
     if not document.exists():
         return 0
-    # A document that is not whole raises ValueError.
+    # An incomplete document raises ValueError.
     records: int = json.loads(document.read_bytes())["lifetime"]["requests"]
     return records

@@ -1,4 +1,4 @@
-"""What a stream of records attempted and what it was told, written where no experiment reaches.
+"""The attempts of a stream of records and the answers to them, logged where no experiment can lose them.
 
 A stream is one model name: its records are worth one token each and are sent one after the other, so how many of
 them a store holds says which ones they can be. A stream of batches sends many records at a time, as many as ``sizes``
@@ -20,12 +20,12 @@ _END = "."
 
 
 def size_of(number: int, sizes: tuple[int, ...]) -> int:
-    """How many records a stream sends under a number."""
+    """The number of records that a stream sends under a number."""
     return sizes[number % len(sizes)]
 
 
 class Stream(NamedTuple):
-    """What a writer is told about the stream it goes on with.
+    """The input of a writer about the stream that it continues.
 
     ``again`` are the numbers that a writer before it sent and got no answer for. They are sent once more, where
     their idempotency keys keep them from counting twice.
@@ -46,18 +46,18 @@ class Stream(NamedTuple):
 
 
 class Ledger:
-    """The writer's side. Who is killed while it writes a line leaves one without an end, which does not count."""
+    """The writer's side. A writer that is killed while it writes a line leaves a partial line, which does not count."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
         os.write(self._file, b"\n")
 
     def attempt(self, number: int) -> None:
-        """Note this before sending."""
+        """Log this before sending."""
         self._note("attempted", number)
 
     def answer(self, number: int, receipt: Receipt, patience: float | None = None) -> None:
-        """Note the receipt's answer, waiting for a pending record, so many seconds at most (None: for ever)."""
+        """Log the receipt's answer. Wait for a pending record, up to this number of seconds (None: without a limit)."""
         if not receipt.durable:
             self.failed()
             receipt.wait(patience)
@@ -67,19 +67,19 @@ class Ledger:
             self._note("acknowledged", number, int(receipt.writer, 16), receipt.sequence)
 
     def failed(self) -> None:
-        """Note that the disk has failed."""
+        """Log that the disk has failed."""
         self._note("failed")
 
     def saved(self, records: int) -> None:
-        """Note that the document was saved with at least so many records in it."""
+        """Log that the document was saved with at least this number of records."""
         self._note("saved", records)
 
     def seen(self, tokens: int) -> None:
-        """Note that a reader was shown this lifetime total."""
+        """Log that a reader saw this lifetime total."""
         self._note("seen", tokens)
 
     def torn(self, size: int) -> None:
-        """Note that the writer dies now, with so many bytes of a write in the file."""
+        """Log that the writer dies now, after this number of bytes of a write reached the file."""
         self._note("torn", size)
 
     def _note(self, *words: object) -> None:
@@ -95,7 +95,7 @@ class Answer(NamedTuple):
 
 
 class Account:
-    """The judge's side: what the store must hold of a stream, at least and at most."""
+    """The checker's side: the minimum and maximum number of records of a stream that the store must contain."""
 
     def __init__(self, path: Path, *, sizes: tuple[int, ...] = (1,), keyed: bool = False) -> None:
         self.path = path
@@ -114,7 +114,7 @@ class Account:
         self._read_bytes = 0
 
     def read(self) -> None:
-        """Take in what was noted since."""
+        """Read the log entries since the last call."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -122,7 +122,7 @@ class Account:
             lines = file.read().splitlines(keepends=True)
         for line in lines:
             if not line.endswith(b"\n"):
-                break  # it is being written at this moment
+                break  # it is being written now
             self._read_bytes += len(line)
             what, *rest = line.decode().split() or [""]
             if rest[-1:] == [_END]:
@@ -147,22 +147,22 @@ class Account:
 
     @property
     def stream(self) -> Stream:
-        """What the next writer of the stream is told."""
+        """The input of the next writer of the stream."""
         unanswered = self.attempted - self.acknowledged if self.keyed else ()
         return Stream(self.path, self._next, tuple(sorted(unanswered)))
 
     @property
     def least(self) -> int:
-        """How many records the store holds if nothing is lost."""
+        """The number of records in the store if nothing is lost."""
         return self._known + self._records_of(self.acknowledged)
 
     @property
     def most(self) -> int:
-        """How many records the store holds if nothing counts twice."""
+        """The number of records in the store if nothing is counted twice."""
         return self._known + self._records_of(self.attempted)
 
     def allows(self, recovered: int) -> bool:
-        """Whether so many records are what was acknowledged and some of the rest, each batch as a whole."""
+        """Whether this number of records can be all acknowledged ones and some of the rest, with no partial batch."""
         possible = {self.least}
         for number in self.attempted - self.acknowledged:
             possible |= {records + size_of(number, self.sizes) for records in possible}
@@ -172,7 +172,7 @@ class Account:
         return sum(size_of(number, self.sizes) for number in numbers)
 
     def settle(self, recovered: int) -> None:
-        """After a crash: an unanswered record that nobody will send again was recovered or not, and stays so."""
+        """After a crash: an unanswered record that is not sent again was either recovered or not, and this is final."""
         if not self.keyed:
             self._known = recovered
             self.attempted.clear()

@@ -13,7 +13,7 @@ from savings_exporter.storage.filesystem import FileSystem
 from tests.crash.ledger import Ledger
 
 LONGEST_SYNC_SECONDS = 0.01
-"""How long a slow disk takes for a sync at most."""
+"""The maximum time of a sync on a slow disk, in seconds."""
 
 _CHANGES = (
     *("create", "write_all", "write_zeros", "write_at", "write_direct", "fsync_file", "sync_data", "fsync_directory"),
@@ -24,7 +24,7 @@ _MOST_STEPS = 200
 
 
 class _Broken(FileSystem):
-    """Does not sync at once when it writes past the page cache, so that a subclass says when that is done."""
+    """Direct writes do not sync, so that a subclass decides when to sync."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -65,7 +65,7 @@ class _SyncsApart(_Broken):
 
 
 class SlowSyncs(_SyncsApart):
-    """What is written, and visible to others, is not durable for a while."""
+    """Written data is visible to other processes, but becomes durable only after a delay."""
 
     def fsync_file(self, descriptor: int) -> None:
         _wait()
@@ -81,7 +81,7 @@ class SlowSyncs(_SyncsApart):
 
 
 class SyncAgain(_SyncsApart):
-    """The second sync of a file whose first one failed is believed."""
+    """A second sync is trusted after the first sync of the file failed."""
 
     def fsync_file(self, descriptor: int) -> None:
         self._twice(super().fsync_file, descriptor)
@@ -98,7 +98,7 @@ class SyncAgain(_SyncsApart):
 
 
 class TornWrite(_Broken):
-    """At some write, a part of the bytes goes through and the process ends by SIGKILL."""
+    """At some write, only part of the bytes is written, and the process is killed by SIGKILL."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(ledger)
@@ -120,7 +120,7 @@ class TornWrite(_Broken):
         self._life -= 1
         if self._life > 0 or len(data) < 2:
             return
-        # By another descriptor: a direct write takes whole blocks only.
+        # Uses another descriptor, because a direct write can only write whole blocks.
         buffered = os.open(os.readlink(f"/proc/self/fd/{descriptor}"), os.O_WRONLY)
         place = os.lseek(descriptor, 0, os.SEEK_CUR) if offset is None else offset
         self.ledger.torn(os.pwrite(buffered, data[: random.randrange(1, len(data))], place))

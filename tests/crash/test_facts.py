@@ -1,4 +1,4 @@
-"""What ext4 and XFS do when the power goes or the disk runs full. The store's promises rest on these facts."""
+"""The behaviour of ext4 and XFS after a power loss and on a full disk. The store's promises depend on these facts."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_filesystem_that_has_shut_down_may_still_sync_an_open_directory(
             assert [outcome(lambda: os.fsync(descriptor)) for _ in range(2)] == [says, says]
         finally:
             os.close(descriptor)
-        # Opening a file tells the truth on both: that is why a save ends with it.
+        # Opening a file fails on both after a shutdown. Therefore a save ends with opening the document.
         with pytest.raises(OSError, match="Input/output error"):
             os.open(document, os.O_RDONLY)
 
@@ -99,7 +99,7 @@ def test_a_sync_fails_once_then_succeeds_and_the_data_is_gone(
             os.close(descriptor)
         drop_caches()
         assert file.read_bytes() != data
-        # ext4 has given up, and says so to whoever asks for something new; XFS goes on as if nothing had happened.
+        # ext4 has aborted, and new operations fail; XFS continues without an error.
         assert outcome((disk.mountpoint / "another").touch) == new_file
 
 

@@ -1,4 +1,4 @@
-"""Processes that share a store are killed at random, some in the middle of a write; the others go on."""
+"""Processes that share a store are killed at random, some in the middle of a write; the others continue."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_killed_writers(tmp_path: Path, method: SyncMethod) -> None:
         for number in range(rounds(8, 200)):
             victim = random.choice(list(kinds))
             lab.kill(victim)
-            # Killed from outside at any instant, and by itself where a part of its work is on the disk.
+            # Killed from outside at any instant, or by itself when part of its work is on the disk.
             if by_itself := (None, "torn write", "sudden death")[number % 3]:
                 die(lab, victim, kinds[victim], by_itself)
             lab.goes_on()
@@ -43,7 +43,7 @@ def test_killed_writers(tmp_path: Path, method: SyncMethod) -> None:
 
 
 def die(lab: Lab, name: str, kind: str, how: str) -> None:
-    """Run a writer that leaves work half done to those who still run."""
+    """Run a writer that leaves incomplete work to the running processes."""
     lab.start(name, kind, how)
     lab.running[name].process.join()
     lab.kill(name)

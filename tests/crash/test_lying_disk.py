@@ -1,4 +1,4 @@
-"""The disk runs full under the filesystem, where a sync fails once, the next one succeeds, and the data is gone."""
+"""The disk below the file system runs full: a sync fails once, the next one succeeds, and the data is lost."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_sync_again_loses_on_xfs(tmp_path: Path, method: SyncMethod) -> None:
 
 
 def run_full_while_recording(pool: Pool, disk: ThinDisk, lab: Lab, sabotage: str | None = None) -> None:
-    """Processes record, and then the device has no room for what they write."""
+    """Processes record until the device has no space for their writes."""
     for kind in WRITERS:
         lab.start(kind, kind, sabotage)
     lab.goes_on()
@@ -87,7 +87,7 @@ def run_full_while_recording(pool: Pool, disk: ThinDisk, lab: Lab, sabotage: str
 
 
 def come_back(pool: Pool, disk: Disk, lab: Lab) -> None:
-    """Take away what only the page cache believes, and the processes; then look at what the disk has."""
+    """Drop the page cache and kill the processes; then check the contents of the disk."""
     drop_caches()
     lab.kill()
     disk.unmount()

@@ -1,4 +1,4 @@
-"""Power goes while several processes record, on a real ext4 and a real XFS, again and again."""
+"""Repeated power losses while several processes record, on a real ext4 and a real XFS."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_power_loss_at_any_instant(tmp_path: Path, filesystem: str, method: Sync
         figures = reported(f"power loss, {filesystem}, {method}")
         with Lab(store, tmp_path / "outside", figures, method) as lab:
             for number in range(rounds(20, 300)):
-                # Every second time the disk is slow, so that the power goes between a write and its sync.
+                # In every second round the disk is slow, so that the power loss comes between a write and its sync.
                 lose_power_while_recording(disk, lab, "slow syncs" if number % 2 else None)
                 lab.check()
             lab.verify()
-    # Whatever the instants were, records were acknowledged, and some were on their way when the power went.
+    # In all rounds records were acknowledged, and some records were in progress at the power loss.
     assert 0 < lab.figures.acknowledged < lab.figures.attempted
 
 
@@ -43,7 +43,7 @@ def test_power_loss_at_any_instant(tmp_path: Path, filesystem: str, method: Sync
 def test_damage_after_power_loss(
     tmp_path: Path, filesystem: str, method: SyncMethod, damage: Callable[[bytes], bytes]
 ) -> None:
-    """The previous document and the journals hold what was acknowledged; without the document before, it is missed."""
+    """The previous document and the journals contain all acknowledged records. Without it, records are missing."""
     with mounted(Disk(filesystem, tmp_path)) as disk:
         store = disk.mountpoint / "proxy_savings.json"
         with SavingsTracker(store, save_interval=1000, sync_method=method) as tracker:
@@ -80,7 +80,7 @@ def test_without_a_sync_it_loses(tmp_path: Path, filesystem: str, method: SyncMe
 
 
 def lose_power_while_recording(disk: Disk, lab: Lab, sabotage: str | None = None) -> None:
-    """One round: processes begin to record, the power goes, the disk comes back."""
+    """One round: processes start to record, the power is lost, and the disk is mounted again."""
     for kind in WRITERS:
         lab.start(kind, kind, sabotage)
     time.sleep(random.uniform(0, LONGEST_LIFE_SECONDS))

@@ -1,6 +1,6 @@
-"""From a fault to a page: the exporter, Prometheus and Alertmanager as they are shipped, and somebody who is called.
+"""From a fault to a page: the shipped configuration of exporter, Prometheus and Alertmanager, and a test pager.
 
-Of the configuration the targets are replaced, and the intervals: minutes become seconds.
+The tests replace the targets, and shorten the intervals from minutes to seconds.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ SHORTER = (
 
 
 class Stack:
-    """What runs, and who was called about what, in order."""
+    """The running programs, and the pages that were sent, in order."""
 
     def __init__(self, url: str, calls: list[dict[str, Any]]) -> None:
         self.url = url
         self.calls = calls
 
     def call(self, name: str, status: str) -> dict[str, Any]:
-        """Wait for a call about an alert."""
+        """Wait for a page about an alert."""
 
         def found() -> dict[str, Any] | None:
             same = [one for one in self.calls if one["labels"]["alertname"] == name and one["status"] == status]
@@ -113,7 +113,7 @@ def test_a_directory_fsync_that_fails_calls_somebody_until_it_works_again(tmp_pa
             status, answer = service.post(SAVING)
             assert (status, answer["durable"]) == (202, False)
             assert_it_says_what_to_do(seen.call("SavingsDirectoryFsyncFailing", "firing"), address)
-        # A retry comes within seconds, because the fault did not last.
+        # A retry succeeds within seconds, because the fault was short.
         eventually(lambda: seen.value("sum(savings_tokens_saved_total)") == 4096, "the saving to be durable")
         assert service.post(SAVING)[0] == 200
         assert unanswered(seen) == []
@@ -121,7 +121,7 @@ def test_a_directory_fsync_that_fails_calls_somebody_until_it_works_again(tmp_pa
 
 
 def unanswered(seen: Stack) -> list[str]:
-    """Which panels show nothing, when there was time for two scrapes."""
+    """The panels without data after two scrapes."""
     variables = {"$job": ".+", "$instance": ".+", "$__rate_interval": "10s", "$__range": "1m"}
 
     def silent() -> list[str]:
@@ -153,7 +153,7 @@ def test_a_disk_that_goes_away_calls_somebody_until_it_is_back(tmp_path: Path) -
             eventually(lambda: seen.value("sum(savings_tokens_saved_total)") == 8192, "what was saved")
             disk.lose_power()
             assert service.post(SAVING)[0] == 202
-            # Neither a commit nor a save gets as far as a sync there: no file can be written or made any more.
+            # Neither a commit nor a save reaches a sync there, because no file can be written or created any more.
             assert_it_says_what_to_do(seen.call("SavingsStoreUnhealthy", "firing"), address)
         disk.unmount()
         disk.mount()
@@ -216,5 +216,5 @@ def left_out(query: str) -> bool:
 
 
 def shown(seen: Stack, query: str) -> dict[str, str]:
-    """What a query gives, by labels."""
+    """The result of a query, by labels."""
     return {json.dumps(one["metric"], sort_keys=True): one["value"][1] for one in seen.query(query)}

@@ -1,4 +1,4 @@
-"""The compose file and what it mounts: read by the programs that will read it, with the commands that it gives them.
+"""Check the compose file and its mounts with the programs that read them, started with the commands in the file.
 
 Neither Docker nor Grafana nor Tempo is run here. Of what is meant for those, the tests see that it is well formed, and
 that names, ports and paths agree with each other.
@@ -171,7 +171,7 @@ def test_prometheus_scrapes_the_exporter_loads_the_rules_and_knows_the_alertmana
         result = api(f"query?{urllib.parse.urlencode({'query': query})}")["result"]
         return float(result[0]["value"][1]) if result else None
 
-    # Nobody listens there: a trace is an exemplar whether or not it arrives.
+    # No program listens there. A trace becomes an exemplar even if it cannot be delivered.
     spans = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
     with (
         alertmanager(tmp_path / "alertmanager", theirs),

@@ -1,4 +1,4 @@
-"""The commands and programs of README and docs, run as they are printed, in a fresh copy and with a fresh home."""
+"""Run the commands and programs of README and docs as printed, in a new copy and with a new home directory."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def answers(port: int) -> bool:
 
 
 class Copy:
-    """A copy of the files that git knows, with an environment as ``make run`` makes it, and a home directory."""
+    """A copy of the files in git, with an environment as ``make run`` creates it, and a home directory."""
 
     def __init__(self, folder: Path) -> None:
         self.path, self.home = folder / "copy", folder / "home"
@@ -71,7 +71,7 @@ class Copy:
                 shutil.copy2(ROOT / name, target)
         (self.home / ".headroom").mkdir(parents=True)
         shutil.copy(DATA / "headroom" / "v6-latest" / "proxy_savings.json", self.home / ".headroom")
-        # What the tests' own environment says must not reach the copy.
+        # Variables of the tests' own environment must not affect the copy.
         names = [name for name in os.environ if not name.startswith(("PYTHON", "VIRTUAL_ENV", "SAVINGS_", "XDG_"))]
         self.environment = {
             name: os.environ[name] for name in names if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
@@ -111,7 +111,7 @@ def test_commands(copy: Copy, document: str) -> None:
             if command.startswith(tuple(NOT_RUN)):
                 continue
             if SERVICE.search(command):
-                # A document says that one is stopped before the other.
+                # The documents say that one service is stopped before the other starts.
                 services.close()
                 services.enter_context(copy.service(command))
             else:

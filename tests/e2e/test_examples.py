@@ -1,4 +1,4 @@
-"""The examples of docs/embedding.md, each run as the page says, with real servers and real workers."""
+"""Run each example of docs/embedding.md as the page says, with real servers and workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped rules, by Prometheus's own tools: what fires when, and what each alert says."""
+"""Check the shipped rules with Prometheus's own tools: when each alert fires, and its text."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_runbook_has_no_section_of_an_alert_that_is_gone() -> None:
 
 @pytest.fixture
 def exported(store_path: Path) -> str:
-    """What a service shows that has had traffic, on a document that Headroom wrote: some amounts only that one has."""
+    """The metrics of a service with traffic, on a document of Headroom, because only Headroom records some amounts."""
     shutil.copy(DATA / "headroom" / "v6" / "proxy_savings.json", store_path)
     with running("serve", "--store", str(store_path)) as service:
         assert service.post({"model": "m", "provider": "p", "project": "x", "agent": "a", "tokens_saved": 7})[0] == 200
@@ -162,7 +162,7 @@ def test_nothing_fires_in_ten_quiet_minutes(store_path: Path, tmp_path: Path) ->
 
 
 def quiet(service: Service) -> list[dict[str, str]]:
-    """What the service exports now, as it would stay for twenty minutes in which nobody sends anything."""
+    """The current metrics of the service, unchanged for twenty minutes without traffic."""
     _, text = service.get("/metrics")
     samples = re.findall(r"^(\w+)(?:\{(.*)\})? (\S+)$", text, re.M)
     assert len(samples) > 100

@@ -1,4 +1,4 @@
-"""A real Headroom reads what we wrote, and we read what it wrote: the same totals, in both directions."""
+"""A real Headroom reads our documents, and we read its documents, with the same totals in both directions."""
 
 from __future__ import annotations
 

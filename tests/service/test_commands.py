@@ -1,4 +1,4 @@
-"""The command line, as people call it: what it prints, and how it ends."""
+"""The command line as users run it: its output and exit status."""
 
 from __future__ import annotations
 

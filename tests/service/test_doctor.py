@@ -1,4 +1,4 @@
-"""``savings-exporter doctor``: what it says of a disk, how it ends, and that it leaves nothing behind."""
+"""``savings-exporter doctor``: its report, its exit status, and that it leaves no files behind."""
 
 from __future__ import annotations
 

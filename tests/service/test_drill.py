@@ -1,4 +1,4 @@
-"""The fire drill: a running service that behaves as if a step failed, and keeps every saving all the same."""
+"""The fire drill: a running service reports simulated failures but still stores every saving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The running service, seen from outside: what it takes, what it refuses, and how it stops."""
+"""The running service over HTTP: the requests that it accepts and refuses, and how it stops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commits: what one writes, in both sync methods, what each failing step of one does, and what is read back."""
+"""Commits: their writes with both sync methods, the effect of each failing step, and the records that are read back."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def steps(faults: WatchedSegments) -> list[str]:
 
 @pytest.fixture
 def committing(store_path: Path, faults: WatchedSegments) -> Iterator[SavingsTracker]:
-    """A tracker with a segment, so that the next record is one write; it saves only when it is told to."""
+    """A tracker with a segment, so that the next record is one write; it saves only on request."""
     with SavingsTracker(store_path, filesystem=faults, save_interval=3600) as tracker:
         assert tracker.record_request(**SAVED).durable
         faults.calls.clear()
@@ -64,12 +64,12 @@ def failures(tracker: SavingsTracker) -> dict[str, float]:
 
 
 def commit_calls(faults: FaultyFileSystem) -> list[str]:
-    """What was called, but for the background thread's publishing of operation counters."""
+    """The calls, without the publication of operation counters by the background thread."""
     return [call for call in faults.calls if call != "counters"]
 
 
 def requests_in(store_path: Path) -> int:
-    """How many records a process finds that opens the files as they are now."""
+    """The number of records that a process would find if it opened the files now."""
     with copied(store_path) as copy, SavingsTracker(copy) as tracker:
         requests: int = tracker.snapshot().lifetime.requests
         return requests
@@ -100,9 +100,9 @@ os._exit(0)
 
 
 def calls_of_recording(store_path: Path, method: str) -> list[tuple[str, str, int, int]]:
-    """What the kernel is asked to do by 40 commits: call, kind of file, size and offset of what is written."""
+    """The system calls of 40 commits: call, kind of file, size and offset of the write."""
     log = store_path.with_name("strace.log")
-    # Not with -f: the background thread's calls would come between.
+    # -f is not used, because it would include the calls of the background thread.
     strace = ["strace", "-y", "-e", "trace=pwritev,pwritev2,pwrite64,fdatasync", "-o", str(log)]
     subprocess.run([*strace, sys.executable, "-c", RECORDING, str(store_path), method], check=True)
     calls = []
@@ -189,7 +189,7 @@ def test_no_direct_io_is_buffered(store_path: Path) -> None:
 
 
 class RefusesDirectWrites(FaultyFileSystem):
-    """Opens files for direct I/O, and refuses the writes, as some file systems do."""
+    """Opens files for direct I/O but refuses the writes, as some file systems do."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -470,7 +470,7 @@ def test_segment_that_cannot_be_made(store_path: Path, faults: WatchedSegments, 
 
 
 class FullDisk(FaultyFileSystem):
-    """Has no room for more zeros than ``room`` bytes in a file, and none for a segment that is made ahead."""
+    """Has room for ``room`` bytes of zeros in a file, and no room for a segment that is created ahead of need."""
 
     room = BLOCK_BYTES
 
@@ -523,7 +523,7 @@ def test_batch_larger_than_a_segment(store_path: Path, faults: WatchedSegments) 
 
 
 class MakersOfSegments(FaultyFileSystem):
-    """Knows which thread made each segment, durable with its name."""
+    """Logs which thread created each segment and made it durable with its name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -595,7 +595,7 @@ def test_full_segments_are_removed(store_path: Path, faults: WatchedSegments) ->
 
 
 def named(receipt: Receipt) -> tuple[int | None, str | None]:
-    """What names a record for good."""
+    """The permanent identity of a record."""
     assert receipt.durable
     return receipt.sequence, receipt.writer
 
@@ -678,7 +678,7 @@ def test_refused_key(tracker: SavingsTracker, key: Any) -> None:
 
 @pytest.fixture
 def tracing(store_path: Path, faults: WatchedSegments) -> Iterator[Traced]:
-    """A tracker whose spans are kept, and whose next record is one write."""
+    """A tracker with its spans kept in memory, whose next record is one write."""
     traced = Traced(store_path, faults)
     with traced.tracker:
         assert traced.tracker.record_request(**SAVED).durable
@@ -845,7 +845,7 @@ def test_killed_with_many_records(store_path: Path, method: str) -> None:
 
 
 class SlowProcessor(SpanProcessor):
-    """Takes its time, as one does that exports each span at once; knows whether the store's lock was held."""
+    """A slow observer, as one that exports each span immediately. It logs whether the store lock was held."""
 
     def __init__(self, lock: Path) -> None:
         self._lock = lock
@@ -865,7 +865,7 @@ def test_observers_hold_no_lock(store_path: Path) -> None:
     with SavingsTracker(store_path, tracer_provider=provider, save_interval=3600) as tracker:
         for _ in range(3):
             assert tracker.record_request(**SAVED).durable
-            # Told before the call came back.
+            # The observer was called before the call returned.
             assert processor.held["savings.commit"]
         assert tracker.save()
         assert {"savings.commit", "savings.save", "savings.save.fsync_dir"} <= processor.held.keys()

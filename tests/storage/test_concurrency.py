@@ -450,7 +450,7 @@ def test_scrape_in_a_save_counts_once(tracker: SavingsTracker, faults: FaultyFil
         saving = pool.submit(tracker.save)
         assert faults.reached.wait(WAIT_SECONDS)
         assert tracker.snapshot().lifetime.tokens_saved == 13
-        # A save is in nobody's way.
+        # A save blocks no other call.
         assert tracker.record_request(model="m", tokens_saved=100).durable
         assert tracker.snapshot().lifetime.tokens_saved == 113
         faults.mend()
@@ -508,7 +508,7 @@ def test_thread_that_could_not_start(tracker: SavingsTracker, monkeypatch: pytes
 
 
 def test_tasks_commit_during_a_save(tracker: SavingsTracker, faults: FaultyFileSystem) -> None:
-    """A save that waits for the disk keeps neither tasks nor records waiting that no thread waits for."""
+    """A save that waits for the disk delays neither tasks nor records with ``wait=False``."""
     assert tracker.record_request(model="m", tokens_saved=1).durable
     faults.hang("fsync_file")
     with ThreadPoolExecutor(1) as pool:
@@ -527,7 +527,7 @@ def test_tasks_commit_during_a_save(tracker: SavingsTracker, faults: FaultyFileS
 
 
 def test_background_save_hangs(store_path: Path, faults: FaultyFileSystem) -> None:
-    """Neither does one of the tracker's own."""
+    """A background save of the tracker does not delay them either."""
     with SavingsTracker(store_path, filesystem=faults, save_interval=0.01) as tracker:
         faults.hang("fsync_file")
         assert tracker.record_request(model="m", tokens_saved=1).durable

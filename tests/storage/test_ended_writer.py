@@ -1,4 +1,4 @@
-"""What comes back of a writer that has ended and was removed."""
+"""Files that reappear after a writer has ended and was removed."""
 
 from __future__ import annotations
 

@@ -35,14 +35,14 @@ COMMIT_STEPS, SAVE_STEPS = ("fsync_journal", "watermark"), ("write", "fsync_file
 
 @pytest.fixture
 def memory_path() -> Iterator[Path]:
-    """Where a store goes that is opened and closed very often."""
+    """The path of a store that is opened and closed very often."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as directory:
         yield Path(directory, "proxy_savings.json")
 
 
 def run(program: str, *arguments: str | Path | int, seconds: float = WAIT_SECONDS * 2, status: int = 0) -> str:
-    """Run a Python program to its end, and fail when it ends otherwise: what it printed."""
+    """Run a Python program to its end and return its output; fail if the program fails."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
         capture_output=True,
@@ -62,25 +62,25 @@ class Process:
         self.process = process
 
     def hear(self) -> str:
-        """The next line that it prints."""
+        """The next line of its output."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line or self.process.poll() is None, self.process.stderr and self.process.stderr.read()
         return line.strip()
 
     def tell(self, line: str) -> None:
-        """Send it a line."""
+        """Send a line to it."""
         assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
     def ask(self, line: str) -> str:
-        """Send it a line: its answer."""
+        """Send a line to it. Return its answer."""
         self.tell(line)
         return self.hear()
 
     def end(self) -> None:
-        """Let it come to its end."""
+        """Wait until it ends."""
         _, errors = self.process.communicate(timeout=WAIT_SECONDS * 2)
         assert self.process.returncode == 0, errors
 
@@ -209,7 +209,7 @@ def test_a_stopped_process_stops_no_other(store_path: Path, step: str) -> None:
         assert stopped.hear() == "stopping"
         rounds, is_saving = 0, step in SAVE_STEPS
         while rounds < 1 or is_saving:
-            # While it is stopped in a save, saves of others fail at last; their records do not.
+            # While it is stopped in a save, saves of the other processes finally fail, but their records stay durable.
             for other in others:
                 other.tell("go on")
             errors = [other.hear() for other in others]
@@ -412,7 +412,7 @@ def test_retry_after_a_kill_counts_once(memory_path: Path) -> None:
 
 @pytest.mark.needs("linux")
 def test_repeat_of_a_failed_write(store_path: Path, faults: FaultyFileSystem) -> None:
-    """What a process wrote and could not sync may be readable: it acknowledges no repeat."""
+    """A frame that a process wrote but could not sync may be readable. A repeat of it is not acknowledged."""
     run(
         """
         import errno, os, signal, sys
@@ -471,7 +471,7 @@ def test_lock_file_of_roots_making(store_path: Path) -> None:
 
 
 def test_a_moved_directory(store_path: Path) -> None:
-    """The store is made again in the one that takes its place."""
+    """The store is created again in the new directory."""
     directory = store_path.parent
     with SavingsTracker(store_path) as tracker:
         for _ in range(2):
@@ -579,7 +579,7 @@ FAILURES = "savings_commit_failures_total{{error={error},step={step}}}".format(e
 
 
 class Scraped:
-    """The counters of one store, as whichever process answers shows them: they never go back."""
+    """The counters of one store never decrease, no matter which process answers."""
 
     def __init__(self) -> None:
         self._seen: dict[str, float] = {}
@@ -632,7 +632,7 @@ def test_counters_are_those_of_the_store(store_path: Path) -> None:
 
 
 class Meanwhile(FaultyFileSystem):
-    """Does something when the store's directory is listed."""
+    """Calls a function when the store's directory is listed."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Damaged files: opened with the whole total or refused in words, never with less and never with a traceback."""
+"""Damaged files: the store opens with the whole total or is refused with an error, never with less or a traceback."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_background_makes_again(store_path: Path, lose: Callable[[Path], None], 
             lose(file)
         assert tracker.record_request(model="m", tokens_saved=2)
         assert tracker.flush()
-        # Waking the thread is what a record that nobody waits for does.
+        # A record with wait=False also wakes the thread.
         tracker.record_request(model="m", tokens_saved=4, wait=False)
         eventually(lambda: files(store_path, kind), f"{kind} to be made again")
         assert tracker.flush()

@@ -1,4 +1,4 @@
-"""``verify --repair``: what is whole is saved, what is damaged is kept aside, what is lost is said."""
+"""``verify --repair`` saves undamaged data, keeps copies of damaged files, and reports losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Segments, writers' files and entries: removed when they are not needed any more, and not before."""
+"""Segments, writers' files and entries are removed when they are no longer needed, and not before."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ os._exit(0)
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where a store goes whose directory holds nothing else."""
+    """The path of a store in a directory without other files."""
     (tmp_path / "store").mkdir()
     return tmp_path / "store" / "proxy_savings.json"
 
 
 def killed(path: Path, *steps: int | str) -> None:
-    """A process that records so many tokens or saves, step by step, and is killed."""
+    """A process that records a number of tokens or saves, step by step, and is killed."""
     subprocess.run([sys.executable, "-c", KILLED, str(path), *map(str, steps)], check=True)
 
 
@@ -193,7 +193,7 @@ def test_entry_stays_if_sync_fails(path: Path, faults: FaultyFileSystem) -> None
 
 @pytest.mark.slow
 def test_100_rounds(path: Path) -> None:
-    """Of processes that come and go nothing stays but the documents and a lock file, and the last one's file."""
+    """Processes that start and end leave only the documents, the lock file, and the file of the last one."""
     for number in range(1, 101):
         with SavingsTracker(path) as tracker:
             assert tracker.record_request(model="m", tokens_saved=1).durable
@@ -207,7 +207,7 @@ def test_100_rounds(path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_ones(path: Path) -> None:
-    """Nor of processes that are killed, at the latest when a process has saved a few times."""
+    """The files of killed processes are removed, too, after a few saves at the latest."""
     for _ in range(8):
         killed(path, 1)
     with SavingsTracker(path, save_interval=3600) as tracker:

@@ -1,4 +1,4 @@
-"""Rules of journals and saves, some of which only certain moments show: those that ``tests/mutants.py`` takes out."""
+"""Rules of journals and saves, some of which matter only in certain interleavings; see ``tests/mutants.py``."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ NEVER = 1e6
 
 
 def record(tracker: SavingsTracker, count: int = 1) -> None:
-    """Record, and have it acknowledged."""
+    """Record, and check that the record is acknowledged."""
     receipt = tracker.record_many([SavingsRecord(model="m", tokens_saved=1)] * count)
     assert receipt.wait(WAIT_SECONDS)
 
 
 def requests(path: Path, filesystem: FileSystem | None = None) -> int:
-    """How many records a store holds when it is opened."""
+    """The number of records in a store when it is opened."""
     with SavingsTracker(path, filesystem=filesystem, save_interval=NEVER) as tracker:
         return tracker.snapshot().lifetime.requests
 
@@ -50,7 +50,7 @@ def cut_after_first_frame(segment: Path) -> None:
 
 
 class AnotherBoot(FileSystem):
-    """As after a power loss: the machine has booted since."""
+    """Simulate a restart of the machine, as after a power loss."""
 
     def boot_id(self) -> bytes:
         return bytes(range(16))
@@ -85,7 +85,7 @@ def test_segment_order(store_path: Path, faults: FaultyFileSystem) -> None:
 
 @pytest.mark.needs("linux")
 def test_lock_of_new_writer(store_path: Path) -> None:
-    """A writer whose new file another process looks at is no writer without a lock."""
+    """A writer whose new file another process examines is not taken for a writer without a lock."""
 
     class Looked(FileSystem):
         looking = -1
@@ -106,7 +106,7 @@ def test_lock_of_new_writer(store_path: Path) -> None:
 
 
 def test_first_copy_is_gone(store_path: Path) -> None:
-    """A frame whose first copy was never on the disk, where a document says that reading goes on, has another copy."""
+    """If the frame at a document's read position was never on the disk, another copy of it exists."""
     faults = FaultyFileSystem(has_direct_io=False)
     with SavingsTracker(store_path, filesystem=faults, save_interval=NEVER) as tracker:
         record(tracker)
@@ -120,7 +120,7 @@ def test_first_copy_is_gone(store_path: Path) -> None:
 
 
 def test_removed_segment_comes_back(store_path: Path) -> None:
-    """After a power loss a segment that was removed may be there without what it held."""
+    """After a power loss a removed segment may reappear without its content."""
     with SavingsTracker(store_path, save_interval=NEVER) as tracker:
         record(tracker)
         record(tracker)
@@ -144,7 +144,7 @@ def test_kill_between_names(store_path: Path, faults: FaultyFileSystem) -> None:
 
 
 def fail_at(faults: FaultyFileSystem, step: str, nth: int, do: Callable[[], object]) -> None:
-    """Do something just before the nth call of a step from now on."""
+    """Call a function before the nth call of a step from now on."""
     calls = []
 
     def before(name: str) -> None:
@@ -157,7 +157,7 @@ def fail_at(faults: FaultyFileSystem, step: str, nth: int, do: Callable[[], obje
 
 
 class Between(FileSystem):
-    """Does something once, at the nth listing of the store's files from now on."""
+    """Calls a function once, at the nth listing of the store's files from now on."""
 
     def __init__(self) -> None:
         self.nth = 0
@@ -172,7 +172,7 @@ class Between(FileSystem):
 
 
 class Writing:
-    """A writer in a process of its own, which can be killed."""
+    """A writer in a separate process, which can be killed."""
 
     def __init__(self, path: Path) -> None:
         program = """
@@ -199,12 +199,12 @@ class Writing:
 
 
 def copied(path: Path, name: str) -> Path:
-    """The store as it is now, in a directory of its own: there its writers are dead."""
+    """A copy of the store in another directory, where its writers are dead."""
     return Path(shutil.copytree(path.parent, path.parent / name)) / path.name
 
 
 def held_at(path: Path, name: str) -> int:
-    """How many records a document says it holds."""
+    """The number of records that a document states."""
     return int(json.loads(Path(f"{path}{name}").read_bytes())["lifetime"]["requests"])
 
 
@@ -235,7 +235,7 @@ def test_new_segment_is_synced(store_path: Path, step: str) -> None:
 
 
 def test_copies_count_once(store_path: Path) -> None:
-    """A frame whose sync failed stands in two segments, with the same numbers."""
+    """A frame whose sync failed is in two segments, with the same numbers."""
     faults = FaultyFileSystem(has_direct_io=False)
     with SavingsTracker(store_path, filesystem=faults, save_interval=NEVER) as tracker:
         record(tracker)
@@ -299,7 +299,7 @@ def test_end_before_the_watermark(store_path: Path) -> None:
 
 
 def test_end_before_the_document(store_path: Path) -> None:
-    """A journal that was cut off where a document has counted it may have lost what followed."""
+    """A journal that ends where a document has counted it may have lost the records after that."""
     with SavingsTracker(store_path, save_interval=NEVER) as tracker:
         record(tracker)
         record(tracker)
@@ -311,7 +311,7 @@ def test_end_before_the_document(store_path: Path) -> None:
 
 
 def test_up_to_the_watermark(store_path: Path) -> None:
-    """A frame that was written and not synced does not count yet."""
+    """A frame that was written but not synced does not count yet."""
     faults = FaultyFileSystem(has_direct_io=False)
     with SavingsTracker(store_path, filesystem=faults, save_interval=NEVER) as tracker:
         record(tracker)
@@ -326,7 +326,7 @@ def test_up_to_the_watermark(store_path: Path) -> None:
 
 
 def test_watermark_of_earlier_boot(store_path: Path) -> None:
-    """After a power loss the watermark may be an older one."""
+    """After a power loss the watermark may be out of date."""
     with SavingsTracker(store_path, save_interval=NEVER) as tracker:
         record(tracker)
         (file,) = store_path.parent.glob("*.writer.*")
@@ -338,7 +338,7 @@ def test_watermark_of_earlier_boot(store_path: Path) -> None:
 
 
 def test_key_sent_to_two(store_path: Path) -> None:
-    """Two processes get one request at the same instant."""
+    """Two processes receive the same request at the same instant."""
     faults = FaultyFileSystem(has_direct_io=False)
     with (
         SavingsTracker(store_path, filesystem=faults, save_interval=NEVER) as one,
@@ -405,7 +405,7 @@ def test_living_writer_keeps_its_files(store_path: Path) -> None:
 
 @pytest.mark.parametrize("nth", range(1, 5))
 def test_writer_dies_within_a_save(store_path: Path, nth: int) -> None:
-    """What a writer commits before it dies is not removed by a save that counted it before."""
+    """A save does not remove records that a writer committed after the save had counted its journal."""
     between = Between()
     with SavingsTracker(store_path, filesystem=between, save_interval=NEVER) as saver:
         record(saver)
@@ -526,7 +526,7 @@ def test_document_is_opened_again(store_path: Path) -> None:
 @pytest.mark.needs("linux")
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EINVAL, errno.ENOTSUP])
 def test_failed_or_unsupported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """A file system without a directory fsync is told from one that fails."""
+    """A file system without a directory fsync is distinguished from one whose directory fsync fails."""
 
     def fail(_descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
@@ -550,7 +550,7 @@ def test_order_of_observers(store_path: Path) -> None:
 
 @pytest.mark.parametrize("nth", range(1, 4))
 def test_reader_and_two_saves(store_path: Path, nth: int) -> None:
-    """A journal that is removed while it is read is in a newer document."""
+    """The records of a journal that is removed while it is read are in a newer document."""
     between = Between()
     with (
         SavingsTracker(store_path, filesystem=between, save_interval=NEVER) as reader,
@@ -588,7 +588,7 @@ def test_inspect_and_a_save(store_path: Path, nth: int) -> None:
 
 @pytest.mark.parametrize("nth", range(1, 5))
 def test_segment_made_meanwhile(store_path: Path, nth: int) -> None:
-    """A segment that is made while a store is opened is not taken for lost."""
+    """A segment that is created while a store is opened is not reported as lost."""
     between = Between()
     with SavingsTracker(store_path, save_interval=NEVER) as writer:
         record(writer)
@@ -599,7 +599,7 @@ def test_segment_made_meanwhile(store_path: Path, nth: int) -> None:
 
 @pytest.mark.parametrize("nth", range(1, 5))
 def test_segment_gone_meanwhile(store_path: Path, nth: int) -> None:
-    """A segment that its writer removes while a store is opened does not keep it from being opened."""
+    """A segment that its writer removes while a store is opened does not prevent the opening."""
     between = Between()
     with SavingsTracker(store_path, save_interval=NEVER) as writer:
         record(writer)

@@ -33,7 +33,7 @@ SAVED: dict[str, Any] = {"model": "claude-sonnet-4-5", "provider": "anthropic", 
 
 @pytest.fixture
 def traced(store_path: Path, faults: FaultyFileSystem) -> Iterator[Traced]:
-    """A tracker whose spans are kept, on a store that was saved; it saves only when it is told to."""
+    """A tracker with its spans kept in memory, on a store with a saved document; it saves only on request."""
     traced = Traced(store_path, faults, save_interval=3600)
     with traced.tracker as tracker:
         assert tracker.record_request(**SAVED).durable
@@ -51,12 +51,12 @@ def saving(traced: Traced) -> SavingsTracker:
 
 
 def save_calls(faults: FaultyFileSystem) -> list[str]:
-    """What saves called."""
+    """The calls of saves."""
     return [call for call in faults.calls if call in STEPS]
 
 
 class Recording(FileSystem):
-    """Notes what is synced and renamed, by real paths."""
+    """Logs syncs and renames, by real paths."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, str]] = []
@@ -80,7 +80,7 @@ class WithoutDirectoryFsync(Recording):
 
 
 def synced_and_renamed(path: Path, recording: Recording) -> list[tuple[str, str]]:
-    """What one save syncs and renames."""
+    """The syncs and renames of one save."""
     with SavingsTracker(path, filesystem=recording, save_interval=3600) as tracker:
         assert tracker.record_request(**SAVED).durable
         assert tracker.save()
@@ -224,7 +224,7 @@ def test_unsupported_directory_fsync(store_path: Path, number: int, caplog: pyte
         assert tracker.save()
         assert tracker.health().healthy
         seen = traced.samples()
-        # Asked for once, then remembered; the renamed file is synced instead.
+        # The directory fsync is tried once and the result is cached; the renamed file is synced instead.
         assert faults.asked == 1
         first = ["write", "fsync_file", "write", "fsync_file", "replace", "replace", "fsync_file"]
         assert save_calls(faults) == [*first, "write", "fsync_file", "replace", "fsync_file"]

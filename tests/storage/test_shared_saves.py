@@ -1,4 +1,4 @@
-"""Several trackers on one store: one save in the interval is enough for all of them."""
+"""Several trackers on one store: one save per interval is enough for all of them."""
 
 from __future__ import annotations
 

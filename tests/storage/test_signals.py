@@ -142,7 +142,7 @@ def test_a_handler_in_a_step(store_path: Path, step: str) -> None:
             receipts.append(tracker.record_request(**ONE))
             receipts.append(tracker.record_request(**ONE, idempotency_key="k"))
             receipts.append(tracker.record_request(**ONE, idempotency_key="k", wait=False))
-            # Neither waits, even for what the background thread may be about to commit.
+            # Neither waits, even for records that the background thread is about to commit.
             waited = receipts[0].wait(), tracker.flush()
             assert not tracker.save()
             pending = tracker.snapshot().pending_records

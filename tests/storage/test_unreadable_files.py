@@ -1,4 +1,4 @@
-"""A file of the store that cannot be read for a moment is not one that is missing."""
+"""A file of the store that is temporarily unreadable is not treated as missing."""
 
 from __future__ import annotations
 

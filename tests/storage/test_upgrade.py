@@ -1,4 +1,4 @@
-"""Stores of format 1, as the first version of this program left them."""
+"""Stores of format 1, as the first version of this program wrote them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks run, each peer does the work that we do, and a figure that falls short is shown as such."""
+"""The benchmarks run, each peer does the same work as the store, and a missed target is reported."""
 
 from __future__ import annotations
 

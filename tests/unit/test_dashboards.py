@@ -1,4 +1,4 @@
-"""Grafana's dashboards: they are what build.py builds, can be read, and ask for metrics that there are."""
+"""Grafana's dashboards are up to date with build.py, readable, and query only existing metrics."""
 
 from __future__ import annotations
 

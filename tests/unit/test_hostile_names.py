@@ -1,4 +1,4 @@
-"""Names come from clients. A million records with the worst of them cost neither memory nor a single token."""
+"""Names come from clients. A million records with hostile names use bounded memory and lose no token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the documents for developers name is there: paths, make targets, what a test may need, names in the code."""
+"""Paths, make targets, needs of tests and names of the code that the developer documents mention must exist."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DOCUMENTS = ("CONTRIBUTING.md", "docs/architecture.md")
 FOLDERS = ("savings_exporter", "tests", "benchmarks", "dashboards")
 
 MADE = tuple(line.rstrip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split())
-"""What is made by a run is not in the repository."""
+"""Files that a run creates are not in the repository."""
 
 SETTINGS = ("Makefile", "pyproject.toml", ".ci/run", "docker-compose.yml", "Dockerfile")
 """Packages, programs, options and variables are named in these."""
 
 FOREIGN = {"posix_fadvise", "OTEL_*", "pre-commit", "--strict", "&&"}
-"""What others make, and no file of ours names."""
+"""Names from other projects that occur in none of our files."""
 
 _PATH = re.compile(r"[\w.-]*/[\w./-]*|[\w-]+\.(?:py|md|json|toml|yml|yaml)|Makefile")
 _NAME = re.compile(r"[A-Za-z_][\w.]*")

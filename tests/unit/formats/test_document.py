@@ -1,4 +1,4 @@
-"""Our own documents: written and read again with nothing lost, and every damage told."""
+"""Our own documents are written and read back without loss, and all damage is reported."""
 
 from __future__ import annotations
 

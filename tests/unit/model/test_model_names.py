@@ -1,4 +1,4 @@
-"""Hostile names, many of them: bounded, and not a token lost."""
+"""Many hostile names: their number is bounded, and no token is lost."""
 
 from __future__ import annotations
 
