@@ -1,8 +1,8 @@
 """The crash lab: power losses, killed writers, and the checks after the store is opened again.
 
 A power loss is the shutdown ioctl of ext4 and XFS with the log not flushed: what the filesystem had not written to
-its device is gone, and every call fails until it is mounted again. It says nothing about a drive that forgets what it
-was told to flush.
+its device is lost, and every call fails until it is mounted again. This does not model a drive that loses data after a
+flush.
 """
 
 from __future__ import annotations

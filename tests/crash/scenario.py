@@ -45,7 +45,7 @@ def main(store: str, ledgers: Path, method: SyncMethod) -> int:
 
 
 def make_names_predictable() -> None:
-    """Give files and writers the same names in each run: strace is told which ones to watch."""
+    """Give files and writers the same names in each run, because strace selects files by name."""
     files, writers = count(1), count(1)
 
     def numbered_file(nbytes: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Every system call of a run on the store's directory fails once, in each way, or is the last one of its process."""
+"""Every system call of a run on the store's directory fails once with each error, or the process is killed at it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Call(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A store that a killed process left, what it was told, and the calls that a run of the scenario makes on it."""
+    """A store that a killed process left, the answers to the process, and the calls of the scenario on the store."""
 
     directory: Path
     method: SyncMethod
@@ -87,7 +87,7 @@ def test_any_call_may_fail(tmp_path: Path, method: SyncMethod, fault: str) -> No
                 wrong.append(f"{fault} at {call.name} number {call.number}: {found}")
             shutil.rmtree(run.directory)
     assert not wrong, "\n".join(wrong)
-    # Which thread makes a segment depends on which one is first.
+    # The thread that creates a segment differs between runs.
     assert len(not_made) <= MOST_NOT_MADE, not_made
 
 
@@ -98,14 +98,14 @@ def prepare(directory: Path, method: SyncMethod) -> Prepared:
     with Lab(prepared / "store" / DOCUMENT, prepared / "outside", Figures(), method) as lab:
         lab.start(BEFORE, "alone")
         lab.goes_on()
-    # Once to see the files' names, and once more to count as strace counts where it is told them.
+    # The first run finds the names of the files; the second counts the calls on these files as strace counts them.
     run = run_scenario(prepared, directory / "names", method, ["-y"])
     names = {Path(found).name for found in re.findall(rf'[<"]{re.escape(str(run.directory))}/store/([^>"]*)', run.log)}
     run = run_scenario(prepared, directory / "calls", method, watching(directory / "calls", tuple(names)))
     made = Counter(re.findall(r"^(\d+) +(\w+)\(", run.log, re.MULTILINE))
     most = {name: max(count for (_, other), count in made.items() if other == name) for _, name in made}
     assert run.status == 0, run.stderr
-    # Whatever an engine is made of, it opens, writes, syncs, renames and removes.
+    # Every storage engine opens, writes, syncs, renames and removes files.
     assert {"openat", "pread64", "write", "pwrite64", "fsync", "rename", "unlink", "flock"} <= most.keys()
     assert {"link", "linkat"} & most.keys()
     assert ({"pwritev", "pwritev2"} if method == "direct" else {"fdatasync"}) & most.keys()

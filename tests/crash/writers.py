@@ -1,4 +1,4 @@
-"""What the lab's processes do until they are killed."""
+"""The work of the lab's processes until they are killed."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ the parent, and one for each of its children that live at the same time.
 """
 
 SAVE_EVERY = 16
-"""Who sends one record after the other asks for a save of the document after so many records."""
+"""A writer of single records requests a save of the document after this number of records."""
 
 LONGEST_STAY = 8
-"""How many records a visitor or a forked child sends at most before it ends."""
+"""The maximum number of records that a visitor or a forked child sends before it ends."""
 
 PAUSE_SECONDS = 0.02
 """How long a visitor that could not open the store waits before it tries again."""
@@ -66,7 +66,7 @@ def run(
 ) -> None:
     """Be a process of the lab.
 
-    Each process that comes from this one has a copy of the connection: when all have ended, its other end is told.
+    Each child of this process has a copy of the connection. When all have ended, the other end detects it.
     """
     os.setsid()  # so that all of them are killed together
     logging.disable()
@@ -80,7 +80,7 @@ def run(
 
 @contextmanager
 def left_behind(stream: Stream) -> Iterator[None]:
-    """What is raised is left beside the stream's ledger, for the judge."""
+    """Write exceptions to a file beside the stream's ledger, for the checker."""
     try:
         yield
     except BaseException:
@@ -182,13 +182,13 @@ ENDS = (_close, _only_exit, _kill_oneself)
 
 
 def reader(store: Store, streams: list[Stream]) -> None:
-    """Note every lifetime total that a scrape would have shown."""
+    """Log every lifetime total that a scrape would have shown."""
     with store.open() as tracker:
         _note_totals(tracker, streams[0])
 
 
 def watcher(store: Store, streams: list[Stream]) -> None:
-    """Note every lifetime total that a watching process would have shown."""
+    """Log every lifetime total that a watching process would have shown."""
     while True:
         try:
             watched = WatchedFile(store.path, store.disk)
@@ -225,7 +225,7 @@ def batch_of(model: str, size: int) -> list[SavingsRecord]:
 
 
 def _send_each(tracker: SavingsTracker, stream: Stream, numbers: Iterable[int]) -> None:
-    """Send one record after the other, and now and then have the document saved."""
+    """Send one record after another, and save the document from time to time."""
     ledger = Ledger(stream.ledger)
     for number in numbers:
         ledger.attempt(number)

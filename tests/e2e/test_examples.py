@@ -40,7 +40,7 @@ def environment(store: Path) -> dict[str, str]:
 
 @contextmanager
 def served(name: str, store: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """One of the servers, on a free port, in a process group of its own."""
+    """One of the servers, on a free port, in its own process group."""
     port = free_port()
     command, *arguments = SERVED[name]
     at = ["--port", str(port)] if command == "uvicorn" else ["--bind", f"127.0.0.1:{port}"]
@@ -87,7 +87,7 @@ def totals(store: Path) -> tuple[int, list[str]]:
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
 @pytest.mark.parametrize("name", SERVED)
 def test_server(store_path: Path, name: str, how: str) -> None:
-    """Every worker shows the sum of all. After a stop the document holds everything; after a kill nothing is lost."""
+    """Every worker shows the sum of all. After a stop the document is complete; after a kill nothing is lost."""
     with served(name, store_path) as (process, port):
         eventually(lambda: is_up(port), f"{name} to answer")
         with ThreadPoolExecutor(8) as pool:

@@ -171,7 +171,7 @@ def test_document_without_requests(tmp_path: Path, total: int) -> None:
 @pytest.mark.parametrize("content", ['{"name": "web", "version": "1.0.0"}', '{"schema_version": 3, "name": "x"}', "[]"])
 @pytest.mark.parametrize("command", ["serve", "record", "show", "verify", "verify --repair", "watch"])
 def test_file_of_something_else(tmp_path: Path, content: str, command: str) -> None:
-    """It is refused, and nothing is written: neither to it nor beside it."""
+    """The file is refused, and neither the file nor its directory is changed."""
     path = tmp_path / "package.json"
     path.write_text(content)
     arguments = {"record": ["--model", "m", "--tokens-saved", "1"], "serve": ["--web.listen-address", "127.0.0.1:0"]}
@@ -201,7 +201,7 @@ def test_nothing_is_left_beside_a_file(tmp_path: Path, content: str, has_previou
 
 
 def test_something_else_in_a_stores_place(store_path: Path) -> None:
-    """The store is damaged, and the error says what is lost: another path would begin at zero."""
+    """The store is damaged. The error says what is lost, and suggests no other path, where totals would be zero."""
     with SavingsTracker(store_path) as tracker:
         assert tracker.record_request(model="m", tokens_saved=100).durable
     store_path.write_text("{}")
@@ -352,7 +352,7 @@ def test_unknown_figures_are_no_zeros(store_path: Path) -> None:
     (known,) = [line for line in shown.splitlines() if line.startswith("priced")]
     assert unknown.split()[:6] == ["without-input", "1,000,000", "0", "–", "1", "–"]
     assert known.split()[:7] == ["priced", "1", "0", "25.0", "%", "1", "0.00"]
-    # The share of the records that gave both, and not of the million beside them.
+    # The share covers only records with both figures, not the million other tokens.
     assert "Share of the input: 25.0 %. US" in shown
     with running("serve", "--store", str(store_path)) as service:
         totals = json.loads(service.get("/v1/savings")[1])

@@ -138,7 +138,7 @@ def test_only_the_services_own_user_reaches_it_and_nothing_of_it_stays(tmp_path:
 
 
 def asked(directory: Path, question: bytes) -> bytes:
-    """What the service answers to somebody who does not keep to the protocol, in a directory with a short name."""
+    """The answer of the service to a client that violates the protocol, in a directory with a short name."""
     with socket.socket(socket.AF_UNIX) as asking:
         asking.settimeout(WAIT_SECONDS)
         asking.connect(str(directory / ".proxy_savings.json.drill"))

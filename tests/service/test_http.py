@@ -52,7 +52,7 @@ REFUSED = [
 
 
 def test_repeat_of_a_key_counts_once(store_path: Path) -> None:
-    """Also after a kill: the answer names the first one's place, and says that it is a duplicate."""
+    """Also after a kill: the answer identifies the first record, and says that this one is a duplicate."""
     key = {"Idempotency-Key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
     batch = {"records": [RECORD] * 3}
     with running("serve", "--store", str(store_path)) as service:
@@ -199,7 +199,7 @@ def test_second_sigterm_waits_for_the_end(store_path: Path, step: str) -> None:
     ],
 )
 def test_second_ctrl_c_ends_at_once(store_path: Path, is_failing: bool, status: int, said: str) -> None:
-    """A last commit or save that hangs is not waited for, and what that costs is said."""
+    """The stop does not wait for a last commit or save that hangs, and reports the records that are lost."""
     with running("serve", "--store", str(store_path), faulty=True) as service:
         if is_failing:
             service.tell("fail fsync_journal")
@@ -268,7 +268,7 @@ def test_demo_beside_a_store(store_path: Path) -> None:
 
 @pytest.mark.needs("strace")
 def test_savings_while_the_disk_fails(store_path: Path) -> None:
-    """They are accepted, and the health says why they are pending."""
+    """The records are accepted, and the health says why they are pending."""
     with running("serve", "--store", str(store_path)) as service:
         with failing_directory_fsync(service, store_path.parent):
             # The first commit makes a segment, whose name has to be durable.
@@ -287,7 +287,7 @@ def test_savings_while_the_disk_fails(store_path: Path) -> None:
 
 @pytest.mark.needs("strace")
 def test_savings_while_only_saves_fail(store_path: Path) -> None:
-    """They are durable in the journal, and the health says what fails."""
+    """The records are durable in the journal, and the health names the failure."""
     with running("serve", "--store", str(store_path)) as service:
         assert service.post(RECORD)[0] == 200
         with failing_directory_fsync(service, store_path.parent):
@@ -432,7 +432,7 @@ def _refuses_connections(service: Service) -> bool:
 
 
 def test_answers_end_with_a_newline(store_path: Path) -> None:
-    """A shell's prompt follows on a line of its own."""
+    """The prompt of the shell follows on a separate line."""
     with running("serve", "--store", str(store_path)) as service:
         for content in (RECORD, {**RECORD, "tokens_saved": "1"}):
             connection = http.client.HTTPConnection(urlsplit(service.url).netloc)

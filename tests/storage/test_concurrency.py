@@ -91,7 +91,7 @@ def test_waiting_threads_end_in_failure(tracker: SavingsTracker, faults: FaultyF
 
 def test_loop_runs_while_the_disk_hangs(tracker: SavingsTracker, faults: FaultyFileSystem) -> None:
     async def record() -> int:
-        """How often the loop ran other tasks while a commit hung."""
+        """The number of times that the loop ran other tasks while a commit hung."""
         await tracker.record_request_async(**ONE)
         faults.hang("fsync_journal")
         recording = [asyncio.ensure_future(tracker.record_request_async(**ONE)) for _ in range(100)]
@@ -106,7 +106,7 @@ def test_loop_runs_while_the_disk_hangs(tracker: SavingsTracker, faults: FaultyF
         assert all(await asyncio.gather(*recording))
         return rounds
 
-    # With a loop that waits for the disk this would never end: the disk is mended by the loop.
+    # The event loop repairs the disk, so if the loop waited for the disk, this would never end.
     assert asyncio.run(record()) == 1000
 
 
@@ -402,7 +402,7 @@ def test_document_of_others_is_kept(tracker: SavingsTracker, store_path: Path) -
     assert not tracker.save()
     assert tracker.health().error == "ESTALE"
     assert "replaced the document" in (tracker.health().reason or "")
-    # The journal is ours alone, so records go on being durable.
+    # No other process writes this journal, so records still become durable.
     assert tracker.record_request(model="m", tokens_saved=2).durable
     assert not tracker.save()
     assert store_path.read_bytes() == foreign
@@ -421,7 +421,7 @@ def test_older_document_is_not_trusted(tracker: SavingsTracker, store_path: Path
     store_path.write_bytes(older)
     assert tracker.snapshot().lifetime.tokens_saved == 11
     assert tracker.record_request(model="m", tokens_saved=100).durable
-    # The older document and the journal make the whole total all the same.
+    # The older document and the journal still give the whole total.
     assert tracker.save()
     assert tracker.snapshot().lifetime.tokens_saved == 111
 

@@ -1,4 +1,4 @@
-"""The document is removed or damaged while a process runs that read an older one: others have saved since."""
+"""The document is removed or damaged while a process runs that has read an older one, and others have saved since."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def damage(document: Path) -> None:
 
 
 def record_and_end(store_path: Path, tokens: int) -> None:
-    """Another tracker records, saves and ends; its files go once both documents hold what it recorded."""
+    """Another tracker records, saves and ends. Its files are removed when both documents contain its records."""
     with SavingsTracker(store_path, save_interval=3600) as tracker:
         assert tracker.record_request(model="m", tokens_saved=tokens)
 

@@ -70,7 +70,7 @@ def test_document(kept: Kept, damage: Callable[[bytes], Iterator[bytes]], withou
     for damaged in damage(document):
         path = kept.put(document=damaged, **dict.fromkeys(without))
         if damaged == document.rstrip():
-            # Only the newline at the end says nothing.
+            # Only damage to the final newline is harmless.
             continue
         total, seen = opened(path)
         assert total == TOTAL
@@ -100,7 +100,7 @@ def test_previous(kept: Kept, damage: Callable[[bytes], Iterator[bytes]]) -> Non
 
 @pytest.mark.slow
 def test_journal(kept: Kept) -> None:
-    """The watermark says how much was acknowledged, so that even the last frame cannot go in silence."""
+    """The watermark says how much was acknowledged, so that even the loss of the last frame is detected."""
     first_needed = kept.frames[len(SAVED)]
     for position in range(0, len(kept.journal), STRIDE):
         path = kept.put(segment=flipped(kept.journal, position) + bytes(8192))
@@ -113,7 +113,7 @@ def test_journal(kept: Kept) -> None:
 
 @pytest.mark.slow
 def test_journal_without_watermark(kept: Kept) -> None:
-    """After a power loss a damaged frame is told from a torn write by what follows; only the last one can go."""
+    """After a power loss, later frames distinguish damage from a torn write. Only the last frame can be lost."""
     last = kept.frames[-1]
     for position in range(kept.frames[len(SAVED)], len(kept.journal), STRIDE):
         path = kept.put(segment=flipped(kept.journal, position) + bytes(8192), writer=None)
@@ -123,7 +123,7 @@ def test_journal_without_watermark(kept: Kept) -> None:
         (note,) = inspect(str(path)).notes
         assert "bytes of a write that was never acknowledged" in note
         total, seen = opened(path)
-        # Nothing proves the last frame, so it is what a commit leaves that was never acknowledged.
+        # Nothing proves that the last frame was acknowledged, so it is treated as an unacknowledged commit.
         assert total == TOTAL - COMMITTED[-1], position
         assert recoveries(seen) == {"torn_tail": 1}
         (aside,) = path.parent.glob("*.torn-*")
@@ -146,7 +146,7 @@ def test_journal_alone(kept: Kept) -> None:
 
 @pytest.mark.slow
 def test_writer_file(kept: Kept) -> None:
-    """Damage to a writer's file hides how much was acknowledged at most; a whole journal is counted whole."""
+    """Damage to a writer's file only hides how much was acknowledged; an undamaged journal is counted completely."""
     data = kept.files["writer"][:100]
     for damage in (cuts, flips):
         for damaged in damage(data):
@@ -243,7 +243,7 @@ def test_all_but_lock_gone(kept: Kept) -> None:
 
 
 def test_older_backup(kept: Kept, tmp_path: Path) -> None:
-    """A document that was saved before, put in the place of a later one, whose segments are gone."""
+    """A restored older document, when the segments after it have been removed."""
     store = tmp_path / DOCUMENT
     with SavingsTracker(store) as tracker:
         tracker.record_request(model="m", tokens_saved=1)
@@ -265,7 +265,7 @@ def test_backup_alone(kept: Kept) -> None:
 
 
 def test_journal_of_another_store(kept: Kept, tmp_path: Path) -> None:
-    """Left beside a document that was put in place: not counted, and harmless."""
+    """Segments left beside a restored document are not counted, and are harmless."""
     with SavingsTracker(tmp_path / DOCUMENT) as other:
         other.record_request(model="m", tokens_saved=7)
     path = kept.put(document=(tmp_path / DOCUMENT).read_bytes(), previous=None, lock=None)
@@ -487,7 +487,7 @@ def test_opened_while_saved(store_path: Path) -> None:
 
 
 def test_refused_closes_its_files(kept: Kept) -> None:
-    """So that a store that was refused can be repaired by the same process."""
+    """The same process can therefore repair a store that was refused."""
     path = kept.put(document=b"junk", previous=b"junk")
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):

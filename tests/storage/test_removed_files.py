@@ -30,7 +30,7 @@ def files(store_path: Path, kind: str) -> list[Path]:
 
 
 def total_of_copy(store_path: Path, directory: Path) -> int:
-    """What a process would find that opened the store at this moment."""
+    """The total that a process would find if it opened the store now."""
     shutil.copytree(store_path.parent, directory)
     with SavingsTracker(directory / store_path.name) as tracker:
         total = tracker.snapshot().lifetime.tokens_saved
@@ -124,7 +124,7 @@ def test_other_process_saves(store_path: Path, kind: str) -> None:
 @BY_HAND
 @pytest.mark.parametrize("kinds", [[".writer.*"], [".journal.*", ".writer.*"]])
 def test_idle_writer_is_kept(busy: SavingsTracker, lose: Callable[[Path], None], kinds: list[str]) -> None:
-    """An idle writer without its file is not taken for dead, however often another process saves."""
+    """An idle writer without its file is not treated as dead, no matter how often another process saves."""
     path = Path(busy.storage_path)
     with SavingsTracker(path, save_interval=3600) as other:
         assert other.save()

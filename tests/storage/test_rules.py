@@ -73,7 +73,7 @@ def test_segment_order(store_path: Path, faults: FaultyFileSystem) -> None:
             record(tracker, 100)
             made.wait(0.01)
         before = tracker.snapshot().lifetime.requests
-        record(tracker, 5000)  # more than a segment holds: it gets one of its own
+        record(tracker, 5000)  # larger than a segment, so it gets its own segment
         slow.fail("fsync_journal", errno.EIO, 1)
         receipt = tracker.record_request(model="m", tokens_saved=1)
         assert not receipt.durable

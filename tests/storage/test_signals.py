@@ -84,7 +84,7 @@ def test_an_interrupt_in_a_step(store_path: Path, step: str, has_direct_io: bool
 
 
 def test_an_interrupt_of_unlocking(store_path: Path) -> None:
-    """The store's lock does not stay taken: other processes can save."""
+    """The store lock is released, so other processes can save."""
 
     class Interrupted(FaultyFileSystem):
         interrupts = 0
@@ -133,7 +133,7 @@ def test_a_wait_without_timeout(store_path: Path) -> None:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_handler_in_a_step(store_path: Path, step: str) -> None:
-    """It records, saves and closes in the middle of its own thread's commit or save."""
+    """The handler records, saves and closes during a commit or save of its own thread."""
     faults, receipts = FaultyFileSystem(), list[Receipt]()
 
     def handle(name: str) -> None:

@@ -23,7 +23,7 @@ ERRORS = (errno.EINVAL, errno.EIO, errno.EMFILE, errno.ENOSPC)
 
 
 class UnreadableFileSystem(FileSystem):
-    """From when it is told a part of a name, opening such a file fails ``failures`` times, or reading it."""
+    """After part of a name is set, opening or reading a file with this name fails ``failures`` times."""
 
     def __init__(self, number: int, when: str, failures: int) -> None:
         self.number = number

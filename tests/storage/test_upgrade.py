@@ -22,7 +22,7 @@ TOTAL = 1_111_110
 
 
 def copied(kind: str, directory: Path) -> Path:
-    """A store of format 1 in a directory of its own."""
+    """A store of format 1 in a separate directory."""
     shutil.copytree(DATA / "format1" / kind, directory / kind)
     return directory / kind / DOCUMENT
 
@@ -65,7 +65,7 @@ def test_converted_when_opened(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", ["write", "fsync_file", "replace", "fsync_dir"])
 def test_conversion_fails(tmp_path: Path, faults: FaultyFileSystem, step: str) -> None:
-    """Without it a process of the first version might go on committing to a journal that is not read any more."""
+    """Without it, a process of the first version might still commit to a journal that is no longer read."""
     path = copied("closed", tmp_path)
     faults.fail(step, errno.EIO)
     with pytest.raises(StoreError, match=f"cannot be converted .*{step} failed: .*EIO"):

@@ -85,7 +85,7 @@ def test_pack_and_unpack(keys: dict[bytes, KeyEntry], max_keys: int) -> None:
 
 @given(st.lists(digests, unique=True, max_size=12), st.integers(1, 5), st.integers(0, 12))
 def test_unpacked_is_like_the_first(digests: list[bytes], max_keys: int, cut: int) -> None:
-    """Adding goes on after packing and unpacking as if nothing had happened."""
+    """Keys can be added after packing and unpacking as before."""
     straight, table = KeyTable(max_keys), KeyTable(max_keys)
     for number, digest in enumerate(digests):
         if number == cut:
