@@ -8,7 +8,7 @@ ARGS ?=
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast crash mutants bench lint format dashboards frameworks headroom clean
+.PHONY: help run test test-fast crash mutants bench lint format dashboards rules frameworks headroom clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -48,6 +48,9 @@ format: .venv/.dev ## fix style and format of the code
 
 dashboards: .venv/.dev ## generate Grafana's dashboards, and pictures of their layout, from dashboards/grafana
 	@.venv/bin/python dashboards/grafana/build.py
+
+rules: .venv/.package ## write Prometheus's rules from savings_exporter/assets
+	@.venv/bin/savings-exporter assets --output dashboards > /dev/null
 
 frameworks: .venv/.frameworks ## install the web frameworks that the examples of docs/embedding.md use
 

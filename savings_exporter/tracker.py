@@ -227,7 +227,12 @@ class SavingsTracker:
             records, tokens = group.pending()
             operations = self._store.operations()
             return self._store.reader.snapshot(
-                view, operations, self._store.read_at, pending_records=records, pending_tokens=tokens
+                view,
+                operations,
+                self._store.read_at,
+                store_id=view.store.hex(),
+                pending_records=records,
+                pending_tokens=tokens,
             )
 
     def health(self) -> Health:

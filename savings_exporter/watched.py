@@ -10,8 +10,8 @@ from datetime import datetime, timezone
 from savings_exporter.errors import StoreError
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Limits
-from savings_exporter.storage.filesystem import LOCAL, FileSystem
-from savings_exporter.storage.lock import read_lock
+from savings_exporter.storage.filesystem import LOCAL, FileSystem, place
+from savings_exporter.storage.lock import LockContent, read_lock
 from savings_exporter.storage.operation import error_symbol
 from savings_exporter.storage.reader import Reader
 from savings_exporter.storage.recovery import examine, refuse_losses
@@ -55,11 +55,22 @@ class WatchedFile:
                 self._note_unreadable(self._problem(error))
             finally:
                 self._reading.release()
-        return self._reader.snapshot(self._view, self._view.document.operations, self._read_at)
+        view = self._view
+        return self._reader.snapshot(view, view.document.operations, self._read_at, store_id=self._store_id())
 
     def health(self) -> Health:
         """Whether the last attempt to read the document succeeded, and if not, why."""
         return self._health
+
+    def _store_id(self) -> str:
+        """The store's name in the document, or before the first save in the lock file. Otherwise a name of the path."""
+        if self._view.document.store:
+            return self._view.document.store
+        try:
+            lock = read_lock(self._fs, self._reader.path)
+        except OSError:
+            lock = LockContent()
+        return (lock.store.hex() if not lock.is_foreign else "") or place(self._reader.path)
 
     def _reader_now(self) -> Reader:
         # The path is resolved each time, because a symlink may refer to another file now.

@@ -22,7 +22,7 @@ from panels import (
     timeline,
     with_states,
 )
-from queries import SELECTOR, buckets, happened, of_instances, per_second, quantile
+from queries import buckets, happened, mean, of_exporters, of_instances, per_second, quantile
 
 UID, TITLE = "savings-exporter-durability", "Savings durability"
 
@@ -54,7 +54,7 @@ def _is_anything_lost() -> Row:
         "Whether commits and saves succeed, or a watched file can be read. If it is degraded, new records may be only "
         "in memory and are lost if the process ends. Do not restart the process.",
         "none",
-        Query(of_instances("savings_store_healthy")),
+        Query(f"{of_instances('savings_store_healthy')} or {of_instances('savings_watched_file_readable')}"),
         width=4,
         steps=wrong_at_zero,
     )
@@ -79,7 +79,7 @@ def _is_anything_lost() -> Row:
         "Fire drill",
         "If it is active, a drill simulates failures. Failures on this dashboard may come from the drill.",
         "none",
-        Query(f"max by (job, instance) ({of_instances('savings_drill_active')})"),
+        Query(f"max without (drill) ({of_instances('savings_drill_active')})"),
         width=4,
         steps=((None, GREEN), (1, ORANGE)),
     )
@@ -149,22 +149,38 @@ def _why() -> Row:
                 "Failed syncs by target",
                 "directory: a power loss can undo a save. file: a new document was discarded, and the old document "
                 "remains. journal: a commit or a new segment failed; the records of a failed commit are pending.",
-                Query(happened("savings_fsync_failures_total", "target"), "{{instance}} {{target}}"),
+                Query(happened("savings_fsync_failures_total"), "{{instance}} {{target}}"),
                 width=8,
             ),
             bars(
                 "Failed commits by step and error",
                 "The records of a failed commit are pending in memory until a retry succeeds. EIO: disk error. ENOSPC, "
                 "EDQUOT: no space. EROFS: the file system became read-only.",
-                Query(happened("savings_commit_failures_total", "step", "error"), steps_and_errors),
+                Query(happened("savings_commit_failures_total"), steps_and_errors),
                 width=8,
             ),
             bars(
                 "Failed saves by step and error",
                 "The document was not replaced, or the replacement is not durable. Acknowledged records stay in the "
                 "journals, which grow until a save succeeds.",
-                Query(happened("savings_save_failures_total", "step", "error"), steps_and_errors),
+                Query(happened("savings_save_failures_total"), steps_and_errors),
                 width=8,
+            ),
+            bars(
+                "Refused requests by status",
+                "Requests to record savings that were refused. 4xx: the sender is wrong. 5xx: the exporter is "
+                "overloaded, stopping or failing. Its log has the reason.",
+                Query(
+                    happened("savings_http_requests_total", 'method="POST", code=~"4..|5.."'), "{{instance}} {{code}}"
+                ),
+                width=12,
+            ),
+            graph(
+                "Since the last failed sync",
+                "The time since the last failed sync, by the exporter's clock. There is no line if none has failed.",
+                "s",
+                Query(of_instances("savings_last_fsync_failure_age_seconds"), "{{instance}} {{target}}"),
+                width=12,
             ),
             graph(
                 "Records pending over time",
@@ -192,7 +208,9 @@ def _how_slow() -> Row:
         "How slow is the disk?",
         (
             *(
-                _latencies(f"Step {step}", f"One step of a save: {what}. {slow}", "save_step", width=6, step=step)
+                _latencies(
+                    f"Step {step}", f"One step of a save: {what}. {slow}", "save_step", f'step="{step}"', width=6
+                )
                 for step, what, slow in _STEPS
             ),
             _latencies(
@@ -207,6 +225,13 @@ def _how_slow() -> Row:
                 "durable.",
                 "commit",
                 width=12,
+            ),
+            _latencies(
+                "Duration of requests to record savings",
+                "From the headers of a request to the end of its answer. It includes the commit.",
+                "http_request",
+                'method="POST"',
+                width=24,
             ),
             heat(
                 "Saves by duration",
@@ -235,15 +260,15 @@ def _how_much() -> Row:
                 "ops",
                 Query(per_second("savings_commits_total"), "{{instance}} commits"),
                 Query(per_second("savings_saves_total"), "{{instance}} saves"),
-                width=6,
+                width=8,
             ),
             graph(
                 "Records per commit",
                 "Records in one commit. A high value means that many callers wait at once, or that the disk is slow.",
                 "short",
-                Query(quantile(0.5, "savings_commit_records"), "{{instance}} p50"),
+                Query(mean("savings_commit_records"), "{{instance}} mean"),
                 Query(quantile(0.99, "savings_commit_records"), "{{instance}} p99"),
-                width=6,
+                width=8,
             ),
             graph(
                 "Document and journal size",
@@ -251,14 +276,28 @@ def _how_much() -> Row:
                 "bytes",
                 Query(of_instances("savings_document_size_bytes"), "{{instance}} document"),
                 Query(of_instances("savings_journal_size_bytes"), "{{instance}} journal"),
-                width=6,
+                width=8,
+            ),
+            graph(
+                "Free space of the store's file system",
+                "Free bytes. On a full file system commits fail, and new records stay pending.",
+                "bytes",
+                Query(of_instances("savings_store_free_bytes")),
+                width=8,
+            ),
+            graph(
+                "Free inodes of the store's file system",
+                "Free inodes, where the file system has a fixed number of them. Without one no file can be created.",
+                "short",
+                Query(of_instances("savings_store_free_inodes")),
+                width=8,
             ),
             graph(
                 "Since the newest record",
                 "The age of the newest durable record, by its own timestamp. It grows while no records arrive.",
                 "s",
                 Query(f"time() - ({of_instances('savings_last_record_timestamp_seconds')} > 0)"),
-                width=6,
+                width=8,
             ),
         ),
     )
@@ -266,7 +305,8 @@ def _how_much() -> Row:
 
 def _what_runs() -> Row:
     named = (
-        f"{of_instances('savings_build_info')} * on (job, instance) group_left (store) savings_store_info{{{SELECTOR}}}"
+        f"{of_instances('savings_build_info')} * ignoring (version, python_version, store) group_left (store) "
+        f"{of_instances('savings_store_info')}"
     )
     return Row(
         "What is running?",
@@ -289,23 +329,23 @@ def _what_runs() -> Row:
                 "It grows with the number of pending records. If the kernel kills the process for its memory use, "
                 "these records are lost.",
                 "bytes",
-                Query(of_instances("process_resident_memory_bytes")),
+                Query(of_exporters("process_resident_memory_bytes")),
                 width=6,
             ),
             graph(
                 "Uptime",
                 "The time since each process started. A drop to zero is a restart. A kill loses pending records.",
                 "s",
-                Query(f"time() - {of_instances('process_start_time_seconds')}"),
+                Query(f"time() - ({of_exporters('process_start_time_seconds')})"),
                 width=6,
             ),
         ),
     )
 
 
-def _latencies(title: str, description: str, what: str, *, width: int, step: str = "") -> Any:
+def _latencies(title: str, description: str, what: str, *matchers: str, width: int) -> Any:
     queries = (
-        Query(quantile(share, f"savings_{what}_duration_seconds", step=step), f"{{{{instance}}}} {name}")
+        Query(quantile(share, f"savings_{what}_duration_seconds", *matchers), f"{{{{instance}}}} {name}")
         for share, name in _QUANTILES
     )
     return graph(title, description, "s", *queries, width=width, exemplars=True)

@@ -21,6 +21,8 @@ from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models import heatmap as heatmap_models
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
+from queries import SELECTOR, of_instances
+
 # The builder of any kind of panel. The builders have no common base class.
 Panel = Any
 
@@ -186,10 +188,11 @@ def dashboard_of(title: str, uid: str, description: str, rows: Iterable[Row], *,
         builder.with_row(dashboard.Row(row.title))
         for panel in row.panels:
             builder.with_panel(panel)
-    built = builder.annotations([]).build()
+    built = builder.readonly().annotations(_annotations()).build()
     built.schema_version = _SCHEMA
-    # By default the library hides links in a menu.
-    built.links[0].placement = None
+    # By default the library hides links and annotations in a menu.
+    for shown in (*built.links, *built.annotations.list_val):
+        shown.placement = None
     for number, panel in enumerate(built.panels, 1):
         panel.id_val = number
     return built
@@ -229,8 +232,35 @@ def _variables() -> list[Any]:
     ]
 
 
+def _annotations() -> list[Any]:
+    """Marks on every graph: what explains a jump in it."""
+    restarts = "changes(process_start_time_seconds{%s}[$__rate_interval]) > 0 and ignoring (version, python_version) %s"
+    marks = (
+        ("Restarts", BLUE, restarts % (SELECTOR, of_instances("savings_build_info")), "{{instance}} restarted"),
+        ("Fire drills", ORANGE, f"{of_instances('savings_drill_active')} == 1", "{{instance}}: drill {{drill}}"),
+        (
+            "Recoveries",
+            RED,
+            f"increase({of_instances('savings_recoveries_total')}[$__rate_interval]) > 0",
+            "{{instance}} repaired its store: {{kind}}",
+        ),
+    )
+    return [
+        dashboard.AnnotationQuery()
+        .name(name)
+        .enable(True)
+        .icon_color(colour)
+        .datasource(_DATASOURCE)
+        .expr(expr)
+        .title_format(name)
+        .text_format(text)
+        .use_value_for_time(False)
+        for name, colour, expr, text in marks
+    ]
+
+
 def _label_variable(name: str, label: str, query: str) -> Any:
     everything = models.VariableOption(selected=True, text=["All"], value=["$__all"])
     variable = dashboard.QueryVariable(name).label(label).query(query).datasource(_DATASOURCE).current(everything)
     variable.refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED).sort(models.VariableSort.ALPHABETICAL_ASC)
-    return variable.multi(True).include_all(True).all_value(".*")
+    return variable.multi(True).include_all(True).all_value(".+")

@@ -5,6 +5,9 @@ and ``$__range`` is the time range of the panel.
 
 Several exporters can show the same store, such as two workers, or a service and a watcher. Each shows the whole store,
 including its operation counters. A sum over exporters therefore uses only the largest value of each store.
+
+Queries keep every label of a target, such as ``namespace`` or ``cluster``: two targets that differ in one label
+alone are two. A total keeps the last value of a store whose exporter is down, for a day.
 """
 
 from __future__ import annotations
@@ -12,17 +15,24 @@ from __future__ import annotations
 SELECTOR = 'job=~"$job", instance=~"$instance"'
 
 
+_KEPT = "1d"
+
+
 def total(metric: str, *by: str, function: str = "") -> str:
     """The sum of a lifetime metric over all stores, or its ``rate``, or its ``gain`` within the panel's time range."""
     kind = metric.split("_")[1]
     names = kind if kind in ("project", "agent") else "provider, model"
-    series = f"{metric}{{{SELECTOR}}}"
+    series = of_instances(metric)
     if function == "rate":
         series = f"rate({series}[$__rate_interval])"
     elif function == "gain":
         # increase() is not used: it treats a total that decreased (a restored backup) as one that restarted from zero.
         series = f"(max_over_time({series}[$__range]) - min_over_time({series}[$__range]))"
-    return f"sum{_by(by)} ({_once(series, names)})"
+    joined = _with_store(series, names)
+    if not function:
+        # The step of the subquery is longer than a scrape interval, so the current value comes first.
+        joined = f"{joined} or last_over_time(({joined})[{_KEPT}:1m])"
+    return f"sum{_by(by)} (max by (store, {names}) ({joined}))"
 
 
 def share(*by: str, function: str = "") -> str:
@@ -34,38 +44,53 @@ def share(*by: str, function: str = "") -> str:
     return f"100 * {saved} / ({saved} + {sent} > 0)"
 
 
-def of_instances(metric: str) -> str:
+def of_instances(metric: str, *matchers: str) -> str:
     """The value of a metric for each exporter."""
-    return f"{metric}{{{SELECTOR}}}"
+    return f"{metric}{{{', '.join((SELECTOR, *matchers))}}}"
 
 
-def happened(metric: str, *by: str) -> str:
+def happened(metric: str, *matchers: str) -> str:
     """The number of events in the store of each exporter, within one interval of the graph."""
-    return f"sum by ({', '.join(('job', 'instance', *by))}) (increase({of_instances(metric)}[$__rate_interval]))"
+    return f"increase({of_instances(metric, *matchers)}[$__rate_interval])"
 
 
-def per_second(metric: str) -> str:
+def per_second(metric: str, *matchers: str) -> str:
     """The number of events per second in the store of each exporter."""
-    return f"sum by (job, instance) (rate({of_instances(metric)}[$__rate_interval]))"
+    return f"rate({of_instances(metric, *matchers)}[$__rate_interval])"
 
 
-def quantile(share_of_all: float, histogram: str, *, step: str = "") -> str:
+def quantile(share_of_all: float, histogram: str, *matchers: str) -> str:
     """The quantile of the observations in the store of each exporter."""
-    selector = f'{SELECTOR}, step="{step}"' if step else SELECTOR
-    buckets = f"rate({histogram}_bucket{{{selector}}}[$__rate_interval])"
-    return f"histogram_quantile({share_of_all}, sum by (job, instance, le) ({buckets}))"
+    buckets = per_second(f"{histogram}_bucket", *matchers)
+    return f"histogram_quantile({share_of_all}, {buckets})"
+
+
+def mean(histogram: str) -> str:
+    """The mean of the observations in the store of each exporter."""
+    return f"{per_second(f'{histogram}_sum')} / ({per_second(f'{histogram}_count')} > 0)"
+
+
+def of_exporters(metric: str) -> str:
+    """The value of a metric that other programs export as well, for the exporters alone."""
+    return f"{of_instances(metric)} and ignoring (version, python_version) {of_instances('savings_build_info')}"
+
+
+def down_since() -> str:
+    """When each exporter that cannot be scraped was last scraped, as a Unix time; at most a day ago."""
+    seen = f"max_over_time(timestamp({of_instances('savings_build_info')})[{_KEPT}:1m])"
+    return f"max without (version, python_version) ({seen}) and {of_instances('up')} == 0"
 
 
 def buckets(histogram: str) -> str:
     """The number of observations per second in each bucket, over all stores."""
     rate = f"rate({of_instances(f'{histogram}_bucket')}[$__rate_interval])"
-    return f"sum by (le) ({_once(rate, 'le')})"
+    return f"sum by (le) (max by (store, le) ({_with_store(rate, 'le')}))"
 
 
-def _once(series: str, names: str) -> str:
-    """The largest value of each store, by these labels."""
-    named = f"{series} * on (job, instance) group_left (store) savings_store_info{{{SELECTOR}}}"
-    return f"max by (store, {names}) ({named})"
+def _with_store(series: str, names: str) -> str:
+    """A series with the store of its exporter. ``names`` are the labels that the series has of its own."""
+    info = of_instances("savings_store_info")
+    return f"{series} * ignoring ({names}, store) group_left (store) {info}"
 
 
 def _by(labels: tuple[str, ...]) -> str:

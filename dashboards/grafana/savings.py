@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from panels import Query, Row, dashboard_of, graph, largest, listing, stat_panel
-from queries import share, total
+from queries import down_since, share, total
 
 UID, TITLE = "savings-exporter-savings", "Savings"
 
@@ -79,6 +79,15 @@ def _how_much() -> Row:
             week,
             of_input.decimals(2).no_value("no input yet"),
             stat_panel("Requests", f"Requests recorded, {lifetime}", "short", Query(total(_REQUESTS), ""), width=4),
+            listing(
+                "Exporters that are down",
+                "Exporters that cannot be scraped, and when they were last scraped. The lifetime figures keep their "
+                "last values for a day; afterwards these savings are missing from them.",
+                (("Last scraped", "dateTimeFromNow", Query(f"1000 * ({down_since()})")),),
+                width=24,
+                height=4,
+                names={"job": "Job", "instance": "Instance"},
+            ).no_value("none"),
         ),
     )
 

@@ -18,7 +18,7 @@ from savings_exporter.cli.errors import INTERRUPTED, CommandError
 from savings_exporter.errors import SettingsError, StoreError
 from savings_exporter.version import VERSION
 
-COMMANDS = ("serve", "watch", "record", "show", "verify", "drill", "doctor")
+COMMANDS = ("serve", "watch", "record", "show", "verify", "drill", "doctor", "assets")
 
 
 class _Commands(click.Group):

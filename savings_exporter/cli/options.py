@@ -8,7 +8,9 @@ import click
 
 from savings_exporter.cli.errors import WrongUsageError
 from savings_exporter.service import settings
-from savings_exporter.service.paths import HEALTHY_PATH, READY_PATH, SAVINGS_PATH
+from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_PATH, SAVINGS_PATH
+
+_OTHER_PATHS = ("/", SAVINGS_PATH, HEALTHY_PATH, READY_PATH)
 
 
 def expanded(_context: click.Context, _option: click.Parameter, path: str | None) -> str | None:
@@ -31,7 +33,7 @@ def _address(_context: click.Context, _option: click.Parameter, text: str) -> st
 
 
 def _metrics_path(_context: click.Context, _option: click.Parameter, text: str) -> str:
-    if not text.startswith("/") or "{" in text or text in ("/", SAVINGS_PATH, HEALTHY_PATH, READY_PATH):
+    if not text.startswith("/") or "{" in text or text in _OTHER_PATHS or text.startswith(DOCUMENTS_PATH):
         raise click.BadParameter(f"{text!r} must begin with / and must not be the path of another page")
     return text
 

@@ -18,7 +18,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         ledger: all totals of the durable records.
-        store_id: the store's name. After the first save it is permanent, even if the file is moved.
+        store_id: the store's name. It is permanent, even if the file is moved.
         saved_at: when the document was saved; None when it was never saved, or does not contain the time.
         read_at: when the totals were read successfully for the last time.
         document_bytes: the size of the document.

@@ -22,8 +22,9 @@ from savings_exporter.errors import KeyConflictError
 from savings_exporter.service import problems
 from savings_exporter.service.auth import BearerToken
 from savings_exporter.service.intake import Intake, IntakeLimits, Posted, refused_key
+from savings_exporter.service.pages import documents
 from savings_exporter.service.pages import status as status_page
-from savings_exporter.service.paths import HEALTHY_PATH, READY_PATH, SAVINGS_PATH
+from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_PATH, SAVINGS_PATH
 from savings_exporter.service.problems import RefusedError
 from savings_exporter.service.requests import RequestLog, RequestLogging
 from savings_exporter.service.views import as_json
@@ -58,7 +59,9 @@ class Service:
         self._telemetry_path = telemetry_path
         self._intake = Intake(limits)
         self.stopping = False
-        self.requests = RequestLog(self._registry, (telemetry_path, SAVINGS_PATH, HEALTHY_PATH, READY_PATH, "/"))
+        self.requests = RequestLog(
+            self._registry, (telemetry_path, SAVINGS_PATH, HEALTHY_PATH, READY_PATH, DOCUMENTS_PATH, "/")
+        )
         self.app = Starlette(
             routes=[
                 Route(telemetry_path, self._metrics),
@@ -66,6 +69,7 @@ class Service:
                 Route(HEALTHY_PATH, self._healthy),
                 Route(READY_PATH, self._ready),
                 Route("/", self._status_page),
+                Route(f"{DOCUMENTS_PATH}{{name}}", self._document),
             ],
             middleware=[
                 Middleware(GZipMiddleware, minimum_size=_LEAST_COMPRESSED_BYTES),
@@ -125,10 +129,14 @@ class Service:
     async def _status_page(self, request: Request) -> Response:
         source, prefix = self._source, request.scope.get("root_path", "")
         snapshot = await run_in_threadpool(source.snapshot)
-        page = status_page.render(
-            snapshot, source.health(), source.storage_path, prefix + self._telemetry_path, prefix + SAVINGS_PATH
-        )
+        page = status_page.render(snapshot, source.health(), source.storage_path, prefix, self._telemetry_path)
         return HTMLResponse(page.encode("utf-8", "backslashreplace"), headers=status_page.HEADERS)
+
+    async def _document(self, request: Request) -> Response:
+        page = await run_in_threadpool(documents.render, request.path_params["name"])
+        if page is None:
+            raise HTTPException(HTTPStatus.NOT_FOUND)
+        return HTMLResponse(page, headers=status_page.HEADERS)
 
     def _refuse_if_stopping(self) -> None:
         if self.stopping:

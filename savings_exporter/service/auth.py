@@ -7,14 +7,12 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from savings_exporter.service.paths import HEALTHY_PATH, READY_PATH
+from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_PATH
 from savings_exporter.service.problems import problem
-
-_WITHOUT_TOKEN = (HEALTHY_PATH, READY_PATH)
 
 
 class BearerToken:
-    """Middleware that refuses requests without the token; the health and readiness checks need none."""
+    """Middleware that refuses requests without the token. Health, readiness and the documents need none."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
@@ -22,7 +20,7 @@ class BearerToken:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with 401."""
-        if scope["type"] == "http" and scope["path"] not in _WITHOUT_TOKEN and not self._is_shown(scope):
+        if scope["type"] == "http" and not _is_public(scope["path"]) and not self._is_shown(scope):
             response = problem(HTTPStatus.UNAUTHORIZED, "bearer token missing or wrong")
             response.headers["WWW-Authenticate"] = "Bearer"
             await response(scope, receive, send)
@@ -32,3 +30,8 @@ class BearerToken:
     def _is_shown(self, scope: Scope) -> bool:
         scheme, _, shown = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(shown.strip(), self._token)
+
+
+def _is_public(path: str) -> bool:
+    # The links of alerts lead to the documents, and must work in a browser.
+    return path in (HEALTHY_PATH, READY_PATH) or path.startswith(DOCUMENTS_PATH)

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from savings_exporter.model.keys import checked_key
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.service.problems import RefusedError
-from savings_exporter.service.wording import WrongValue
+from savings_exporter.wording import WrongValue
 
 # The rest of a body that is too large is read and dropped, because a client whose connection is closed while it sends
 # does not see the answer. Beyond this size the connection is closed all the same.

@@ -3,3 +3,4 @@
 SAVINGS_PATH = "/v1/savings"
 HEALTHY_PATH = "/-/healthy"
 READY_PATH = "/-/ready"
+DOCUMENTS_PATH = "/docs/"

@@ -12,7 +12,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from savings_exporter.service.paths import SAVINGS_PATH
+from savings_exporter.service.paths import DOCUMENTS_PATH, SAVINGS_PATH
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class RequestLog:
     def note(self, method: str, path: str, code: int, seconds: float, detail: str) -> None:
         """Account for one answer. ``detail`` says why a request was refused."""
         method = method if method in _METHODS else _OTHER
-        route = path if path in self._routes else _OTHER
+        route = DOCUMENTS_PATH if path.startswith(DOCUMENTS_PATH) else path
+        route = route if route in self._routes else _OTHER
         self._count.labels(method, route, str(code)).inc()
         self._seconds.labels(method, route).observe(seconds)
         if code >= HTTPStatus.BAD_REQUEST:

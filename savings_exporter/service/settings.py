@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from savings_exporter.errors import SettingsError
-from savings_exporter.service.wording import WrongValue
+from savings_exporter.wording import WrongValue
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

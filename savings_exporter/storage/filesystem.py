@@ -517,6 +517,32 @@ def place(path: str) -> str:
     return hashlib.sha256(f"{platform.node()}:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
+class FreeSpace(NamedTuple):
+    """The free space of a file system, for a process that is not privileged.
+
+    Attributes:
+        bytes: free bytes.
+        inodes: free inodes; None where the file system allocates inodes as needed.
+    """
+
+    bytes: int
+    inodes: int | None
+
+
+def free_space(path: str) -> FreeSpace | None:
+    """The free space of the file system of a path's directory. None if it cannot be determined."""
+    directory = os.path.dirname(os.path.realpath(path))
+    try:
+        if not hasattr(os, "statvfs"):
+            import shutil
+
+            return FreeSpace(shutil.disk_usage(directory).free, None)
+        found = os.statvfs(directory)
+    except OSError:
+        return None
+    return FreeSpace(found.f_bavail * found.f_frsize, found.f_favail if found.f_files else None)
+
+
 def unused_name(path: str, suffix: str) -> str:
     """An unused name in the same directory as ``path``, for a copy that is kept."""
     return f"{path}.{suffix}-{os.urandom(6).hex()}"

@@ -36,7 +36,7 @@ from savings_exporter.formats.frame import (
 from savings_exporter.model.operations import OperationCounts
 from savings_exporter.model.snapshot import Snapshot
 from savings_exporter.model.totals import Limits, Sums
-from savings_exporter.storage.filesystem import NO_SUCH_FILE, FileSystem, Identity, place
+from savings_exporter.storage.filesystem import NO_SUCH_FILE, FileSystem, Identity
 from savings_exporter.storage.journal import segment_path
 from savings_exporter.storage.view import Position, Reading, Special, View, counted, view_of
 from savings_exporter.storage.writers import Writer, is_alive, read_counts, read_facts, writer_of, writer_path
@@ -267,13 +267,14 @@ class Reader:
         operations: OperationCounts,
         read_at: datetime,
         *,
+        store_id: str,
         pending_records: int = 0,
         pending_tokens: int = 0,
     ) -> Snapshot:
         """A snapshot of a view, for users of the package. Only this method builds snapshots."""
         return Snapshot(
             ledger=view.ledger,
-            store_id=view.document.store or place(self.path),
+            store_id=store_id,
             saved_at=view.document.saved_at,
             read_at=read_at,
             document_bytes=view.identity.size if view.identity else 0,

@@ -165,7 +165,9 @@ class OperationCounters:
 
     def _count_failed_step(self, step: Step) -> None:
         if step.fsync_target is not None:
-            self._events[flat_name(FSYNC_FAILURES, step.fsync_target)] += 1
+            name = flat_name(FSYNC_FAILURES, step.fsync_target)
+            self._events[name] += 1
+            self._latest[name] = (time.time(), 1.0)
 
     def _note_dir_fsync(self, step: Step) -> None:
         has_failed = step.outcome == "failed"

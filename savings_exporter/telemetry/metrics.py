@@ -7,7 +7,9 @@ they continue across restarts. Gauges of pending records, of health and of drill
 from __future__ import annotations
 
 import errno
+import math
 import platform
+import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +28,7 @@ from prometheus_client.samples import Exemplar
 
 from savings_exporter.model.names import UNKNOWN
 from savings_exporter.model.operations import OperationCounts
+from savings_exporter.storage.filesystem import free_space
 from savings_exporter.storage.operation import COMMIT_STEPS, FSYNC_TARGETS, PREPARE, SAVE_STEPS
 from savings_exporter.telemetry.counters import (
     COMMIT_FAILURES,
@@ -106,7 +109,11 @@ class Source(Protocol):
         """The durable totals."""
 
     def health(self) -> Health:
-        """Whether savings can still be kept."""
+        """Whether savings can still be kept, or read."""
+
+    @property
+    def storage_path(self) -> str:
+        """The document's path."""
 
 
 class TrackedSource(Source, Protocol):
@@ -134,7 +141,11 @@ class SavingsCollector(Collector):
         counters = self._tracker.counters
         exemplars = counters.exemplars()
         snapshot, health = self._tracker.snapshot(), self._tracker.health()
-        yield from totals_families(snapshot, health)
+        yield from totals_families(snapshot)
+        yield _gauge(
+            "savings_store_healthy", "Whether savings can be kept: 0 if commits or saves fail.", health.healthy
+        )
+        yield from _space_families(self._tracker.storage_path)
         yield from operation_families(snapshot.operations, exemplars)
         yield from _process_families(snapshot.operations, counters)
 
@@ -146,11 +157,13 @@ class WatchCollector(Collector):
         self._watched = watched
 
     def collect(self) -> Iterator[Metric]:
-        """The families of the totals."""
-        yield from totals_families(self._watched.snapshot(), self._watched.health())
+        """The families of the totals, and whether the file can be read."""
+        yield from totals_families(self._watched.snapshot())
+        readable = self._watched.health().healthy
+        yield _gauge("savings_watched_file_readable", "Whether the watched file can be read: 0 if not.", readable)
 
 
-def totals_families(snapshot: Snapshot, health: Health) -> Iterator[Metric]:
+def totals_families(snapshot: Snapshot) -> Iterator[Metric]:
     """The families that show what a store holds."""
     # This series is always there, so that a sum over models has data for an empty store, too.
     pairs = {(UNKNOWN, UNKNOWN): None, **snapshot.by_provider_model}.items()
@@ -171,7 +184,6 @@ def totals_families(snapshot: Snapshot, health: Health) -> Iterator[Metric]:
     for name, help_text, number in (
         ("tokens_pending", "Tokens saved in records that are accepted and not durable yet.", snapshot.pending_tokens),
         ("records_pending", "Records that are accepted and not durable yet.", snapshot.pending_records),
-        ("store_healthy", "Whether savings can be kept, or the watched file read: 0 if not.", health.healthy),
         (
             "last_save_success_timestamp_seconds",
             "When the document was last saved, 0 if never or not known.",
@@ -185,7 +197,7 @@ def totals_families(snapshot: Snapshot, health: Health) -> Iterator[Metric]:
         ("document_size_bytes", "The document's size.", snapshot.document_bytes),
         ("journal_size_bytes", "How much of the journals' segments is written.", snapshot.journal_bytes),
     ):
-        yield GaugeMetricFamily(f"savings_{name}", help_text, value=float(number))
+        yield _gauge(f"savings_{name}", help_text, number)
     build = {"version": VERSION, "python_version": platform.python_version()}
     # Two exporters may show one store. This label lets queries count it once.
     yield InfoMetricFamily("savings_store", "The store that the totals are of.", value={"store": snapshot.store_id})
@@ -224,6 +236,15 @@ def operation_families(operations: OperationCounts, exemplars: Mapping[str, Exem
     )
 
 
+def _space_families(path: str) -> Iterator[Metric]:
+    free = free_space(path)
+    if free is None:
+        return
+    yield _gauge("savings_store_free_bytes", "Free bytes of the store's file system.", free.bytes)
+    if free.inodes is not None:
+        yield _gauge("savings_store_free_inodes", "Free inodes of the store's file system.", free.inodes)
+
+
 def _process_families(operations: OperationCounts, counters: OperationCounters) -> Iterator[Metric]:
     latest = {name: value for name, (_when, value) in operations.latest.items()}
     yield GaugeMetricFamily(
@@ -236,6 +257,17 @@ def _process_families(operations: OperationCounts, counters: OperationCounters) 
         "Whether the latest directory fsync did not fail.",
         value=0.0 if counters.simulates_dir_fsync_failure else latest.get(DIR_FSYNC_SUCCESS, 1.0),
     )
+    ages = GaugeMetricFamily(
+        "savings_last_fsync_failure_age_seconds",
+        "Time since the latest failed sync, by the clock of this host. No sample if none is known.",
+        labels=["target"],
+    )
+    now = time.time()
+    for target in FSYNC_TARGETS:
+        failed_at, _ = operations.latest.get(flat_name(FSYNC_FAILURES, target), (math.inf, 0.0))
+        if failed_at <= now:  # otherwise none is known, or the clock was set back
+            ages.add_metric([target], now - failed_at)
+    yield ages
     drills = GaugeMetricFamily(
         "savings_drill_active",
         "Whether a drill simulates this failure in this process now.",
@@ -310,6 +342,10 @@ class _Counts:
 
     def _sum(self, group: str) -> float:
         return self._groups.get(group, {}).get(SUM, 0.0)
+
+
+def _gauge(name: str, help_text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, help_text, value=float(value))
 
 
 def _filled(family: CounterMetricFamily, labelled: Iterable[tuple[Labels, Totals | None]], field: str) -> Metric:

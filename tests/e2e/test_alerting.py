@@ -28,6 +28,8 @@ pytestmark = pytest.mark.needs("prometheus", "alertmanager")
 # What prompt caches saved is in Headroom's documents; no record says it.
 ONLY_IN_DOCUMENTS_OF_OTHERS = "savings_cache_cost_saved_usd"
 
+ONLY_WHILE_DOWN = "up{"
+
 SAVING: dict[str, Any] = {
     "model": "claude-sonnet-4-5",
     "provider": "anthropic",
@@ -38,10 +40,13 @@ SAVING: dict[str, Any] = {
     "savings_usd": 0.0123,
     "input_cost_usd": 0.036,
 }
+RECEIVERS = ("pager", "team-chat", "dead-mans-switch")
 SHORTER = (
     (r"\[5m\]", "[10s]"),
     (r"\[2m\]", "[2s]"),
     (r"offset 5m", "offset 10s"),
+    (r" < 300\b", " < 10"),
+    (r" >= 20\b", " >= 1"),
     (r"for: \dm", "for: 1s"),
 )
 
@@ -85,11 +90,12 @@ def stack(directory: Path, *targets: str) -> Iterator[Stack]:
 
     alerts, port = free_port(), free_port()
     with listening(take) as webhooks:
-        changes = [(rf"http://replace-with-your-{who}.invalid/", f"{webhooks}/{who}") for who in ("pager", "team-chat")]
+        changes = [(rf"http://replace-with-your-{who}.invalid/", f"{webhooks}/{who}") for who in RECEIVERS]
         changes += [(r"group_(wait|interval): \w+", r"group_\1: 100ms")]
+        runbook = ("http://localhost:9478/", f"http://{targets[0]}/")
         with (
             alertmanager(directory / "alertmanager", alerts, *changes),
-            prometheus(directory / "prometheus", port, list(targets), alerts, *SHORTER) as url,
+            prometheus(directory / "prometheus", port, list(targets), alerts, *SHORTER, runbook) as url,
         ):
             yield Stack(url, calls)
 
@@ -101,7 +107,7 @@ def assert_it_says_what_to_do(alert: dict[str, Any], address: str, severity: str
     assert address in alert["annotations"]["summary"]
     page, _, section = alert["annotations"]["runbook_url"].partition("#")
     assert section == name.lower()
-    assert f"## {name}" in fetched(page).decode()
+    assert f'<h2 id="{section}">{name}</h2>' in fetched(page).decode()
 
 
 @pytest.mark.needs("strace")
@@ -129,7 +135,7 @@ def unanswered(seen: Stack) -> list[str]:
         for path in DASHBOARDS:
             for panel in panel_queries(path):
                 query = panel.query
-                if ONLY_IN_DOCUMENTS_OF_OTHERS in query:
+                if ONLY_IN_DOCUMENTS_OF_OTHERS in query or ONLY_WHILE_DOWN in query:
                     continue
                 for name, value in variables.items():
                     query = query.replace(name, value)
@@ -211,10 +217,46 @@ def test_two_views_of_one_store_are_one_and_two_stores_are_two(tmp_path: Path) -
 
 
 def left_out(query: str) -> bool:
-    """Whether a query's answer depends on the moment, or on a document of another program."""
-    return "$__" in query or ONLY_IN_DOCUMENTS_OF_OTHERS in query
+    """Whether a query's answer depends on the moment, on another program's document, or on an exporter that is down."""
+    return "$__" in query or ONLY_IN_DOCUMENTS_OF_OTHERS in query or ONLY_WHILE_DOWN in query
 
 
 def shown(seen: Stack, query: str) -> dict[str, str]:
     """The result of a query, by labels."""
     return {json.dumps(one["metric"], sort_keys=True): one["value"][1] for one in seen.query(query)}
+
+
+def test_an_exporter_that_is_down_keeps_its_part_of_the_total(tmp_path: Path) -> None:
+    """Also when its store was not saved yet at the first scrape, and when it comes back with an empty store."""
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    stores = [tmp_path / name for name in ("one", "two", "empty")]
+    for store in stores:
+        store.mkdir()
+    path = [str(store / "proxy_savings.json") for store in stores]
+    down = next(found.query for found in panel_queries(DASHBOARDS[0]) if ONLY_WHILE_DOWN in found.query)
+    total = next(found.query for found in panel_queries(DASHBOARDS[0]) if found.panel == "Tokens saved")
+    down, total = (
+        query.replace("$job", ".+").replace("$instance", ".+").replace("[1d:1m]", "[1h:500ms]")
+        for query in (down, total)
+    )
+
+    def is_everywhere(value: float) -> bool:
+        return seen.value("savings:tokens_saved:sum") == value == seen.value(total)
+
+    with running("serve", "--store", path[0], address=addresses[0]) as kept, stack(tmp_path, *addresses) as seen:
+        with running("serve", "--store", path[1], address=addresses[1]) as lost:
+            for service in (kept, lost):
+                assert service.post({**SAVING, "tokens_saved": 100})[0] == 200
+            eventually(lambda: is_everywhere(200), "both totals")
+            eventually(lambda: seen.query("last_over_time(store:savings_tokens_saved:sum[1d])"), "the stores")
+            assert seen.query(down) == []
+            lost.process.kill()
+            lost.process.wait()
+            eventually(lambda: len(seen.query(down)) == 1, "the exporter to be down")
+            assert is_everywhere(200)
+            seen.call("SavingsExporterDown", "firing")
+        with running("serve", "--store", path[2], address=addresses[1]) as empty:
+            assert empty.post({**SAVING, "tokens_saved": 1})[0] == 200
+            eventually(lambda: is_everywhere(201), "the total of three stores")
+            seen.call("SavingsLifetimeTotalWentBackwards", "firing")
+        assert len(seen.query("count by (store) (last_over_time(store:savings_tokens_saved:sum[1d]))")) == 3

@@ -186,9 +186,17 @@ def test_prometheus_scrapes_the_exporter_loads_the_rules_and_knows_the_alertmana
             path.name for path in (DASHBOARDS / "prometheus/rules").glob("*.yml")
         }
         eventually(lambda: api("alertmanagers")["activeAlertmanagers"], "the Alertmanager to be found")
-        # Alerts link to the runbook there.
-        for document in (ROOT / "docs").glob("*.md"):
-            assert fetched(f"{url}/user/docs/{document.name}") == document.read_bytes()
+        links = {
+            rule["annotations"]["runbook_url"]
+            for group in api("rules")["groups"]
+            for rule in group["rules"]
+            if "annotations" in rule
+        }
+        page = fetched(f"{exporter_url}/docs/runbook").decode()
+        assert {link.partition("#")[0] for link in links} == {
+            f"http://localhost:{SERVICES['exporter']['ports'][0].rpartition(':')[2]}/docs/runbook"
+        }
+        assert [link for link in links if f'<h2 id="{link.partition("#")[2]}">' not in page] == []
         asked = {"query": "savings_save_duration_seconds_bucket", "start": "0", "end": "9999999999"}
         exemplars = eventually(
             lambda: api(f"query_exemplars?{urllib.parse.urlencode(asked)}"), "an exemplar of the save"
@@ -228,7 +236,8 @@ def test_who_is_paged_hears_it_once_and_when_it_is_over(tmp_path: Path) -> None:
         return 200
 
     with listening(take) as webhooks:
-        changes = [(rf"http://replace-with-your-{who}.invalid/", f"{webhooks}/{who}") for who in ("pager", "team-chat")]
+        receivers = ("pager", "team-chat", "dead-mans-switch")
+        changes = [(rf"http://replace-with-your-{who}.invalid/", f"{webhooks}/{who}") for who in receivers]
         changes += [(r"group_(wait|interval): \w+", r"group_\1: 100ms")]
         with alertmanager(tmp_path, free_port(), *changes) as url:
             alerts = f"{url}/api/v2/alerts"
@@ -255,6 +264,46 @@ def test_who_is_paged_hears_it_once_and_when_it_is_over(tmp_path: Path) -> None:
             fetched(alerts, [alert("FsyncFails", "critical", "a:1", endsAt="2000-01-01T00:00:00Z")])
             eventually(lambda: ("/pager", "resolved", "FsyncFails") in heard, "the end of it")
             eventually(lambda: ("/team-chat", "firing", "SavesFail") in heard, "what goes on without it")
+
+
+@pytest.mark.needs("alertmanager")
+def test_one_dead_disk_makes_one_page(tmp_path: Path) -> None:
+    """Also with labels of a cluster: what a failed sync explains is not sent, and pages of one exporter go together."""
+    sent: list[tuple[str, set[tuple[str, str]]]] = []
+
+    def take(handler: BaseHTTPRequestHandler, body: bytes) -> int:
+        alerts = json.loads(body)["alerts"]
+        sent.append((handler.path, {(one["labels"]["alertname"], one["labels"].get("pod", "")) for one in alerts}))
+        return 200
+
+    def dead(pod: str) -> list[dict[str, Any]]:
+        pages = (
+            "SavingsJournalFsyncFailing",
+            "SavingsDirectoryFsyncFailing",
+            "SavingsStoreUnhealthy",
+            "SavingsSavesStale",
+        )
+        alerts = [alert(name, "critical", "a:1") for name in pages]
+        alerts += [alert("SavingsCommitsFailing", "warning", "a:1"), alert("SavingsRequestsRefused", "warning", "a:1")]
+        return [{"labels": {**one["labels"], "namespace": "llm", "pod": pod}} for one in alerts]
+
+    with listening(take) as webhooks:
+        receivers = ("pager", "team-chat", "dead-mans-switch")
+        changes = [(rf"http://replace-with-your-{who}.invalid/", f"{webhooks}/{who}") for who in receivers]
+        changes += [(r"group_wait: \w+", r"group_wait: 1s"), (r"group_interval: \w+", r"group_interval: 1s")]
+        with alertmanager(tmp_path, free_port(), *changes) as url:
+            fetched(f"{url}/api/v2/alerts", [*dead("p"), alert("Watchdog", "none")])
+            eventually(lambda: len(sent) >= 3, "a page, a warning and the watchdog")
+            shown = json.loads(fetched(f"{url}/api/v2/alerts"))
+    by_path = dict(sent)
+    assert by_path == {
+        "/pager": {("SavingsJournalFsyncFailing", "p"), ("SavingsDirectoryFsyncFailing", "p")},
+        "/team-chat": {("SavingsRequestsRefused", "p")},
+        "/dead-mans-switch": {("Watchdog", "")},
+    }
+    assert len([path for path, _ in sent if path == "/pager"]) == 1
+    suppressed = {one["labels"]["alertname"] for one in shown if one["status"]["state"] == "suppressed"}
+    assert suppressed == {"SavingsStoreUnhealthy", "SavingsSavesStale", "SavingsCommitsFailing"}
 
 
 # Grafana and Tempo

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,18 @@ import yaml
 
 from savings_exporter.service.drill import KINDS
 from tests.support.paths import DATA, ROOT
-from tests.support.service import Service, running
+from tests.support.rules import SCENARIOS, promtool, promtool_files, promtool_tests, series_of
+from tests.support.service import Service, run_cli, running
+from tests.support.wait import eventually
 
 pytestmark = pytest.mark.needs("prometheus")
 
 FOLDER = ROOT / "dashboards" / "prometheus"
 RULES = [*sorted(FOLDER.glob("rules/*.yml")), *sorted(FOLDER.glob("optional/*.yml"))]
-RULE_TESTS = sorted(FOLDER.glob("tests/*.yml"))
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+DRILL_SENTENCE = (
+    " A fire drill ({}) ran on this store within the last 10 minutes. It may be the only cause of this alert."
+)
 
 
 def all_rules() -> list[dict[str, Any]]:
@@ -30,48 +33,100 @@ def all_rules() -> list[dict[str, Any]]:
 
 
 ALERTS = [rule for rule in all_rules() if "alert" in rule]
+NAMES = sorted({alert["alert"] for alert in ALERTS})
+DRILLS = [
+    pytest.param(alert, scenario, id=f"{alert}: {scenario['case']}")
+    for alert, scenarios in SCENARIOS.items()
+    for scenario in scenarios
+    if "drill" in scenario
+]
+each_alert = pytest.mark.parametrize(
+    "alert", ALERTS, ids=lambda alert: f"{alert['alert']}{alert['labels'].get('window', '')}"
+)
 
 
-def promtool(*arguments: str | Path) -> None:
-    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
+def passes(*arguments: str | Path) -> None:
+    done = promtool(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_promtool_finds_nothing_wrong_with_the_rules() -> None:
-    promtool("check", "rules", *RULES)
+    passes("check", "rules", *RULES)
+
+
+def test_rules_are_what_the_command_writes(tmp_path: Path) -> None:
+    done = run_cli("assets", "--output", str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    for path in RULES:
+        written = tmp_path / "prometheus" / path.relative_to(FOLDER)
+        assert written.read_text() == path.read_text(), f"{path} is not what is written: run make rules"
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["groups-in-order", "groups-in-reverse"])
-@pytest.mark.parametrize("path", RULE_TESTS, ids=lambda path: path.name)
-def test_the_rules_do_what_their_tests_say(path: Path, order: int, tmp_path: Path) -> None:
-    # Prometheus evaluates its groups side by side, and promtool in a random order unless the test names one.
-    test = yaml.safe_load(path.read_text(encoding="utf-8"))
-    rules = [path.parent / name for name in test["rule_files"]]
-    groups = [group["name"] for name in rules for group in yaml.safe_load(name.read_text(encoding="utf-8"))["groups"]]
-    test |= {"rule_files": [str(name) for name in rules], "group_eval_order": groups[::order]}
-    ordered = tmp_path / path.name
-    ordered.write_text(yaml.safe_dump(test), encoding="utf-8")
-    promtool("test", "rules", ordered)
+@pytest.mark.parametrize("alert", NAMES)
+def test_alert_fires_when_it_must_and_only_then(alert: str, order: int, tmp_path: Path) -> None:
+    passes(
+        "test", "rules", *promtool_files(tmp_path, promtool_tests(alert, SCENARIOS[alert]), RULES, order, alert=alert)
+    )
 
 
-@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
-def test_every_alert_is_tested_when_it_fires_and_when_it_must_not(alert: dict[str, Any]) -> None:
-    tests = [test for path in RULE_TESTS for test in yaml.safe_load(path.read_text(encoding="utf-8"))["tests"]]
-    expected = [
-        bool(case["exp_alerts"])
-        for test in tests
-        for case in test.get("alert_rule_test", ())
-        if case["alertname"] == alert["alert"]
-    ]
-    assert set(expected) == {True, False}
+def test_stores_are_added_up_once(tmp_path: Path) -> None:
+    test = yaml.safe_load((ROOT / "tests/rules/recording_test.yml").read_text(encoding="utf-8"))
+    passes("test", "rules", *promtool_files(tmp_path, test["tests"], RULES))
 
 
-@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+@pytest.mark.parametrize("alert", NAMES)
+def test_every_alert_is_tested_when_it_fires_and_when_it_must_not(alert: str) -> None:
+    assert [scenario for scenario in SCENARIOS[alert] if "fires" in scenario]
+    assert alert == "Watchdog" or [scenario for scenario in SCENARIOS[alert] if "quiet" in scenario]
+
+
+@pytest.mark.parametrize(("alert", "scenario"), DRILLS)
+def test_alert_names_the_drill_that_ran_on_its_store(alert: str, scenario: dict[str, Any], tmp_path: Path) -> None:
+    (rule,) = [one for one in ALERTS if one["alert"] == alert]
+    (time,) = scenario["fires"]
+    text = rule["annotations"]["description"].partition("{{- with")[0]
+    sentence = DRILL_SENTENCE.format(scenario["drill"]) if scenario["drill"] != "none" else ""
+    job = "bob's proxy" if "whatever the job is called" in scenario["case"] else "savings-exporter"
+    expected = {
+        "exp_labels": {"severity": rule["labels"]["severity"], "job": job, "instance": "a:9478"},
+        "exp_annotations": {
+            **rule["annotations"],
+            "summary": rule["annotations"]["summary"].replace("{{ $labels.instance }}", "a:9478"),
+            "description": text + sentence,
+        },
+    }
+    test = {
+        "interval": "15s",
+        "input_series": series_of(scenario),
+        "alert_rule_test": [{"eval_time": time, "alertname": alert, "exp_alerts": [expected]}],
+    }
+    passes("test", "rules", *promtool_files(tmp_path, [test], RULES))
+
+
+@pytest.mark.parametrize("alert", NAMES)
+def test_text_of_a_firing_alert_is_whole(alert: str, tmp_path: Path) -> None:
+    """promtool shows the text when it expects no alert: nothing in it is missing, and no template is left."""
+    scenario = next(one for one in SCENARIOS[alert] if "fires" in one)
+    test = {
+        "interval": scenario.get("interval", "15s"),
+        "input_series": series_of(scenario),
+        "alert_rule_test": [{"eval_time": scenario["fires"][-1], "alertname": alert, "exp_alerts": []}],
+    }
+    done = promtool("test", "rules", *promtool_files(tmp_path, [test], RULES, alert=alert))
+    text = (done.stdout + done.stderr).partition("got:")[2]
+    assert 'summary="' in text
+    assert not re.search(r"\{\{|<no value>|error expanding|\(\)|  on |NaN", text), text
+
+
+@each_alert
 def test_every_alert_says_what_it_is_and_where_to_read_on(alert: dict[str, Any]) -> None:
-    assert alert["labels"]["severity"] in ("critical", "warning", "info")
-    assert {"summary", "description", "runbook_url"} == set(alert["annotations"])
+    assert alert["labels"]["severity"] in ("critical", "warning", "info", "none")
+    assert {"summary", "description", "runbook_url", "dashboard_url"} == set(alert["annotations"])
     page, _, anchor = alert["annotations"]["runbook_url"].partition("#")
-    assert page.endswith("/docs/runbook.md")
+    assert page.endswith("/docs/runbook")
+    for text in ("summary", "description"):
+        assert re.search(r"[.)}]$", alert["annotations"][text])
     sections = {
         heading.lower(): text for heading, text in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", RUNBOOK, re.M | re.S)
     }
@@ -81,18 +136,22 @@ def test_every_alert_says_what_it_is_and_where_to_read_on(alert: dict[str, Any])
 
 
 def test_the_runbook_has_no_section_of_an_alert_that_is_gone() -> None:
-    assert sorted(re.findall(r"^## (\w+)$", RUNBOOK, re.M)) == sorted(alert["alert"] for alert in ALERTS)
+    assert sorted(re.findall(r"^## (\w+)$", RUNBOOK, re.M)) == NAMES
 
 
 @pytest.fixture
 def exported(store_path: Path) -> str:
     """The metrics of a service with traffic, on a document of Headroom, because only Headroom records some amounts."""
     shutil.copy(DATA / "headroom" / "v6" / "proxy_savings.json", store_path)
-    with running("serve", "--store", str(store_path)) as service:
+    with running("serve", "--store", str(store_path), "--enable-drill") as service:
         assert service.post({"model": "m", "provider": "p", "project": "x", "agent": "a", "tokens_saved": 7})[0] == 200
+        assert run_cli("drill", "dir-fsync", "--seconds", "1", "--store", str(store_path)).returncode == 0
+        eventually(lambda: service.metrics()['savings_fsync_failures_total{target="directory"}'], "the drill")
         status, text = service.get("/metrics")
     assert status == 200
-    return text
+    with running("watch", str(store_path)) as service:
+        readable = [line for line in service.get("/metrics")[1].splitlines() if "savings_watched_file" in line]
+    return text + "\n".join([*readable, ""])
 
 
 def test_the_page_of_metrics_has_what_the_exporter_has_and_nothing_else(exported: str) -> None:
@@ -129,9 +188,10 @@ def test_rules_name_only_metrics_that_the_exporter_has(exported: str) -> None:
     there = {re.sub(r"_(bucket|count|sum)$", "", name) for name in re.findall(r"^(\w+)[ {]", exported, re.M)}
     recorded = {rule["record"] for rule in all_rules() if "record" in rule}
     for rule in all_rules():
-        for name in re.findall(r"[a-z_]+:[a-z0-9_:]+", rule["expr"]):
+        expr = re.sub(r"\[[^\]]*\]", "", rule["expr"])
+        for name in re.findall(r"[a-z_]+:[a-z0-9_:]+", expr):
             assert name in recorded, rule
-        plain = re.sub(r"[a-z_]+:[a-z0-9_:]+|\"[^\"]*\"", "", rule["expr"])
+        plain = re.sub(r"[a-z_]+:[a-z0-9_:]+|\"[^\"]*\"", "", expr)
         for name in re.findall(r"\b(?:savings|process)_\w+", plain):
             assert re.sub(r"_(bucket|count|sum)$", "", name) in there, rule
 
@@ -151,6 +211,7 @@ def test_nothing_fires_in_ten_quiet_minutes(store_path: Path, tmp_path: Path) ->
                 "alert_rule_test": [
                     {"eval_time": f"{minute}m", "alertname": alert["alert"], "exp_alerts": []}
                     for alert in ALERTS
+                    if alert["alert"] != "Watchdog"
                     for minute in range(11)
                 ],
             }
@@ -158,7 +219,7 @@ def test_nothing_fires_in_ten_quiet_minutes(store_path: Path, tmp_path: Path) ->
     }
     path = tmp_path / "quiet.yml"
     path.write_text(yaml.safe_dump(test), encoding="utf-8")
-    promtool("test", "rules", path)
+    passes("test", "rules", path)
 
 
 def quiet(service: Service) -> list[dict[str, str]]:

@@ -68,12 +68,12 @@ def test_unreadable_file(watched: Path) -> None:
             breaking()
             text = service.get("/metrics")[1]
             assert total(text) == OLDER_TOTAL
-            assert parsed(text)["savings_store_healthy"] == 0
+            assert parsed(text)["savings_watched_file_readable"] == 0
             status, body = service.get("/-/healthy")
             assert status == 503
             assert str(watched) in json.loads(body)["detail"]
         replace(watched, OLDER.read_bytes())
-        assert parsed(service.get("/metrics")[1])["savings_store_healthy"] == 1
+        assert parsed(service.get("/metrics")[1])["savings_watched_file_readable"] == 1
         assert service.get("/-/healthy")[0] == 200
         assert f"{watched}: can be read again" in service.stop()[2]
 

@@ -8,6 +8,7 @@ from html import escape
 
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Totals
+from savings_exporter.service.paths import DOCUMENTS_PATH, SAVINGS_PATH
 from savings_exporter.service.views import (
     UNKNOWN_FIGURE,
     bar,
@@ -55,14 +56,14 @@ Share of the input: {percent}. US dollars saved: {dollars}. Last saving: {last_r
 {projects}
 {agents}
 <p><small>{path} &middot; {saved}read {read_at} &middot; <a href="{metrics}">metrics</a> &middot;
-<a href="{savings}">JSON</a></small></p>
+<a href="{savings}">JSON</a> &middot; <a href="{runbook}">runbook</a></small></p>
 </body>
 </html>
 """
 
 
-def render(snapshot: Snapshot, health: Health, storage_path: str, metrics_path: str, savings_path: str) -> str:
-    """The page for a snapshot."""
+def render(snapshot: Snapshot, health: Health, storage_path: str, prefix: str, metrics_path: str) -> str:
+    """The page for a snapshot. ``prefix`` is the path at which the application is mounted."""
     lifetime, newest = snapshot.lifetime, snapshot.last_record_at
     return _PAGE.format(
         tokens=f"{lifetime.tokens_saved:,}",
@@ -79,8 +80,9 @@ def render(snapshot: Snapshot, health: Health, storage_path: str, metrics_path: 
         last_record=moment_and_age(newest, datetime.now(timezone.utc)) if newest else UNKNOWN_FIGURE,
         saved=f"saved {utc(snapshot.saved_at)} &middot; " if snapshot.saved_at else "",
         read_at=utc(snapshot.read_at),
-        metrics=escape(metrics_path),
-        savings=escape(savings_path),
+        metrics=escape(prefix + metrics_path),
+        savings=escape(prefix + SAVINGS_PATH),
+        runbook=escape(f"{prefix}{DOCUMENTS_PATH}runbook"),
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +34,7 @@ class Tracker:
         self.counters = OperationCounters()
         self.fields: dict[str, Any] = {}
         self.healthy = True
+        self.storage_path = "/proxy_savings.json"
         self._others = others
         self._ledger = Ledger(**ledger)
 
@@ -279,6 +283,31 @@ def test_no_creation_times() -> None:
     assert "_created" not in generate_latest(registry).decode() + openmetrics(tracker)
 
 
+def test_free_space_of_the_store(tmp_path: Path) -> None:
+    """As df shows it to a user without privileges."""
+    tracker = Tracker()
+    tracker.storage_path = str(tmp_path / "proxy_savings.json")
+    before = os.statvfs(tmp_path)
+    found = samples(SavingsCollector(tracker))
+    after = os.statvfs(tmp_path)
+    bounds = sorted(stat.f_bavail * stat.f_frsize for stat in (before, after))
+    assert bounds[0] - 100e6 <= found["savings_store_free_bytes"] <= bounds[1] + 100e6
+    assert found["savings_store_free_inodes"] > 0
+    tracker.storage_path = str(tmp_path / "gone" / "proxy_savings.json")
+    assert "savings_store_free_bytes" not in samples(SavingsCollector(tracker))
+
+
+def test_age_of_the_latest_failed_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the exporter's own clock. Nothing is known before a failure, and after the clock was set back."""
+    tracker, name = Tracker(), 'savings_last_fsync_failure_age_seconds{target="directory"}'
+    assert name not in samples(SavingsCollector(tracker))
+    now = time.time()
+    tracker.fields = {"operations": OperationCounts(latest={"fsync_failures/directory": (now - 100, 1.0)})}
+    assert samples(SavingsCollector(tracker))[name] == pytest.approx(100, abs=30)
+    monkeypatch.setattr("time.time", lambda: now - 200)
+    assert name not in samples(SavingsCollector(tracker))
+
+
 def test_a_scrape_of_a_watched_file() -> None:
     tracker = Tracker(records=1, agents={"a": Totals(tokens_saved=5)})
     found = samples(WatchCollector(tracker))
@@ -297,7 +326,7 @@ def test_a_scrape_runs_nothing_else() -> None:
             return getattr(Tracker(), name)
 
     samples(SavingsCollector(Strict()))
-    assert set(asked) == {"snapshot", "health"}
+    assert set(asked) == {"snapshot", "health", "storage_path"}
 
 
 def test_operation_names() -> None:
