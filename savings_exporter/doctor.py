@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator
@@ -116,7 +117,7 @@ def directory_of(path: str | None) -> str:
     if os.path.exists(directory) and not LOCAL.is_directory(directory):
         raise StoreError(f"{directory}: is not a directory")
     if not LOCAL.is_directory(directory):
-        raise StoreError(f"{directory}: the directory does not exist; make it first: mkdir -p {directory}")
+        raise StoreError(f"{directory}: the directory does not exist; make it first: mkdir -p {shlex.quote(directory)}")
     return directory
 
 

@@ -18,6 +18,7 @@ from savings_exporter.cli.errors import INTERRUPTED, CommandError
 from savings_exporter.errors import SettingsError, StoreError
 from savings_exporter.version import VERSION
 
+_LONGEST_LINE = 2000
 COMMANDS = ("serve", "watch", "record", "show", "verify", "drill", "doctor", "assets")
 
 
@@ -28,6 +29,9 @@ class _Commands(click.Group):
         super().__init__(**attributes)
         # Click's suggestions for a misspelt command come from these names.
         self.commands = dict.fromkeys(COMMANDS, click.Command(None))
+
+    def _main_shell_completion(self, *_arguments: Any, **_named: Any) -> None:
+        """Off: Click would complete, and fail with a traceback, whenever a variable of the environment is set."""
 
     def list_commands(self, _context: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -75,10 +79,13 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        _exit(1, f"{error.filename or ''}: {error.strerror or error}".lstrip(": "))
+        # An error of a file names it.
+        _exit(1, f"{error.filename or 'standard output'}: {error.strerror or error}")
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _exit(status: int, line: str) -> NoReturn:
-    print(f"savings-exporter: {line}", file=sys.stderr)
+    # Arguments can hold control characters, and can be very long.
+    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+    print(f"savings-exporter: {shown[:_LONGEST_LINE]}", file=sys.stderr)
     sys.exit(status)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import click
 
-from savings_exporter.cli.errors import CommandError
+from savings_exporter.cli.errors import CommandError, WrongUsageError
 from savings_exporter.cli.options import store_option
 from savings_exporter.service import settings
 from savings_exporter.service.drill import KINDS, LONGEST_SECONDS, DrillError, ask
@@ -33,6 +35,8 @@ def drill(
     settings.be_quiet()
     kind, path = KINDS[name], store if store is not None else default_path()
     lasts = kind.usual_seconds if seconds is None else seconds
+    if not math.isfinite(lasts):
+        raise WrongUsageError(f"--seconds must be a number of seconds, not {lasts}")
     try:
         ask(path, name, lasts)
     except DrillError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from datetime import datetime
 from typing import Any
@@ -10,6 +12,8 @@ import msgspec
 
 from savings_exporter.service.views import utc
 from savings_exporter.version import VERSION
+
+logger = logging.getLogger(__name__)
 
 
 def print_json(content: Any) -> None:
@@ -22,6 +26,16 @@ def print_json(content: Any) -> None:
 def saved(moment: datetime | None) -> str:
     """When a document was saved, to be put after what it holds; nothing when it never was."""
     return f", saved {utc(moment)}" if moment else ""
+
+
+def announce(lines: str) -> None:
+    """Print what a service says when it answers requests. A closed pipe does not end the service."""
+    try:
+        print(lines, flush=True)
+    except OSError as error:
+        logger.warning("the address could not be printed: %s", error.strerror)
+        # Python would try to print it again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def announcement(what: str, path: str, url: str, *more: str) -> str:

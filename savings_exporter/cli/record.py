@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import click
@@ -16,17 +18,17 @@ from savings_exporter.tracker import SavingsTracker
 
 
 @click.command()
-@click.option("--model", metavar="NAME", required=True, help="The model that was asked.")
+@click.option("--model", metavar="NAME", required=True, help="The model, as its provider names it.")
 @click.option("--tokens-saved", metavar="N", type=int, required=True, help="Input tokens that compression saved.")
-@click.option("--input-tokens", metavar="N", type=int, default=0, help="Input tokens that were sent.")
+@click.option("--input-tokens", metavar="N", type=int, default=0, help="Input tokens that were sent; 0: unknown.")
 @click.option(
     "--tool-search-saved", metavar="N", type=int, default=0, help="Input tokens that deferred tool schemas saved."
 )
 @click.option("--output-tokens-saved", metavar="N", type=int, default=0, help="Output tokens that were saved.")
 @click.option("--output-tokens", metavar="N", type=int, default=0, help="Output tokens that came back.")
-@click.option("--provider", metavar="NAME", help="Who runs the model.")
-@click.option("--agent", metavar="NAME", help="The agent that asked.")
-@click.option("--project", metavar="NAME", help="The project it asked for.")
+@click.option("--provider", metavar="NAME", help="The provider of the model.")
+@click.option("--agent", metavar="NAME", help="The program that made the request.")
+@click.option("--project", metavar="NAME", help="The project of the request.")
 @click.option("--cache-read-tokens", metavar="N", type=int, default=0, help="Input tokens read from a prompt cache.")
 @click.option("--cache-write-tokens", metavar="N", type=int, default=0, help="Input tokens written to a prompt cache.")
 @click.option(
@@ -61,9 +63,22 @@ def record(store: str | None, sync_method: SyncMethod, idempotency_key: str | No
             reason = tracker.health().reason
         # Checked after closing, which tries once more: a caller that is told of a failure records the saving again.
         if not receipt.durable:
-            raise CommandError(reason or f"{tracker.storage_path}: could not be saved")
+            raise CommandError(
+                f"{reason or f'{tracker.storage_path}: could not be saved'}. The saving may be lost: fix this, and "
+                "record it again; with the same --idempotency-key it counts once"
+            )
         what = "counted before" if receipt.duplicate else "recorded"
-        print(f"{what}: {tracker.snapshot().lifetime.tokens_saved:,} tokens saved in total", flush=True)
+        _report(f"{what}: {tracker.snapshot().lifetime.tokens_saved:,} tokens saved in total")
     finally:
         if provider_of_spans is not None:
             settings.flush_spans(provider_of_spans)
+
+
+def _report(line: str) -> None:
+    """Print the result. The saving is durable: a caller that is told of a failure would record it again."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        print(f"savings-exporter: {line} (standard output: {error.strerror})", file=sys.stderr)
+        # Python would try to print it again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

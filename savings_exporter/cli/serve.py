@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from savings_exporter.cli.options import (
     telemetry_path_option,
     web_config_file_option,
 )
-from savings_exporter.cli.output import announcement
+from savings_exporter.cli.output import announce, announcement
 from savings_exporter.service import server, settings
 from savings_exporter.service.app import Service
 from savings_exporter.service.demo import DemoTraffic
@@ -84,8 +85,10 @@ def serve(
         what = "keeps made-up savings in" if demo else "keeps savings in"
         more = f"record one: {_first_saving(url, config)}", f"metrics: {url}{telemetry_path}"
         lines = announcement(what, tracker.storage_path, url, *more)
+        # Schedules a save of what a killed process left in its journal, so that a copy of the document holds it.
+        tracker.snapshot()
         try:
-            server.run(service, listener, config.tls_server_config, started=lambda: print(lines, flush=True))
+            server.run(service, listener, config.tls_server_config, started=lambda: announce(lines))
             is_saved = tracker.close()
         except KeyboardInterrupt:
             _end_at_once(tracker)
@@ -95,8 +98,9 @@ def serve(
 
 def _first_saving(url: str, config: settings.WebConfig) -> str:
     body = '{"model": "claude-sonnet-4-5", "provider": "anthropic", "input_tokens": 12000, "tokens_saved": 4096}'
-    trust = f" --cacert {config.tls_server_config.cert_file}" if config.tls_server_config else ""
-    show = " -H 'Authorization: Bearer TOKEN'" if config.authorization else ""
+    trust = f" --cacert {shlex.quote(config.tls_server_config.cert_file)}" if config.tls_server_config else ""
+    token = shlex.quote(config.authorization.credentials_file) if config.authorization else ""
+    show = f' -H "Authorization: Bearer $(cat {token})"' if token else ""
     return f"curl{trust}{show} -H 'Content-Type: application/json' -d '{body}' {url}{SAVINGS_PATH}"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import shlex
 import sys
 from collections.abc import Iterator
 
@@ -18,10 +20,11 @@ from savings_exporter.model.snapshot import Snapshot
 from savings_exporter.model.totals import Totals
 from savings_exporter.service import settings, views
 from savings_exporter.storage.repair import is_begun
-from savings_exporter.tracker import default_path
+from savings_exporter.tracker import DOCUMENT_NAME, default_path
 from savings_exporter.watched import WatchedFile
 
 _BAR_WIDTH = 16
+_LONGEST_NAME = 40
 
 
 @click.command()
@@ -39,10 +42,14 @@ def show(
         raise WrongUsageError("give --json or --csv, not both")
     path = store if store is not None else default_path()
     if not is_begun(path):
-        given = f" --store {store}" if store is not None else ""
+        given = f" --store {shlex.quote(store)}" if store is not None else ""
         raise CommandError(
             f"{path}: there are no savings yet; record the first with: savings-exporter record --model NAME "
             f"--provider NAME --input-tokens N --tokens-saved N{given}"
+        )
+    if os.path.isdir(path):
+        raise CommandError(
+            f"{path}: is a directory; name the document in it: --store {shlex.quote(os.path.join(path, DOCUMENT_NAME))}"
         )
     watched = WatchedFile(path)
     snapshot = watched.snapshot()
@@ -62,9 +69,10 @@ def show(
 def _tables_of(snapshot: Snapshot) -> Iterator[tuple[str, list[tuple[str, Totals]]]]:
     """The breakdowns without empty rows. Only one table of models is printed when each model has one provider."""
     found = {kind: [row for row in rows if not row[1].is_empty] for kind, rows in views.breakdowns(snapshot)}
-    models, pairs = found["model"], found["provider/model"]
-    if [totals for _, totals in models] == [totals for _, totals in pairs]:
-        has_providers = any(not name.startswith(f"{UNKNOWN}/") for name, _ in pairs)
+    pairs = {pair: totals for pair, totals in snapshot.by_provider_model.items() if not totals.is_empty}
+    by_model = {model: totals for (_, model), totals in pairs.items()}
+    if len(by_model) == len(pairs) and by_model == dict(found["model"]):
+        has_providers = any(provider != UNKNOWN for provider, _ in pairs)
         del found["model" if has_providers else "provider/model"]
     yield from ((kind, rows) for kind, rows in found.items() if rows)
 
@@ -74,7 +82,7 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
     lifetime = snapshot.lifetime
     console.print(
         Text(
-            f"{lifetime.tokens_saved:,} tokens saved in {views.requests(lifetime)}, "
+            f"{views.tokens(lifetime.tokens_saved)} saved in {views.requests(lifetime)}, "
             f"{lifetime.tool_tokens_saved:,} more by deferred tool schemas. "
             f"Share of the input: {views.percent(lifetime.savings_percent)}. "
             f"US dollars saved: {views.dollars(lifetime.savings_usd)}"
@@ -84,22 +92,39 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
     last = views.moment_and_age(newest, snapshot.read_at) if newest else views.UNKNOWN_FIGURE
     console.print(Text(f"Last saving: {last}"))
     for kind, rows in _tables_of(snapshot):
-        largest = rows[0][1].tokens_saved
-        shown = table(kind, "tokens saved", "tool tokens", "of input", "requests", "US dollars")
-        shown.add_column("", no_wrap=True, width=_BAR_WIDTH)
-        for name, totals in rows:
-            bar = views.bar(totals.tokens_saved, largest, _BAR_WIDTH)
-            shown.add_row(
-                Text(name),
-                f"{totals.tokens_saved:,}",
-                views.count(totals.known_tool_tokens_saved),
-                views.percent(totals.savings_percent),
-                f"{totals.requests:,}",
-                views.dollars(totals.savings_usd),
-                Text("#" * len(bar) if console.options.ascii_only else bar, style="green"),
-            )
+        shown = table(kind)
+        columns = _columns(rows, ascii_only=console.options.ascii_only)
+        # On a narrow terminal columns go from the right, and never the names.
+        name_width = min(max(len(name) for name, _ in rows), _LONGEST_NAME)
+        while len(columns) > 1 and name_width + sum(map(_width, columns.items())) > console.width:
+            columns.popitem()
+        for heading, cells in columns.items():
+            shown.add_column(heading, justify="right" if heading else "left", no_wrap=True, min_width=len(cells[0]))
+        for position, (name, _) in enumerate(rows):
+            shown.add_row(Text(name), *(Text(cells[position]) for cells in columns.values()))
         console.print()
         console.print(shown)
     console.print()
     times = f"{saved(snapshot.saved_at)}, read {views.utc(snapshot.read_at)}"
     console.print(Text(f"{path}{times}", style="dim"), soft_wrap=True)
+
+
+def _columns(rows: list[tuple[str, Totals]], *, ascii_only: bool) -> dict[str, list[str]]:
+    """The figures of a table by their heading, the most important ones first, and a bar."""
+    largest = rows[0][1].tokens_saved
+    every = [totals for _, totals in rows]
+    bars = [views.bar(totals.tokens_saved, largest, _BAR_WIDTH) for totals in every]
+    return {
+        "tokens saved": [f"{totals.tokens_saved:,}" for totals in every],
+        "requests": [f"{totals.requests:,}" for totals in every],
+        "US dollars": [views.dollars(totals.savings_usd) for totals in every],
+        "of input": [views.percent(totals.savings_percent) for totals in every],
+        "tool tokens": [views.count(totals.known_tool_tokens_saved) for totals in every],
+        "": ["#" * len(bar) if ascii_only else bar for bar in bars],
+    }
+
+
+def _width(column: tuple[str, list[str]]) -> int:
+    """The width of a column with the gap before it."""
+    heading, cells = column
+    return 2 + max(len(heading), *map(len, cells))

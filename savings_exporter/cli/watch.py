@@ -6,13 +6,14 @@ import click
 
 from savings_exporter.cli.errors import CommandError
 from savings_exporter.cli.options import (
+    expanded,
     listen_address_option,
     log_format_option,
     log_level_option,
     telemetry_path_option,
     web_config_file_option,
 )
-from savings_exporter.cli.output import announcement
+from savings_exporter.cli.output import announce, announcement
 from savings_exporter.errors import StoreError
 from savings_exporter.service import server, settings
 from savings_exporter.service.app import Service
@@ -21,7 +22,7 @@ from savings_exporter.watched import OWNER_HAS_TO_FIX_IT, WatchedFile
 
 
 @click.command()
-@click.argument("path", metavar="PATH")
+@click.argument("path", metavar="PATH", callback=expanded)
 @listen_address_option
 @telemetry_path_option
 @web_config_file_option
@@ -45,9 +46,9 @@ def watch(
     try:
         watched = WatchedFile(path)
     except StoreError as error:
-        raise CommandError(f"{error.problem}. {OWNER_HAS_TO_FIX_IT}") from None
+        raise CommandError(f"{error.problem}. Check the path. {OWNER_HAS_TO_FIX_IT}") from None
     with server.listen(*settings.listen_address(listen_address)) as listener:
         service = Service(watched, WatchCollector(watched), telemetry_path=telemetry_path, token=token)
         url = server.url_of(listener, tls=config.tls_server_config is not None)
         lines = announcement("watches", watched.storage_path, url, f"metrics: {url}{telemetry_path}")
-        server.run(service, listener, config.tls_server_config, started=lambda: print(lines, flush=True))
+        server.run(service, listener, config.tls_server_config, started=lambda: announce(lines))

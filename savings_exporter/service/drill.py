@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shlex
 import socket
 import threading
 import time
@@ -164,7 +165,8 @@ def ask(path: str, name: str, seconds: float) -> None:
     """
     path = LOCAL.resolved(path)
     no_service = (
-        f"{path}: no service that accepts drills uses this store; start one with: savings-exporter serve --enable-drill"
+        f"{path}: no service that accepts drills uses this store; start one with: savings-exporter serve "
+        f"--enable-drill --store {shlex.quote(path)}"
     )
     try:
         answer = _exchange(path, _Question(name, seconds))

@@ -112,6 +112,10 @@ class Intake:
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json":
             raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the Content-Type must be application/json")
+        if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body must be sent without Content-Encoding")
+        if not body:
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "the body is empty")
         kind: type[SavingsRecord | _Batch] = SavingsRecord
         try:
             if _is_batch(body):

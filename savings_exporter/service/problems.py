@@ -68,6 +68,8 @@ async def _http_error(_request: Request, error: Exception) -> Response:
     detail = error.detail
     if error.status_code == HTTPStatus.NOT_FOUND:
         detail = f"there is no such path; the page / links to the metrics, and savings are at {SAVINGS_PATH}"
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and detail == HTTPStatus.METHOD_NOT_ALLOWED.phrase:
+        detail = f"use {(error.headers or {}).get('Allow', 'GET')} for this path"
     response = problem(HTTPStatus(error.status_code), detail)
     response.headers.update(error.headers or {})
     return response

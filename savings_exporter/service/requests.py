@@ -12,7 +12,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from savings_exporter.service.paths import DOCUMENTS_PATH, SAVINGS_PATH
+from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_PATH, SAVINGS_PATH
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ class RequestLog:
         route = route if route in self._routes else _OTHER
         self._count.labels(method, route, str(code)).inc()
         self._seconds.labels(method, route).observe(seconds)
-        if code >= HTTPStatus.BAD_REQUEST:
+        # Health and readiness are questions: 503 is an answer.
+        if code >= HTTPStatus.BAD_REQUEST and route not in (HEALTHY_PATH, READY_PATH):
             kind = method, route, code
             self._refusals.setdefault(kind, _Refusal(f"{method} {route}", code)).note(detail)
 
@@ -130,17 +131,17 @@ class _Refusal:
     def note(self, detail: str) -> None:
         self._detail = detail
         self._waiting += 1
-        if self._waiting > 1:
-            return  # a line is scheduled
         delay = self._logged_at + _LOG_INTERVAL_SECONDS - time.monotonic()
         if delay <= 0:
             self.log()
-        else:
+        elif self._waiting == 1:
             asyncio.get_running_loop().call_later(delay, self.log)
 
     def log(self) -> None:
         if not self._waiting:
             return
         count, self._waiting, self._logged_at = self._waiting, 0, time.monotonic()
-        refused = "a request" if count == 1 else f"{count} requests"
-        logger.warning("%s: refused %s with status %d: %s", self._request, refused, self._code, self._detail)
+        line = "%s: refused a request with status %d: %s"
+        if count > 1:
+            line = f"%s: refused {count} requests with status %d, the latest one: %s"
+        logger.warning(line, self._request, self._code, self._detail)

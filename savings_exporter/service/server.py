@@ -6,6 +6,7 @@ import contextlib
 import errno
 import http.client
 import json
+import logging
 import os
 import re
 import signal
@@ -105,11 +106,31 @@ def run(service: Service, listener: socket.socket, tls: Tls | None, started: Cal
         lifespan="off",
         server_header=False,
         timeout_graceful_shutdown=_GRACE_SECONDS,
+        ws="none",
         ssl_certfile=tls.cert_file if tls else None,
         ssl_keyfile=tls.key_file if tls else None,
     )
-    _Server(config, service, started).run(sockets=[listener])
-    service.requests.flush()
+    refusals = _ProtocolErrors(service)
+    logging.getLogger("uvicorn.error").addFilter(refusals)
+    try:
+        _Server(config, service, started).run(sockets=[listener])
+    finally:
+        logging.getLogger("uvicorn.error").removeFilter(refusals)
+        service.requests.flush()
+
+
+class _ProtocolErrors(logging.Filter):
+    """Counts the requests that the server refuses before the application sees them, in place of a log line for each."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__()
+        self._service = service
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.msg == "Invalid HTTP request received.":
+            self._service.requests.note("", "", HTTPStatus.BAD_REQUEST, 0.0, "this is not a valid HTTP request")
+            return False
+        return not str(record.msg).startswith(("Unsupported upgrade request.", "No supported WebSocket library"))
 
 
 class _Server(uvicorn.Server):

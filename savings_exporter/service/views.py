@@ -97,6 +97,11 @@ def percent(share: float | None) -> str:
     return UNKNOWN_FIGURE if share is None else f"{share} %"
 
 
+def tokens(number: int) -> str:
+    """How many tokens, as people read it."""
+    return f"{number:,} token{'' if number == 1 else 's'}"
+
+
 def requests(totals: Totals) -> str:
     """How many requests, as people read it."""
     return f"{totals.requests:,} request{'' if totals.requests == 1 else 's'}"
@@ -135,8 +140,9 @@ def dollars(amount: float | None) -> str:
     """US dollars as people read them; a dash when they are not known."""
     if amount is None:
         return UNKNOWN_FIGURE
-    text = f"{amount:,.2f}"
-    return "0.00" if text == "-0.00" else text
+    if 0 < abs(amount) < 0.005:  # which is not zero
+        return "< 0.01" if amount > 0 else "> -0.01"
+    return f"{amount + 0:,.2f}"
 
 
 def _entry(totals: Totals) -> dict[str, Any]:

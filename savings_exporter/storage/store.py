@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shlex
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -519,7 +520,7 @@ def _opened_lock(path: str, fs: FileSystem) -> StoreLock:
         return StoreLock(fs, path)
     except FileNotFoundError:
         raise StoreError(
-            f"{path}: the directory does not exist; make it first: mkdir -p {directory}", path=path
+            f"{path}: the directory does not exist; make it first: mkdir -p {shlex.quote(directory)}", path=path
         ) from None
     except OSError as error:
         raise _cannot("use", path, error) from None

@@ -282,12 +282,12 @@ class GroupCommit:
         """The receipt of the earlier records with this key; None when there are none."""
         entry = self._store.view.keys.get(keyed.digest)
         if entry is not None:
-            _refuse_other_content(entry.matches(keyed.fingerprint), keyed.key)
+            _refuse_other_content(is_same=entry.matches(keyed.fingerprint))
             return Receipt(Counted(entry), 1, duplicate=True), None
         expected = self._pending_keys.get(keyed.digest)
         if expected is None or not expected.batch.holds(keyed.digest):
             return None
-        _refuse_other_content(expected.fingerprint == keyed.fingerprint, keyed.key)
+        _refuse_other_content(is_same=expected.fingerprint == keyed.fingerprint)
         return Receipt(expected.batch, expected.place, duplicate=True), expected.batch
 
     def _lead(self, batch: Batch, span: Span) -> None:
@@ -386,8 +386,6 @@ def described(path: str, what: str, failure: Failed | None) -> str:
     return f"{path}: {what}: {failure.step} failed: {words} ({symbol})"
 
 
-def _refuse_other_content(is_same: bool, key: str) -> None:
+def _refuse_other_content(*, is_same: bool) -> None:
     if not is_same:
-        raise KeyConflictError(
-            f"idempotency_key {key[:64]!r} was used before with other content; use a new key for other records"
-        )
+        raise KeyConflictError("idempotency_key was used before with other content; use a new key for other records")

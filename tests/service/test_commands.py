@@ -70,7 +70,7 @@ def filled(store_path: Path) -> Path:
         (["serve", "--store", "missing/savings.json"], 1, "mkdir -p"),
         (["record", "--store", "missing/s.json", "--model", "m", "--tokens-saved", "1"], 1, "mkdir -p"),
         (["show", "--store", "none.json"], 1, "savings-exporter record"),
-        (["show", "--store", "."], 1, "Is a directory"),
+        (["show", "--store", "."], 1, "is a directory; name the document in it: --store ./proxy_savings.json"),
         (["watch", "none.json"], 1, "there is no such file"),
         (["verify", "--store", "none.json"], 1, "there is no store yet"),
         (["verify", "--repair", "--store", "none.json"], 1, "nothing to repair"),
@@ -285,7 +285,7 @@ def test_record_with_a_key(store_path: Path) -> None:
     assert run_cli(*command, "5").stdout == "counted before: 5 tokens saved in total\n"
     other = run_cli(*command, "6")
     assert (other.returncode, other.stderr.count("\n")) == (1, 1)
-    assert "--idempotency-key 'build 7' was used before with other content" in other.stderr
+    assert "--idempotency-key was used before with other content" in other.stderr
     wrong = run_cli(
         "record", "--store", str(store_path), "--model", "m", "--tokens-saved", "5", "--idempotency-key", ""
     )
@@ -350,8 +350,8 @@ def test_unknown_figures_are_no_zeros(store_path: Path) -> None:
     shown = run_cli("show", "--store", str(store_path)).stdout
     (unknown,) = [line for line in shown.splitlines() if line.startswith("without-input")]
     (known,) = [line for line in shown.splitlines() if line.startswith("priced")]
-    assert unknown.split()[:6] == ["without-input", "1,000,000", "0", "–", "1", "–"]
-    assert known.split()[:7] == ["priced", "1", "0", "25.0", "%", "1", "0.00"]
+    assert unknown.split()[:5] == ["without-input", "1,000,000", "1", "–", "–"]
+    assert known.split()[:7] == ["priced", "1", "1", ">", "-0.01", "25.0", "%"]
     # The share covers only records with both figures, not the million other tokens.
     assert "Share of the input: 25.0 %. US" in shown
     with running("serve", "--store", str(store_path)) as service:
@@ -601,3 +601,98 @@ def test_record_that_cannot_be_saved(
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     assert "fsync_journal failed: Input/output error (EIO)" in said.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it needs /dev/full")
+@pytest.mark.parametrize("command", ["{} >/dev/full", "{} | true"])
+def test_recorded_saving_is_no_failure_when_the_result_cannot_be_printed(store_path: Path, command: str) -> None:
+    """A hook that is told of a failure records the saving again."""
+    record = f"{sys.executable} -m savings_exporter record --model m --tokens-saved 7 --store '{store_path}'"
+    shell = ["bash", "-o", "pipefail", "-c", command.format(record)]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=WAIT_SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.snapshot().lifetime.tokens_saved == 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it needs /dev/full")
+def test_full_standard_output_is_named(filled: Path) -> None:
+    command = f"{sys.executable} -m savings_exporter show --store '{filled}' >/dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=WAIT_SECONDS)
+    assert (done.returncode, done.stderr) == (1, "savings-exporter: standard output: No space left on device\n")
+
+
+def test_arguments_reach_the_terminal_without_control_characters(tmp_path: Path) -> None:
+    for arguments in (["verify", "\x1b]0;owned\x07"], ["show", "--\x1b[31m"], ["watch", str(tmp_path / "\x1b[1m")]):
+        done = run_cli(*arguments)
+        assert done.returncode in (1, 2)
+        assert done.stderr.rstrip("\n").isprintable()
+        assert "\\x1b" in done.stderr
+    assert len(run_cli("record", "--model", "m", "--tokens-saved", "x" * 100_000).stderr) < 3000
+
+
+@pytest.mark.parametrize("value", ["bash_complete", "zsh_source", "x"])
+def test_shell_completion_is_off(value: str) -> None:
+    done = run_cli("--version", env={"_SAVINGS_EXPORTER_COMPLETE": value})
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("value", "is_on"), [("false", False), ("0", False), ("no", False), ("true", True)])
+def test_variable_turns_drills_on_and_off(store_path: Path, value: str, is_on: bool) -> None:
+    with running("serve", "--store", str(store_path), env={"SAVINGS_EXPORTER_ENABLE_DRILL": value}):
+        asked = run_cli("drill", "dir-fsync", "--seconds", "1", "--store", str(store_path))
+    assert asked.returncode == (0 if is_on else 1)
+    assert is_on or f"serve --enable-drill --store {store_path}" in asked.stderr
+
+
+def test_wrong_variable_is_wrong_usage(store_path: Path) -> None:
+    done = run_cli("serve", "--store", str(store_path), env={"SAVINGS_EXPORTER_ENABLE_DRILL": "maybe"})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_printed_command_works_with_a_path_of_several_words(tmp_path: Path) -> None:
+    path = tmp_path / "two words" / "proxy_savings.json"
+    missing = run_cli("record", "--model", "m", "--tokens-saved", "1", "--store", str(path))
+    command = missing.stderr.partition("make it first: ")[2]
+    subprocess.run(["bash", "-c", command], check=True)
+    assert path.parent.is_dir()
+    assert f"--store '{path}'" in run_cli("show", "--store", str(path)).stderr
+
+
+def test_service_survives_a_reader_that_leaves(store_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "savings_exporter", "serve", "--store", str(store_path)]
+    with subprocess.Popen(
+        [*command, "--web.listen-address", "127.0.0.1:0"], stdout=write, stderr=subprocess.PIPE, text=True
+    ) as process:
+        os.close(write)
+        try:
+            assert process.stderr is not None
+            assert "the address could not be printed: Broken pipe" in process.stderr.readline()
+            process.terminate()
+            assert process.wait(WAIT_SECONDS) == 0
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_show_keeps_names_on_a_narrow_terminal(filled: Path, columns: int) -> None:
+    program = f"{sys.executable} -m savings_exporter show --store {filled}"
+    done = subprocess.run(
+        ["script", "-qec", program, "/dev/null"],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_SECONDS,
+        env={**os.environ, "COLUMNS": str(columns), "TERM": "xterm"},
+    )
+    (claude,) = [line for line in done.stdout.splitlines() if "anthropic/claude" in line]
+    assert "3,000" in claude
+    assert ("█" in claude) == (columns >= 100)
+
+
+def test_small_amount_is_not_shown_as_zero(store_path: Path) -> None:
+    with SavingsTracker(store_path) as tracker:
+        tracker.record_request(model="m", tokens_saved=1, savings_usd=0.0001)
+    assert "US dollars saved: < 0.01" in run_cli("show", "--store", str(store_path)).stdout

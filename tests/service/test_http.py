@@ -454,3 +454,27 @@ def test_answers_are_compressed(store_path: Path) -> None:
                 body = answer.read()
                 assert "m19" in (gzip.decompress(body) if encoding else body).decode()
                 connection.close()
+
+
+def test_killed_services_savings_reach_the_document_without_a_request(store_path: Path) -> None:
+    """A copy of the document is a backup: it holds them soon after the next start."""
+    with running("serve", "--store", str(store_path)) as service:
+        assert service.post(RECORD)[0] == 200
+        service.process.kill()
+        service.process.wait()
+    with running("serve", "--store", str(store_path)):
+
+        def is_saved() -> bool:
+            return store_path.exists() and json.loads(store_path.read_text())["lifetime"]["tokens_saved"] == 4096
+
+        eventually(is_saved, "the document to be saved")
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br"])
+def test_compressed_body_is_refused(store_path: Path, coding: str) -> None:
+    with running("serve", "--store", str(store_path)) as service:
+        body = gzip.compress(json.dumps(RECORD).encode())
+        status, problem = service.post(body, headers={"Content-Encoding": coding})
+        assert (status, problem["detail"]) == (415, "the body must be sent without Content-Encoding")
+        assert service.post(b"")[1]["detail"] == "the body is empty"
+        assert service.post(RECORD, headers={"Content-Encoding": "identity"})[0] == 200

@@ -115,7 +115,8 @@ def test_first_refusal_is_logged_and_the_others_with_their_number(store_path: Pa
     lines = [line.partition('msg="')[2] for line in log.splitlines()]
     assert [line for line in lines if "status 422" in line] == [
         'POST /v1/savings: refused a request with status 422: tokens_saved must be an integer, not text"',
-        'POST /v1/savings: refused 2 requests with status 422: tokens_saved must be an integer, not text"',
+        "POST /v1/savings: refused 2 requests with status 422, the latest one: "
+        'tokens_saved must be an integer, not text"',
     ]
     assert len([line for line in lines if "status 400" in line]) == 1
 
@@ -135,5 +136,39 @@ def test_waiting_refusals_are_logged_without_another_request(
     asyncio.run(asyncio.wait_for(refuse(), 10))
     assert [record.getMessage() for record in caplog.records] == [
         "POST /v1/savings: refused a request with status 422: reason 0",
-        "POST /v1/savings: refused 4 requests with status 422: reason 4",
+        "POST /v1/savings: refused 4 requests with status 422, the latest one: reason 4",
     ]
+
+
+def test_requests_that_are_no_http_are_counted_and_summed_up(store_path: Path) -> None:
+    with running("serve", "--store", str(store_path)) as service:
+        address = str(urlsplit(service.url).hostname), urlsplit(service.url).port or 0
+        upgrade = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+        for request in [b"GARBAGE\r\n\r\n"] * 20 + [upgrade] * 20:
+            with socket.create_connection(address) as client:
+                client.sendall(request)
+                assert client.recv(12)
+        assert answered(service, "other", "other", 400) == 20
+        _, _, log = service.stop()
+    assert len(log.splitlines()) == 2, log
+
+
+def test_health_while_the_disk_fails_is_no_refusal(store_path: Path) -> None:
+    with running("serve", "--store", str(store_path), faulty=True) as service:
+        service.tell("fail fsync_journal")
+        assert service.post(SAVING)[0] == 202
+        eventually(lambda: service.get("/-/healthy")[0] == 503, "the fault to be seen")
+        assert answered(service, "GET", "/-/healthy", 503) >= 1
+        service.tell("mend")
+        _, _, log = service.stop()
+    assert "/-/healthy" not in log
+
+
+def test_idempotency_key_stays_out_of_the_log(store_path: Path) -> None:
+    with running("serve", "--store", str(store_path)) as service:
+        key = {"Idempotency-Key": "user-42"}
+        assert service.post(SAVING, headers=key)[0] == 200
+        assert service.post({**SAVING, "tokens_saved": 2}, headers=key)[0] == 422
+        _, _, log = service.stop()
+    assert "Idempotency-Key was used before with other content" in log
+    assert "user-42" not in log

@@ -70,7 +70,7 @@ def render(snapshot: Snapshot, health: Health, storage_path: str, prefix: str, m
         requests=requests(lifetime),
         tools=f"{lifetime.tool_tokens_saved:,}",
         percent=percent(lifetime.savings_percent),
-        dollars=dollars(lifetime.savings_usd),
+        dollars=escape(dollars(lifetime.savings_usd)),
         pending=f"{snapshot.pending_records:,} records are not durable yet." if snapshot.pending_records else "",
         trouble="" if health.healthy else f'<p class="bad" role="alert">{escape(health.reason or "")}</p>',
         models=_table("By model", snapshot.by_model),
@@ -94,7 +94,7 @@ def _table(caption: str, group: Mapping[str, Totals]) -> str:
     cells = "".join(
         f"<tr><td>{escape(name)}</td><td>{totals.tokens_saved:,}</td><td>{count(totals.known_tool_tokens_saved)}</td>"
         f"<td>{percent(totals.savings_percent)}</td><td>{totals.requests:,}</td>"
-        f"<td>{dollars(totals.savings_usd)}</td>"
+        f"<td>{escape(dollars(totals.savings_usd))}</td>"
         f'<td class="bar">{bar(totals.tokens_saved, largest, 20)}</td></tr>'
         for name, totals in rows[:_MOST_ROWS]
     )
