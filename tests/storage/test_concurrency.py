@@ -275,7 +275,7 @@ def test_same_key_with_other_content(tracker: SavingsTracker, faults: FaultyFile
     assert repeat.wait(WAIT_SECONDS)
     assert (repeat.writer, repeat.sequence) == (pending.writer, pending.sequence)
     with SavingsTracker(store_path) as other:
-        with pytest.raises(KeyConflictError, match="pending"):
+        with pytest.raises(KeyConflictError, match="other content"):
             other.record_request(model="m", tokens_saved=2, idempotency_key="pending")
         assert other.record_request(**ONE, idempotency_key="pending").writer == pending.writer
     assert tracker.snapshot().lifetime.tokens_saved == 2
