@@ -184,11 +184,17 @@ class Store:
         """Whether to create the journal's next segment now."""
         return self.journal is not None and self.journal.wants_segment()
 
-    def make_segment(self) -> None:
-        """Create the journal's next segment before it is needed. A failure is reported when the segment is needed."""
-        if self.journal is not None and self.journal.wants_segment():
-            with suppress(OSError):
+    def make_segment(self) -> bool:
+        """Create the journal's next segment before it is needed. Returns whether this succeeded, or was not needed.
+
+        A failure is reported when the segment is needed.
+        """
+        try:
+            if self.journal is not None and self.journal.wants_segment():
                 self.journal.make_next(self._observer)
+        except OSError:
+            return False
+        return True
 
     def repair_names(self) -> None:
         """Recreate this process's files if they were removed or renamed, because readers open them by name.

@@ -54,6 +54,7 @@ class Background:
         self.group = GroupCommit(store, self._committer.wake, self._note_commit)
         self._store = store
         self._save_interval = save_interval
+        self._segments = Retry()
         self._has_started = False
         self._counts_published_at = 0.0
         self._has_news = False
@@ -117,7 +118,7 @@ class Background:
 
     def _note_commit(self) -> None:
         """Called after a commit, which any thread may lead. Wakes the saving thread to schedule a save."""
-        if not self._has_news or self._store.wants_segment():
+        if not self._has_news or (self._store.wants_segment() and self._may_make_segment()):
             self._has_news = True
             self._saver.wake()
 
@@ -136,7 +137,8 @@ class Background:
 
     def _keep_saved(self) -> None:
         now = time.monotonic()
-        self._store.make_segment()
+        if self._may_make_segment():
+            self._segments = Retry() if self._store.make_segment() else self._segments.failed(now)
         self._schedule_save()
         if self._has_news and self._counts_published_at + _PUBLISH_SECONDS <= now:
             self._has_news, self._counts_published_at = False, now
@@ -147,6 +149,10 @@ class Background:
             self.save()
         elif self.saves.due <= time.monotonic():
             self._save_if_needed()
+
+    def _may_make_segment(self) -> bool:
+        """Whether a segment may be created ahead of need: on a disk that fails, not at each commit."""
+        return not self._segments.failures or self._segments.at <= time.monotonic()
 
     def _schedule_save(self) -> None:
         """Schedule a save after the interval, if the document does not hold everything."""

@@ -913,3 +913,15 @@ def test_network_takes_one_process(store_path: Path) -> None:
         assert tracker.record_request(**SAVED).durable
     with SavingsTracker(store_path, filesystem=NetworkFileSystem()) as tracker:
         assert tracker.snapshot().lifetime.requests == 2
+
+
+def test_segments_are_tried_with_a_back_off(tracker: SavingsTracker, faults: FaultyFileSystem) -> None:
+    """While the directory fails, each commit would otherwise try to create the next segment."""
+    tracker.record_request(model="m", tokens_saved=1)
+    faults.fail("fsync_dir", errno.EIO)
+    durable = [tracker.record_request(model="m", tokens_saved=1).durable for _ in range(400)]
+    assert sum(durable) > 100
+    failed = tracker.counters.counts().counts["fsync_failures/directory"]
+    assert 1 <= failed < 40
+    faults.mend()
+    assert tracker.flush(WAIT_SECONDS)
