@@ -81,7 +81,13 @@ def serve(
             stack.enter_context(taking_drills(tracker))
         if demo:
             stack.enter_context(DemoTraffic(tracker))
-        service = Service(tracker, SavingsCollector(tracker), telemetry_path=telemetry_path, token=token)
+        service = Service(
+            tracker,
+            SavingsCollector(tracker),
+            telemetry_path=telemetry_path,
+            token=token,
+            tracer_provider=provider,
+        )
         what = "keeps made-up savings in" if demo else "keeps savings in"
         more = f"record one: {_first_saving(url, config)}", f"metrics: {url}{telemetry_path}"
         lines = announcement(what, tracker.storage_path, url, *more)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from prometheus_client import PROCESS_COLLECTOR, CollectorRegistry
@@ -32,6 +33,9 @@ from savings_exporter.tracker import SavingsTracker
 from savings_exporter.tracking.receipt import Receipt
 from savings_exporter.watched import WatchedFile
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
 _USUAL_LIMITS = IntakeLimits()
 _LEAST_COMPRESSED_BYTES = 1024
 
@@ -51,6 +55,7 @@ class Service:
         telemetry_path: str = "/metrics",
         token: str | None = None,
         limits: IntakeLimits = _USUAL_LIMITS,
+        tracer_provider: TracerProvider | None = None,
     ) -> None:
         self._source = source
         self._registry = CollectorRegistry()
@@ -72,6 +77,7 @@ class Service:
                 Route(f"{DOCUMENTS_PATH}{{name}}", self._document),
             ],
             middleware=[
+                *_tracing(tracer_provider, telemetry_path),
                 Middleware(GZipMiddleware, minimum_size=_LEAST_COMPRESSED_BYTES),
                 Middleware(RequestLogging, log=self.requests),
                 *([Middleware(BearerToken, token=token)] if token else []),
@@ -141,6 +147,24 @@ class Service:
     def _refuse_if_stopping(self) -> None:
         if self.stopping:
             raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "the service is stopping", retry=True)
+
+
+def _tracing(provider: TracerProvider | None, telemetry_path: str) -> list[Middleware]:
+    """Server spans, which go on with the trace of the caller. Scrapes and health checks have none."""
+    if provider is None:
+        return []
+    # Imported here, because it takes time, and most services do not trace.
+    from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+
+    excluded = ",".join((re.escape(telemetry_path), re.escape(HEALTHY_PATH), re.escape(READY_PATH)))
+    return [
+        Middleware(
+            OpenTelemetryMiddleware,
+            tracer_provider=provider,
+            excluded_urls=excluded,
+            exclude_spans=["receive", "send"],
+        )
+    ]
 
 
 async def _recorded(tracker: SavingsTracker, posted: Posted) -> Receipt:

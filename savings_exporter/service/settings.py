@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from savings_exporter.errors import SettingsError
+from savings_exporter.version import VERSION
 from savings_exporter.wording import WrongValue
 
 if TYPE_CHECKING:
@@ -144,12 +145,17 @@ def _provider() -> TracerProvider | None:
     if wanted == "none":
         return None
     # Imported here, because the import reads some of the variables, and may refuse their values.
+    from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     if "service.name=" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
         os.environ.setdefault("OTEL_SERVICE_NAME", "savings-exporter")
-    provider = TracerProvider(shutdown_on_exit=False)
+    # The stable names of HTTP attributes, in place of the old ones.
+    os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
+    given = os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+    version = {} if "service.version=" in given else {"service.version": VERSION}
+    provider = TracerProvider(shutdown_on_exit=False, resource=Resource.create(version))
     provider.add_span_processor(BatchSpanProcessor(_span_exporter(wanted)))
     return provider
 
@@ -271,11 +277,22 @@ class _LineFormatter(logging.Formatter):
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
             fields["error"] = f"{type(error).__name__}: {error}"
+        fields |= _trace_of_caller()
         if hasattr(record, "drill"):
             fields["drill"] = record.drill
         if self._as_json:
             return json.dumps(fields)
         return " ".join(f"{key}={_logfmt(value)}" for key, value in fields.items())
+
+
+def _trace_of_caller() -> dict[str, str]:
+    """The trace and the span within which something is logged, when there is one."""
+    # A program that traces has loaded it.
+    trace = sys.modules.get("opentelemetry.trace")
+    context = trace.get_current_span().get_span_context() if trace is not None else None
+    if context is None or not context.is_valid:
+        return {}
+    return {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}
 
 
 def _logfmt(value: str) -> str:

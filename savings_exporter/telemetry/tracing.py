@@ -95,7 +95,7 @@ def _described(step: Step) -> Attributes:
     if step.name == FSYNC_DIR:
         attributes["savings.dir_fsync.result"] = step.outcome
     if step.is_drill:
-        attributes["drill"] = "true"
+        attributes["savings.drill"] = "true"
     if step.error is not None:
         attributes["error.type"] = error_symbol(step.error)
     return attributes

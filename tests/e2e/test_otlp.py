@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from savings_exporter import SavingsTracker
+from savings_exporter.version import VERSION
 from tests.support.faults import failing_directory_fsync
 from tests.support.service import Service, free_port, run_cli, running
 from tests.support.wait import eventually
@@ -38,7 +39,7 @@ def received(store: Path, while_serving: Any) -> list[Any]:
         env = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}", "OTEL_BSP_SCHEDULE_DELAY": "100"}
         with running("serve", "--store", str(store), env=env) as service:
             while_serving(service)
-            assert service.stop()[0] == 0
+            assert service.process.poll() is not None or service.stop()[0] == 0
 
     async def receive() -> list[Any]:
         spans: list[Any] = []
@@ -230,10 +231,13 @@ def test_standard_variables(store_path: Path, protocol: str) -> None:
     spans = exported(store_path, protocol)
     assert {name for name, _ in spans} >= {"savings.commit", "savings.save"}
     assert {resource["service.name"] for _, resource in spans} == {"savings-exporter"}
+    assert {resource["service.version"] for _, resource in spans} == {VERSION}
     named = exported(store_path, protocol, OTEL_SERVICE_NAME="mine", OTEL_RESOURCE_ATTRIBUTES="deployment=eu,a=b")
     assert {(r["service.name"], r["deployment"], r["a"]) for _, r in named} == {("mine", "eu", "b")}
     by_attribute = exported(store_path, protocol, OTEL_RESOURCE_ATTRIBUTES="service.name=theirs")
     assert {resource["service.name"] for _, resource in by_attribute} == {"theirs"}
+    versioned = exported(store_path, protocol, OTEL_RESOURCE_ATTRIBUTES="service.version=7")
+    assert {resource["service.version"] for _, resource in versioned} == {"7"}
     assert exported(store_path, protocol, OTEL_TRACES_SAMPLER="always_off") == []
     ratio = exported(store_path, protocol, OTEL_TRACES_SAMPLER="traceidratio", OTEL_TRACES_SAMPLER_ARG="0")
     assert ratio == []
@@ -255,4 +259,27 @@ def test_grpc_that_is_not_installed(store_path: Path, tmp_path: Path, name: str)
     assert "savings-exporter[otlp-grpc]" in done.stderr
     wrong = run_cli("serve", "--store", str(store_path), env={**env, name: "http/json"})
     assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
-    assert f"{name} is 'http/json'; http/protobuf and grpc are there" in wrong.stderr
+    assert f"{name} is 'http/json'; use http/protobuf or grpc" in wrong.stderr
+
+
+def test_trace_of_the_caller_goes_on(saved: Path) -> None:
+    """A server span is a child of the caller's, the commit is linked to it, and the log names it."""
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    logged = []
+
+    def post(service: Service) -> None:
+        header = {"traceparent": f"00-{trace}-{parent}-01"}
+        assert service.post({"model": "m", "tokens_saved": 1}, headers=header)[0] == 200
+        assert service.post({"model": "m"}, headers=header)[0] == 422
+        assert service.get("/metrics")[0] == service.get("/-/ready")[0] == 200
+        logged.append(service.stop()[2])
+
+    spans = received(saved, post)
+    served = [span for span in spans if span.name == "POST /v1/savings"]
+    assert [span.trace_id.hex() for span in served] == [trace, trace]
+    assert [span.parent_span_id.hex() for span in served] == [parent, parent]
+    assert [attributes(span)["http.response.status_code"] for span in served] == [200, 422]
+    commit = next(span for span in spans if span.name == "savings.commit")
+    assert served[0].span_id in [link.span_id for link in commit.links] or commit.parent_span_id == served[0].span_id
+    assert not [span for span in spans if "/metrics" in span.name or "/-/ready" in span.name]
+    assert f"trace_id={trace} span_id={served[1].span_id.hex()}" in logged[0]

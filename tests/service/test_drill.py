@@ -101,11 +101,13 @@ def test_spans_say_that_it_is_a_drill(store_path: Path) -> None:
         eventually(lambda: samples(metrics)['savings_fsync_failures_total{target="directory"}'], "a failure")
         drills.stop()
         assert samples(metrics)['savings_drill_active{drill="dir-fsync"}'] == 0
-    marked = {span.name for span in exporter.get_finished_spans() if (span.attributes or {}).get("drill") == "true"}
+    marked = {
+        span.name for span in exporter.get_finished_spans() if (span.attributes or {}).get("savings.drill") == "true"
+    }
     assert marked == {"savings.save", "savings.save.fsync_dir"}
     real = [span for span in exporter.get_finished_spans() if (span.attributes or {}).get("savings.records")]
     assert real
-    assert not any("drill" in (span.attributes or {}) for span in real)
+    assert not any("savings.drill" in (span.attributes or {}) for span in real)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, 3601.0, float("nan")])

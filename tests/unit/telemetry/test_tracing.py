@@ -117,7 +117,7 @@ def test_unsupported_is_no_error(name: str, recorded: Recorded) -> None:
 
 def test_a_drill_is_marked(recorded: Recorded) -> None:
     run(recorded.tracing, SAVE, steps=[FSYNC_DIR], failing=FSYNC_DIR, drill=True)
-    assert all(span.attributes and span.attributes["drill"] == "true" for span in recorded.spans().values())
+    assert all(span.attributes and span.attributes["savings.drill"] == "true" for span in recorded.spans().values())
 
 
 def test_parent_and_links(recorded: Recorded) -> None:
