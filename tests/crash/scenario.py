@@ -8,8 +8,10 @@ store refused to open.
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import cast
@@ -46,16 +48,13 @@ def main(store: str, ledgers: Path, method: SyncMethod) -> int:
 
 def make_names_predictable() -> None:
     """Give files and writers the same names in each run, because strace selects files by name."""
-    files, writers = count(1), count(1)
+    # Each by its length: the names of files and of writers are numbered apart.
+    numbers: dict[int, Iterator[int]] = defaultdict(lambda: count(1))
 
-    def numbered_file(nbytes: int | None = None) -> str:
-        return f"{next(files):0{2 * (nbytes or 32)}x}"
+    def numbered(size: int) -> bytes:
+        return next(numbers[size]).to_bytes(size, "big")
 
-    def numbered_writer(nbytes: int | None = None) -> bytes:
-        return next(writers).to_bytes(nbytes or 32, "big")
-
-    secrets.token_hex = numbered_file
-    secrets.token_bytes = numbered_writer
+    os.urandom = numbered
 
 
 def record(tracker: SavingsTracker, ledgers: Path) -> None:
