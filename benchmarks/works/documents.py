@@ -109,13 +109,14 @@ def scrape(setup: Setup) -> Result:
             return 1e3 / rate(one_thread(lambda: nullcontext(scrape), setup.seconds))
 
         figures = setup.taking_turns(lambda: cost(ours), lambda: cost(plain))
+        note = f"{_samples(ours):,} samples against {_samples(plain):,}"
     return Result(
         work="a scrape, 200 models and 200 projects",
         peer="the same families in a plain registry",
         unit="ms",
         **figures,
         bound=Bound(2, at_least=False),
-        notes=[f"{_samples(ours):,} samples against {_samples(plain):,}"],
+        notes=[note],
     )
 
 
