@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -228,8 +229,9 @@ def _latency(metrics: Metrics, settings: RuleSettings) -> Iterator[Alert]:
                 severity,
                 f"{{{{ $value | humanizePercentage }}}} of the {what}s of the last {long} on "
                 f"{{{{ $labels.instance }}}} were slow.",
-                f"The objective is that {settings.objective:.4g} of the {what}s take less than {seconds:g} s. At this "
-                f"rate the error budget of 30 days is used up in {30 / factor:.0f} days. Nothing is lost; {waiting}.",
+                f"The objective is that {100 * settings.objective:g} % of the {what}s take less than {seconds:g} s. At "
+                f"this rate the error budget of 30 days is used up in {30 / factor:.0f} days. "
+                f"Nothing is lost; {waiting}.",
                 drills=kinds,
                 labels=(("window", long),),
             )
@@ -271,7 +273,7 @@ def _totals(metrics: Metrics) -> Iterator[Alert]:
 
 
 def _exporters(metrics: Metrics, settings: RuleSettings) -> Iterator[Alert]:
-    job = f'job="{settings.job}"'
+    job = f"job={json.dumps(settings.job)}"
     up = metrics.of("up", job, "4m")
     yield Alert(
         "SavingsExporterDown",
@@ -390,7 +392,7 @@ def _monitoring(settings: RuleSettings) -> Iterator[Alert]:
     jobs = "|".join(settings.monitoring_jobs)
     yield Alert(
         "SavingsMonitoringDown",
-        f'up{{job=~"{jobs}"}} == 0',
+        f"up{{job=~{json.dumps(jobs)}}} == 0",
         WARNING,
         "{{ $labels.job }} {{ $labels.instance }} cannot be scraped.",
         "Without it alerts, dashboards or traces are missing. Savings are recorded all the same.",

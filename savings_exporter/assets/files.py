@@ -6,13 +6,11 @@ import json
 from typing import Any
 
 import msgspec
-import yaml
 
+from savings_exporter import yamlfile
 from savings_exporter.assets.rules import rule_files
 from savings_exporter.assets.settings import RuleSettings
-from savings_exporter.errors import SettingsError
 from savings_exporter.shipped import shipped
-from savings_exporter.wording import WrongValue
 
 _DASHBOARDS = ("savings.json", "durability.json")
 # What all queries of the dashboards select by.
@@ -32,17 +30,8 @@ def read_settings(path: str | None, **changes: str | None) -> RuleSettings:
     Raises:
         SettingsError: the file cannot be read, or a value is wrong.
     """
-    settings = RuleSettings()
-    if path is not None:
-        try:
-            with open(path, encoding="utf-8") as file:
-                settings = msgspec.convert(yaml.safe_load(file) or {}, RuleSettings)
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        except yaml.YAMLError as error:
-            raise SettingsError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-        except msgspec.ValidationError as error:
-            raise SettingsError(f"{path}: {WrongValue(error, RuleSettings).text}") from None
+    content = yamlfile.read(path) if path is not None else None
+    settings = yamlfile.converted(path or "", content or {}, RuleSettings)
     given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
     return msgspec.structs.replace(settings, **given).checked()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from savings_exporter.errors import SettingsError
 from savings_exporter.telemetry.counters import LATENCY_BOUNDS
 
-_BUDGET = "objective must be more than 0 and less than 1"
+_MATCHERS = re.compile(r'\s*(\w+\s*(=|!=|=~|!~)\s*"(\\.|[^"\\])*"\s*(,\s*|$))*')
 
 
 class RuleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,7 +56,9 @@ class RuleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             SettingsError: a value makes no rule.
         """
         if not 0 < self.objective < 1:
-            raise SettingsError(f"{_BUDGET}, not {self.objective:g}")
+            raise SettingsError(f"objective must be more than 0 and less than 1, not {self.objective:g}")
+        if not _MATCHERS.fullmatch(self.selector):
+            raise SettingsError(f'selector must be label matchers such as namespace="llm", not {self.selector}')
         for name in ("commit_seconds", "save_seconds"):
             if getattr(self, name) not in LATENCY_BOUNDS[:-1]:
                 bounds = ", ".join(f"{bound:g}" for bound in LATENCY_BOUNDS[:-1])

@@ -6,19 +6,18 @@ Each command is a function in the module of its name. The module is imported whe
 
 from __future__ import annotations
 
-import io
-import os
 import sys
 from importlib import import_module
 from typing import Any, NoReturn
 
 import click
 
+from savings_exporter.cli import standard_output
 from savings_exporter.cli.errors import INTERRUPTED, CommandError
 from savings_exporter.errors import SettingsError, StoreError
 from savings_exporter.version import VERSION
 
-_LONGEST_LINE = 2000
+_LONGEST_MESSAGE = 1000
 COMMANDS = ("serve", "watch", "record", "show", "verify", "drill", "doctor", "assets")
 
 
@@ -60,9 +59,7 @@ def main() -> NoReturn:
     """Run the command line and exit with its status."""
     if sys.stdout is None:  # as Python has it when standard output was closed before the start
         _exit(1, "standard output is closed; redirect it to /dev/null if it is not needed")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names and paths may hold characters that the output's encoding does not have.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    standard_output.install()
     try:
         status = app(standalone_mode=False, prog_name="savings-exporter")
         sys.stdout.flush()
@@ -73,19 +70,22 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
-        _exit(error.exit_code, f"{' '.join(error.format_message().split())} (--help says more)")
+        # It repeats arguments, which can be very long.
+        message = " ".join(error.format_message().split())[:_LONGEST_MESSAGE]
+        _exit(error.exit_code, f"{message} (--help says more)")
     except BrokenPipeError:
-        # The reader has closed the pipe. Python would report that again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has closed the pipe.
+        standard_output.discard()
         sys.exit(1)
     except OSError as error:
-        # An error of a file names it.
-        _exit(1, f"{error.filename or 'standard output'}: {error.strerror or error}")
+        if error.filename == standard_output.NAME:
+            standard_output.discard()
+        _exit(1, f"{error.filename or ''}: {error.strerror or error}".lstrip(": "))
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _exit(status: int, line: str) -> NoReturn:
-    # Arguments can hold control characters, and can be very long.
+    # Arguments and names of files can hold control characters.
     shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
-    print(f"savings-exporter: {shown[:_LONGEST_LINE]}", file=sys.stderr)
+    print(f"savings-exporter: {shown}", file=sys.stderr)
     sys.exit(status)

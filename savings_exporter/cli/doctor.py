@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from savings_exporter.cli.options import expanded, json_option
+from savings_exporter.cli.options import expanded, json_option, option
 from savings_exporter.cli.output import print_json
 from savings_exporter.cli.tables import stdout_console, table
 from savings_exporter.doctor import Report, directory_of, examine, readable
@@ -18,11 +18,10 @@ from savings_exporter.service import settings
 
 
 @click.command()
-@click.option(
+@option(
     "--store",
     metavar="PATH",
-    envvar="SAVINGS_EXPORTER_STORE",
-    show_envvar=True,
+    variable="STORE",
     callback=expanded,
     help="A store's document, or a directory. Default: the default store.",
 )

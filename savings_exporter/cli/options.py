@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
@@ -10,6 +12,7 @@ from savings_exporter.cli.errors import WrongUsageError
 from savings_exporter.service import settings
 from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_PATH, SAVINGS_PATH
 
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 _OTHER_PATHS = ("/", SAVINGS_PATH, HEALTHY_PATH, READY_PATH)
 
 
@@ -38,67 +41,65 @@ def _metrics_path(_context: click.Context, _option: click.Parameter, text: str) 
     return text
 
 
-store_option = click.option(
+def option(*names: str, variable: str, **attributes: Any) -> Callable[[_Command], _Command]:
+    """An option that an environment variable sets as well. The help names the variable."""
+    return click.option(*names, envvar=f"SAVINGS_EXPORTER_{variable}", show_envvar=True, **attributes)
+
+
+store_option = option(
     "--store",
     metavar="PATH",
-    envvar="SAVINGS_EXPORTER_STORE",
-    show_envvar=True,
+    variable="STORE",
     callback=expanded,
     help="The document. Default: in the user's state directory.",
 )
-listen_address_option = click.option(
+listen_address_option = option(
     "--web.listen-address",
     "listen_address",
     metavar="HOST:PORT",
     default="127.0.0.1:9478",
-    envvar="SAVINGS_EXPORTER_WEB_LISTEN_ADDRESS",
-    show_envvar=True,
+    variable="WEB_LISTEN_ADDRESS",
     callback=_address,
     help="Where to listen; port 0 takes a free one.",
 )
-telemetry_path_option = click.option(
+telemetry_path_option = option(
     "--web.telemetry-path",
     "telemetry_path",
     metavar="PATH",
     default="/metrics",
-    envvar="SAVINGS_EXPORTER_WEB_TELEMETRY_PATH",
-    show_envvar=True,
+    variable="WEB_TELEMETRY_PATH",
     callback=_metrics_path,
     help="Where the metrics are.",
 )
-web_config_file_option = click.option(
+web_config_file_option = option(
     "--web.config.file",
     "web_config_file",
     metavar="PATH",
-    envvar="SAVINGS_EXPORTER_WEB_CONFIG_FILE",
-    show_envvar=True,
+    variable="WEB_CONFIG_FILE",
     help="YAML with tls_server_config (cert_file, key_file) and authorization (credentials_file).",
 )
-sync_method_option = click.option(
+sync_method_option = option(
     "--store.sync-method",
     "sync_method",
     type=click.Choice(["auto", "direct", "fdatasync"]),
     default="auto",
-    envvar="SAVINGS_EXPORTER_SYNC_METHOD",
-    show_envvar=True,
+    variable="SYNC_METHOD",
     help="How the journal is written; doctor measures both.",
 )
-log_level_option = click.option(
+log_level_option = option(
     "--log.level",
     "log_level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
-    envvar="SAVINGS_EXPORTER_LOG_LEVEL",
-    show_envvar=True,
+    variable="LOG_LEVEL",
     help="What to log to standard error.",
 )
-log_format_option = click.option(
+log_format_option = option(
     "--log.format",
     "log_format",
     type=click.Choice(["logfmt", "json"]),
     default="logfmt",
-    envvar="SAVINGS_EXPORTER_LOG_FORMAT",
-    show_envvar=True,
+    variable="LOG_FORMAT",
     help="How to log it.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from datetime import datetime
 from typing import Any
 
 import msgspec
 
+from savings_exporter.cli import standard_output
 from savings_exporter.service.views import utc
 from savings_exporter.version import VERSION
 
@@ -34,8 +34,7 @@ def announce(lines: str) -> None:
         print(lines, flush=True)
     except OSError as error:
         logger.warning("the address could not be printed: %s", error.strerror)
-        # Python would try to print it again at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        standard_output.discard()
 
 
 def announcement(what: str, path: str, url: str, *more: str) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
 import click
 
+from savings_exporter.cli import standard_output
 from savings_exporter.cli.errors import CommandError, WrongUsageError
 from savings_exporter.cli.options import store_option, sync_method_option
 from savings_exporter.errors import KeyConflictError
@@ -80,5 +80,4 @@ def _report(line: str) -> None:
         print(line, flush=True)
     except OSError as error:
         print(f"savings-exporter: {line} (standard output: {error.strerror})", file=sys.stderr)
-        # Python would try to print it again at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        standard_output.discard()

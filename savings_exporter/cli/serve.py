@@ -17,6 +17,7 @@ from savings_exporter.cli.options import (
     listen_address_option,
     log_format_option,
     log_level_option,
+    option,
     store_option,
     sync_method_option,
     telemetry_path_option,
@@ -42,11 +43,10 @@ from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker
 @log_level_option
 @log_format_option
 @click.option("--demo", is_flag=True, help="Record made-up traffic; without --store, in a temporary store.")
-@click.option(
+@option(
     "--enable-drill",
     is_flag=True,
-    envvar="SAVINGS_EXPORTER_ENABLE_DRILL",
-    show_envvar=True,
+    variable="ENABLE_DRILL",
     help="Allow drill for this service: simulated failures, to test alerts.",
 )
 def serve(

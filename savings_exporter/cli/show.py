@@ -98,8 +98,8 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
         name_width = min(max(len(name) for name, _ in rows), _LONGEST_NAME)
         while len(columns) > 1 and name_width + sum(map(_width, columns.items())) > console.width:
             columns.popitem()
-        for heading, cells in columns.items():
-            shown.add_column(heading, justify="right" if heading else "left", no_wrap=True, min_width=len(cells[0]))
+        for heading in columns:
+            shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
         for position, (name, _) in enumerate(rows):
             shown.add_row(Text(name), *(Text(cells[position]) for cells in columns.values()))
         console.print()

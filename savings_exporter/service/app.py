@@ -156,7 +156,7 @@ def _tracing(provider: TracerProvider | None, telemetry_path: str) -> list[Middl
     # Imported here, because it takes time, and most services do not trace.
     from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 
-    excluded = ",".join((re.escape(telemetry_path), re.escape(HEALTHY_PATH), re.escape(READY_PATH)))
+    excluded = ",".join(f"{re.escape(path)}$" for path in (telemetry_path, HEALTHY_PATH, READY_PATH))
     return [
         Middleware(
             OpenTelemetryMiddleware,

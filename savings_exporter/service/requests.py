@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection
+from contextvars import Context
 from http import HTTPStatus
 
 import msgspec
@@ -135,9 +136,15 @@ class _Refusal:
         if delay <= 0:
             self.log()
         elif self._waiting == 1:
-            asyncio.get_running_loop().call_later(delay, self.log)
+            # Without the context of this request: the line is about the latest one.
+            asyncio.get_running_loop().call_later(delay, self._log_if_due, context=Context())
+
+    def _log_if_due(self) -> None:
+        if time.monotonic() >= self._logged_at + _LOG_INTERVAL_SECONDS:
+            self.log()
 
     def log(self) -> None:
+        """Log the requests that wait for a line, if there are any."""
         if not self._waiting:
             return
         count, self._waiting, self._logged_at = self._waiting, 0, time.monotonic()

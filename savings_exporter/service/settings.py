@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from savings_exporter import yamlfile
 from savings_exporter.errors import SettingsError
 from savings_exporter.version import VERSION
-from savings_exporter.wording import WrongValue
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -65,18 +65,7 @@ def web_config(path: str | None) -> WebConfig:
     """
     if path is None:
         return WebConfig()
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-            config = msgspec.convert(_without_gaps(path, content), WebConfig)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read: {_why(error)}") from None
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    except msgspec.ValidationError as error:
-        raise SettingsError(f"{path}: {WrongValue(error, WebConfig).text}") from None
+    config = yamlfile.converted(path, _without_gaps(path, yamlfile.read(path)), WebConfig)
     config = _beside(config, os.path.dirname(os.path.abspath(path)))
     if config.tls_server_config is not None:
         _check_certificate(path, config.tls_server_config)

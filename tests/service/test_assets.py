@@ -93,6 +93,7 @@ def test_dashboards_follow_the_selector(tmp_path: Path) -> None:
     [
         ("objective: 1.5", "objective must be more than 0 and less than 1"),
         ("save_seconds: 3", "save_seconds must be a bucket's bound"),
+        ("selector: namespace=llm", 'selector must be label matchers such as namespace="llm", not namespace=llm'),
         ("idle_hours: 0", "idle_hours must be at least 1"),
         ("colour: red", "an unknown field colour; the fields are job, selector"),
         ("job: 5", "job must be text, not an integer"),

@@ -696,3 +696,24 @@ def test_small_amount_is_not_shown_as_zero(store_path: Path) -> None:
     with SavingsTracker(store_path) as tracker:
         tracker.record_request(model="m", tokens_saved=1, savings_usd=0.0001)
     assert "US dollars saved: < 0.01" in run_cli("show", "--store", str(store_path)).stdout
+
+
+def test_failed_read_is_not_blamed_on_standard_output(filled: Path) -> None:
+    """An error of a disk may name no file."""
+    program = (
+        "import errno, sys\n"
+        "from savings_exporter import cli\n"
+        "from savings_exporter.cli import verify\n"
+        "def fail(*_): raise OSError(errno.EIO, 'Input/output error')\n"
+        "verify.inspect = fail\n"
+        f"sys.argv = ['savings-exporter', 'verify', '--store', {str(filled)!r}]\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=WAIT_SECONDS)
+    assert (done.returncode, done.stderr) == (1, "savings-exporter: Input/output error\n")
+
+
+def test_advice_of_a_long_error_is_whole(tmp_path: Path) -> None:
+    directory = tmp_path.joinpath(*["d" * 200] * 8)
+    done = run_cli("record", "--model", "m", "--tokens-saved", "1", "--store", str(directory / "p.json"))
+    assert done.stderr.endswith(f"make it first: mkdir -p {directory}\n")

@@ -172,3 +172,29 @@ def test_idempotency_key_stays_out_of_the_log(store_path: Path) -> None:
         _, _, log = service.stop()
     assert "Idempotency-Key was used before with other content" in log
     assert "user-42" not in log
+
+
+def test_a_kind_of_refusal_gets_one_line_a_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also when a request comes at the moment at which the waiting ones are logged."""
+    monkeypatch.setattr(requests, "_LOG_INTERVAL_SECONDS", 0.2)
+
+    async def refuse() -> None:
+        log, loop = RequestLog(CollectorRegistry(), ["/v1/savings"]), asyncio.get_running_loop()
+        log.note("POST", "/v1/savings", 422, 0.001, "first")
+        log.note("POST", "/v1/savings", 422, 0.001, "waiting")
+        # Longer than the interval, while the loop cannot run the timer.
+        end = loop.time() + 0.3
+        while loop.time() < end:
+            pass
+        log.note("POST", "/v1/savings", 422, 0.001, "due")
+        log.note("POST", "/v1/savings", 422, 0.001, "next")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.02)
+        assert len(caplog.records) == 2
+        while len(caplog.records) < 3:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(refuse(), 10))
+    assert [record.getMessage().rpartition(" ")[2] for record in caplog.records] == ["first", "due", "next"]
