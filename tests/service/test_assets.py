@@ -119,7 +119,8 @@ def test_documents_are_served_as_pages(store_path: Path, tmp_path: Path) -> None
         assert {status for status, _ in pages.values()} == {200}
         for name, (_, page) in pages.items():
             anchors = {other: set(re.findall(r'id="([^"]*)"', text)) for other, (_, text) in pages.items()}
-            for target in re.findall(r'href="([a-z]*(?:#[^"]*)?)"', page):
+            assert not re.search(r'href="[^"]*\.md|<img ', page)
+            for target in re.findall(r'href="(?!https?://|\.\.")([^"]*)"', page):
                 other, _, anchor = target.partition("#")
                 assert (other or name) in pages, target
                 assert not anchor or anchor in anchors[other or name], f"{name}: {target}"

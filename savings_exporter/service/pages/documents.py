@@ -71,6 +71,9 @@ def _anchor(heading: str) -> str:
 
 
 def _point_to_page(token: Token) -> None:
+    """Let a link lead to the page of its document, and show a picture, which is not served, as its text."""
+    if token.type == "image":
+        token.type, token.tag = "text", ""
     link = token.attrGet("href")
-    if token.type == "link_open" and isinstance(link, str) and (found := _DOCUMENT_LINK.fullmatch(link)):
+    if isinstance(link, str) and (found := _DOCUMENT_LINK.fullmatch(link)):
         token.attrSet("href", f"{found[1]}{found[2] or ''}")
