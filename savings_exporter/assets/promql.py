@@ -16,7 +16,7 @@ class Metrics:
         self._selector = settings.selector.strip().strip(",")
 
     def of(self, name: str, matchers: str = "", window: str = "") -> str:
-        """A metric's selector; with a ``window``, such as ``5m`` or ``1d] offset 1h``, a range of it."""
+        """A metric's selector; with a ``window``, such as ``5m`` or ``1d offset 1h``, a range of it."""
         inner = ",".join(filter(None, (matchers, self._selector)))
         selected = f"{name}{{{inner}}}" if inner else name
         if not window:

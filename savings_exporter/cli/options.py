@@ -16,14 +16,16 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _OTHER_PATHS = ("/", SAVINGS_PATH, HEALTHY_PATH, READY_PATH)
 
 
-def expanded(_context: click.Context, _option: click.Parameter, path: str | None) -> str | None:
+def expanded(_context: click.Context, option: click.Parameter, path: str | None) -> str | None:
     """A path whose ``~`` is expanded.
 
     Raises:
         WrongUsageError: it is empty.
     """
     if path == "":
-        raise WrongUsageError("an empty PATH; name the document, or leave it out for the default one")
+        raise WrongUsageError(
+            f"an empty PATH; name the document{', or leave it out for the default one' if not option.required else ''}"
+        )
     return os.path.expanduser(path) if path is not None else None
 
 

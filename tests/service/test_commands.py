@@ -71,6 +71,7 @@ def filled(store_path: Path) -> Path:
         (["record", "--store", "missing/s.json", "--model", "m", "--tokens-saved", "1"], 1, "mkdir -p"),
         (["show", "--store", "none.json"], 1, "savings-exporter record"),
         (["show", "--store", "."], 1, "is a directory; name the document in it: --store ./proxy_savings.json"),
+        (["watch", ""], 2, "an empty PATH; name the document\n"),
         (["watch", "none.json"], 1, "there is no such file"),
         (["verify", "--store", "none.json"], 1, "there is no store yet"),
         (["verify", "--repair", "--store", "none.json"], 1, "nothing to repair"),
