@@ -54,8 +54,8 @@ class KeyEntry(NamedTuple):
 class KeyTable:
     """The newest keys, at most ``max_keys``, by their digests. When the table is full, adding a key removes the oldest.
 
-    Two different keys are treated as the same key only if their 128-bit hashes collide. Several threads may look up
-    keys at the same time. Adding a key requires a lock that excludes all other access.
+    Two different keys are treated as the same key only if their 128-bit hashes collide. Several threads may use
+    a table at the same time.
     """
 
     def __init__(self, max_keys: int = MAX_KEYS) -> None:
@@ -72,22 +72,18 @@ class KeyTable:
         entry = self._entries.get(digest)
         return None if entry is None else KeyEntry(*_ENTRY.unpack(entry)[1:])
 
-    def add(self, digest: bytes, entry: KeyEntry) -> None:
-        """Add a key. A known key gets the new entry and keeps its age."""
+    def claim(self, digest: bytes, entry: KeyEntry) -> KeyEntry:
+        """Add a key, unless it is known. Returns the table's entry: threads that claim one key at the same time, with
+        different entries, all get the same one.
+        """
         self._load()
-        if digest not in self._entries:
+        packed = _ENTRY.pack(digest, *entry)
+        found = self._entries.setdefault(digest, packed)
+        if found is packed:
             self._oldest_first.append(digest)
-        self._entries[digest] = _ENTRY.pack(digest, *entry)
-        while len(self._entries) > self._max_keys:
-            self._entries.pop(self._oldest_first.popleft(), None)
-
-    def copy(self) -> KeyTable:
-        """An independent table with the same keys."""
-        copied = KeyTable(self._max_keys)
-        copied._oldest_first = self._oldest_first.copy()
-        copied._entries = self._entries.copy()
-        copied._packed = self._packed
-        return copied
+            while len(self._entries) > self._max_keys:
+                self._entries.pop(self._oldest_first.popleft(), None)
+        return KeyEntry(*_ENTRY.unpack(found)[1:])
 
     def pack(self) -> str:
         """All keys as ASCII text, from the oldest to the newest: base64 of 40 bytes per key."""
@@ -114,7 +110,7 @@ class KeyTable:
         """
         table = cls(max_keys)
         for digest, sequence in _OLD_ENTRY.iter_unpack(_bytes_of(text, _OLD_ENTRY.size)):
-            table.add(digest, KeyEntry(NO_FINGERPRINT, bytes(WRITER_BYTES), sequence))
+            table.claim(digest, KeyEntry(NO_FINGERPRINT, bytes(WRITER_BYTES), sequence))
         return table
 
     def __len__(self) -> int:

@@ -157,9 +157,7 @@ class Store:
             for group in groups:
                 if group.key:
                     entry = KeyEntry(bytes.fromhex(group.print), journal.writer.id, frame.first + group.at - 1)
-                    digest = bytes.fromhex(group.key)
-                    if self.view.keys.get(digest) is None:
-                        self.view.keys.add(digest, entry)
+                    self.view.keys.claim(bytes.fromhex(group.key), entry)
 
     def own_journal(self) -> Journal:
         """This process's journal. The first call creates the journal and its writer.

@@ -72,7 +72,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     (8 bytes). ``is_whole`` says whether that file is this document. If not, the file is unusable, and ``document`` is
     another one, such as the previous document. ``ledger`` holds the totals of the document and the journals.
 
-    The keys are those of the document. Each transition adds keys to the same table. Adding a key twice changes nothing,
+    The keys are those of the document. Each transition claims keys in the same table. Claiming a key twice changes nothing,
     so an interrupt after the addition and before the view is published does no harm.
     """
 
@@ -164,8 +164,6 @@ def _is_first(special: Special, writer: bytes, keys: KeyTable) -> bool:
     """Whether a group has the first use of its key, or is the group that was already counted for the key."""
     group = special.group
     digest, sequence = bytes.fromhex(group.key), special.first + group.at - 1
-    known = keys.get(digest)
-    if known is not None:
-        return (known.writer, known.sequence) == (writer, sequence)
-    keys.add(digest, KeyEntry(bytes.fromhex(group.print), writer, sequence))
-    return True
+    # In one step: a thread that saves and one that refreshes count with the same table.
+    known = keys.claim(digest, KeyEntry(bytes.fromhex(group.print), writer, sequence))
+    return (known.writer, known.sequence) == (writer, sequence)

@@ -78,7 +78,7 @@ documents = st.builds(
 def table_of(count: int) -> KeyTable:
     table = KeyTable()
     for number in range(count):
-        table.add(digest_of(f"key-{number}"), KeyEntry(bytes([number + 1] * 8), b"writer-1", number))
+        table.claim(digest_of(f"key-{number}"), KeyEntry(bytes([number + 1] * 8), b"writer-1", number))
     return table
 
 
