@@ -256,8 +256,8 @@ MUTANTS = [
     mutant(
         "A key is counted once, whichever journals it stands in",
         "storage/view.py",
-        "        return (known.writer, known.sequence) == (writer, sequence)\n",
-        "        return True\n",
+        "    return (known.writer, known.sequence) == (writer, sequence)\n",
+        "    return True\n",
         f"{RULES}::test_key_sent_to_two",
     ),
     mutant(

@@ -72,8 +72,8 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     (8 bytes). ``is_whole`` says whether that file is this document. If not, the file is unusable, and ``document`` is
     another one, such as the previous document. ``ledger`` holds the totals of the document and the journals.
 
-    The keys are those of the document. Each transition claims keys in the same table. Claiming a key twice changes nothing,
-    so an interrupt after the addition and before the view is published does no harm.
+    The keys are those of the document. Each transition claims keys in the same table. Claiming a key twice changes
+    nothing, so an interrupt after the claim and before the view is published does no harm.
     """
 
     document: Document
