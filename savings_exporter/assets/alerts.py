@@ -317,6 +317,16 @@ def _exporters(metrics: Metrics, settings: RuleSettings) -> Iterator[Alert]:
         "Without free descriptors the exporter accepts no connections, and commits and saves can fail.",
         hold="5m",
     )
+    yield Alert(
+        "SavingsWebConfigBroken",
+        # A missed scrape must not hide it.
+        f"max_over_time({metrics.of('savings_web_config_last_reload_successful', window='2m')}) == 0",
+        WARNING,
+        "{{ $labels.instance }} cannot use its new certificate, token or web configuration file.",
+        "It goes on with the certificate and the token from before. After a restart it would not start. Its log names "
+        "the file.",
+        hold="1m",
+    )
 
 
 def _space(metrics: Metrics, settings: RuleSettings) -> Iterator[Alert]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from savings_exporter.assets.files import asset_files, read_settings
-from savings_exporter.service import settings
+from savings_exporter.service import logs
 
 
 @click.command()
@@ -20,7 +20,7 @@ def assets(
     output: str, settings_file: str | None, selector: str | None, job: str | None, runbook_url: str | None
 ) -> None:
     """Write Prometheus rules and Grafana dashboards for your labels and thresholds."""
-    settings.be_quiet()
+    logs.be_quiet()
     found = read_settings(settings_file, selector=selector, job=job, runbook_url=runbook_url)
     for path, text in asset_files(found).items():
         target = Path(output, path)

@@ -14,7 +14,7 @@ from savings_exporter.cli.options import expanded, json_option, option
 from savings_exporter.cli.output import print_json
 from savings_exporter.cli.tables import stdout_console, table
 from savings_exporter.doctor import Report, directory_of, examine, readable
-from savings_exporter.service import settings
+from savings_exporter.service import logs
 
 
 @click.command()
@@ -31,7 +31,7 @@ def doctor(
     as_json: bool,
 ) -> None:
     """Measure a disk for some seconds, and check that it suits a store."""
-    settings.be_quiet()
+    logs.be_quiet()
     directory = directory_of(store)
     # An exception in the main thread, so that temporary files are removed on the way out.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))

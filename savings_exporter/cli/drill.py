@@ -8,7 +8,7 @@ import click
 
 from savings_exporter.cli.errors import CommandError, WrongUsageError
 from savings_exporter.cli.options import store_option
-from savings_exporter.service import settings
+from savings_exporter.service import logs
 from savings_exporter.service.drill import KINDS, LONGEST_SECONDS, DrillError, ask
 from savings_exporter.tracker import default_path
 
@@ -32,7 +32,7 @@ def drill(
     KIND is dir-fsync, file-fsync or journal-fsync, which fail, or save-latency: saves are slow. The store is not
     touched.
     """
-    settings.be_quiet()
+    logs.be_quiet()
     kind, path = KINDS[name], store if store is not None else default_path()
     lasts = kind.usual_seconds if seconds is None else seconds
     if not math.isfinite(lasts):

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import click
 
 from savings_exporter.cli.errors import WrongUsageError
-from savings_exporter.service import settings
 from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_PATH, SAVINGS_PATH
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_LAST_PORT = 65535
 _OTHER_PATHS = ("/", SAVINGS_PATH, HEALTHY_PATH, READY_PATH)
 
 
@@ -29,12 +29,16 @@ def expanded(_context: click.Context, option: click.Parameter, path: str | None)
     return os.path.expanduser(path) if path is not None else None
 
 
-def _address(_context: click.Context, _option: click.Parameter, text: str) -> str:
-    try:
-        settings.listen_address(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-    return text
+def _address(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, int]:
+    """``HOST:PORT``, ``[IPV6]:PORT`` or ``:PORT`` (all addresses) as a host and a port."""
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        colon = ""
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > _LAST_PORT:
+        raise click.BadParameter(f"{text!r} is not HOST:PORT with a port up to {_LAST_PORT}")
+    return host, int(port)
 
 
 def _metrics_path(_context: click.Context, _option: click.Parameter, text: str) -> str:

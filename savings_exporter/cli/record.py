@@ -12,8 +12,9 @@ from savings_exporter.cli.errors import CommandError, WrongUsageError
 from savings_exporter.cli.options import store_option, sync_method_option
 from savings_exporter.errors import KeyConflictError
 from savings_exporter.model.record import SavingsRecord
-from savings_exporter.service import settings
+from savings_exporter.service import logs
 from savings_exporter.storage.segment import SyncMethod
+from savings_exporter.telemetry.export import Export
 from savings_exporter.tracker import SavingsTracker
 
 
@@ -46,15 +47,14 @@ from savings_exporter.tracker import SavingsTracker
 @sync_method_option
 def record(store: str | None, sync_method: SyncMethod, idempotency_key: str | None, **fields: Any) -> None:
     """Record one saving, also beside a running service."""
-    settings.be_quiet()
+    logs.be_quiet()
     try:
         saving = SavingsRecord(**fields)
     except (TypeError, ValueError) as error:
         field, _, problem = str(error).partition(" ")
         raise WrongUsageError(f"--{field.replace('_', '-')} {problem}") from None
-    provider_of_spans = settings.tracer_provider()
-    try:
-        with SavingsTracker(store, tracer_provider=provider_of_spans, sync_method=sync_method) as tracker:
+    with Export() as export:
+        with SavingsTracker(store, tracer_provider=export.tracer_provider, sync_method=sync_method) as tracker:
             try:
                 receipt = tracker.record_many([saving], idempotency_key=idempotency_key)
             except ValueError as error:
@@ -69,9 +69,6 @@ def record(store: str | None, sync_method: SyncMethod, idempotency_key: str | No
             )
         what = "counted before" if receipt.duplicate else "recorded"
         _report(f"{what}: {tracker.snapshot().lifetime.tokens_saved:,} tokens saved in total")
-    finally:
-        if provider_of_spans is not None:
-            settings.flush_spans(provider_of_spans)
 
 
 def _report(line: str) -> None:

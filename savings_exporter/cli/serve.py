@@ -24,12 +24,14 @@ from savings_exporter.cli.options import (
     web_config_file_option,
 )
 from savings_exporter.cli.output import announce, announcement
-from savings_exporter.service import server, settings
+from savings_exporter.service import logs, server
 from savings_exporter.service.app import Service
 from savings_exporter.service.demo import DemoTraffic
 from savings_exporter.service.drill import taking_drills
 from savings_exporter.service.paths import SAVINGS_PATH
+from savings_exporter.service.webconfig import WebConfig
 from savings_exporter.storage.segment import SyncMethod
+from savings_exporter.telemetry.export import Export
 from savings_exporter.telemetry.metrics import SavingsCollector
 from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker
 
@@ -52,7 +54,7 @@ from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker
 def serve(
     store: str | None,
     sync_method: SyncMethod,
-    listen_address: str,
+    listen_address: tuple[str, int],
     telemetry_path: str,
     web_config_file: str | None,
     log_level: str,
@@ -61,21 +63,18 @@ def serve(
     enable_drill: bool,
 ) -> None:
     """Take savings over HTTP, and serve metrics and totals."""
-    settings.configure_logging(log_level, log_format)
-    config = settings.web_config(web_config_file)
-    token = config.token()
+    logs.configure(log_level, log_format)
+    web_config = WebConfig(web_config_file)
     with ExitStack() as stack:
-        listener = stack.enter_context(server.listen(*settings.listen_address(listen_address)))
-        url = server.url_of(listener, tls=config.tls_server_config is not None)
-        provider = settings.tracer_provider()
-        if provider is not None:
-            stack.callback(settings.flush_spans, provider)
+        listener = stack.enter_context(server.listen(*listen_address))
+        url = server.url_of(listener, tls=web_config.tls is not None)
+        export = stack.enter_context(Export(server.instance_of(listener)))
         if demo and store is None:
             store = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), DOCUMENT_NAME)
         elif demo and store is not None and os.path.isfile(store):
             # Checked before the tracker opens the store, because opening saves it.
             raise WrongUsageError(f"{store} exists already: --demo would add made-up savings to its totals.")
-        tracker = SavingsTracker(store, tracer_provider=provider, sync_method=sync_method)
+        tracker = SavingsTracker(store, tracer_provider=export.tracer_provider, sync_method=sync_method)
         stack.callback(tracker.close)
         if enable_drill:
             stack.enter_context(taking_drills(tracker))
@@ -85,16 +84,17 @@ def serve(
             tracker,
             SavingsCollector(tracker),
             telemetry_path=telemetry_path,
-            token=token,
-            tracer_provider=provider,
+            web_config=web_config,
+            tracer_provider=export.tracer_provider,
         )
         what = "keeps made-up savings in" if demo else "keeps savings in"
-        more = f"record one: {_first_saving(url, config)}", f"metrics: {url}{telemetry_path}"
+        more = f"record one: {_first_saving(url, web_config)}", f"metrics: {url}{telemetry_path}"
         lines = announcement(what, tracker.storage_path, url, *more)
+        export.push_metrics(service.registry.collect, lambda: tracker.snapshot().created_at)
         # Schedules a save of what a killed process left in its journal, so that a copy of the document holds it.
         tracker.snapshot()
         try:
-            server.run(service, listener, config.tls_server_config, started=lambda: announce(lines))
+            server.run(service, listener, web_config, started=lambda: announce(lines))
             is_saved = tracker.close()
         except KeyboardInterrupt:
             _end_at_once(tracker)
@@ -102,10 +102,10 @@ def serve(
             raise CommandError(f"stopped, but {tracker.health().reason}")
 
 
-def _first_saving(url: str, config: settings.WebConfig) -> str:
+def _first_saving(url: str, web_config: WebConfig) -> str:
     body = '{"model": "claude-sonnet-4-5", "provider": "anthropic", "input_tokens": 12000, "tokens_saved": 4096}'
-    trust = f" --cacert {shlex.quote(config.tls_server_config.cert_file)}" if config.tls_server_config else ""
-    token = shlex.quote(config.authorization.credentials_file) if config.authorization else ""
+    trust = f" --cacert {shlex.quote(web_config.tls.cert_file)}" if web_config.tls else ""
+    token = shlex.quote(web_config.authorization.credentials_file) if web_config.authorization else ""
     show = f' -H "Authorization: Bearer $(cat {token})"' if token else ""
     return f"curl{trust}{show} -H 'Content-Type: application/json' -d '{body}' {url}{SAVINGS_PATH}"
 

@@ -18,7 +18,7 @@ from savings_exporter.cli.tables import stdout_console, table
 from savings_exporter.model.names import UNKNOWN
 from savings_exporter.model.snapshot import Snapshot
 from savings_exporter.model.totals import Totals
-from savings_exporter.service import settings, views
+from savings_exporter.service import logs, views
 from savings_exporter.storage.repair import is_begun
 from savings_exporter.tracker import DOCUMENT_NAME, default_path
 from savings_exporter.watched import WatchedFile
@@ -37,7 +37,7 @@ def show(
     as_csv: bool,
 ) -> None:
     """Print a store's totals. Only reads; also reads a document that Headroom wrote."""
-    settings.be_quiet()
+    logs.be_quiet()
     if as_json and as_csv:
         raise WrongUsageError("give --json or --csv, not both")
     path = store if store is not None else default_path()

@@ -7,7 +7,7 @@ import click
 from savings_exporter.cli.errors import CommandError
 from savings_exporter.cli.options import store_option
 from savings_exporter.cli.output import saved
-from savings_exporter.service import settings
+from savings_exporter.service import logs
 from savings_exporter.storage.observers import Observers
 from savings_exporter.storage.repair import inspect, repair
 from savings_exporter.tracker import default_path
@@ -27,7 +27,7 @@ def verify(
     repair_store: bool,
 ) -> None:
     """Check a store. Exits with 1 when something has to be done."""
-    settings.be_quiet()
+    logs.be_quiet()
     path = store if store is not None else default_path()
     if repair_store:
         repaired = repair(path, Observers())

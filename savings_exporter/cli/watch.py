@@ -15,8 +15,10 @@ from savings_exporter.cli.options import (
 )
 from savings_exporter.cli.output import announce, announcement
 from savings_exporter.errors import StoreError
-from savings_exporter.service import server, settings
+from savings_exporter.service import logs, server
 from savings_exporter.service.app import Service
+from savings_exporter.service.webconfig import WebConfig
+from savings_exporter.telemetry.export import Export
 from savings_exporter.telemetry.metrics import WatchCollector
 from savings_exporter.watched import OWNER_HAS_TO_FIX_IT, WatchedFile
 
@@ -30,7 +32,7 @@ from savings_exporter.watched import OWNER_HAS_TO_FIX_IT, WatchedFile
 @log_format_option
 def watch(
     path: str,
-    listen_address: str,
+    listen_address: tuple[str, int],
     telemetry_path: str,
     web_config_file: str | None,
     log_level: str,
@@ -40,15 +42,21 @@ def watch(
 
     PATH is a proxy_savings.json, for example Headroom's. It is only read.
     """
-    settings.configure_logging(log_level, log_format)
-    config = settings.web_config(web_config_file)
-    token = config.token()
+    logs.configure(log_level, log_format)
+    web_config = WebConfig(web_config_file)
     try:
         watched = WatchedFile(path)
     except StoreError as error:
         raise CommandError(f"{error.problem}. Check the path. {OWNER_HAS_TO_FIX_IT}") from None
-    with server.listen(*settings.listen_address(listen_address)) as listener:
-        service = Service(watched, WatchCollector(watched), telemetry_path=telemetry_path, token=token)
-        url = server.url_of(listener, tls=config.tls_server_config is not None)
+    with server.listen(*listen_address) as listener, Export(server.instance_of(listener)) as export:
+        service = Service(
+            watched,
+            WatchCollector(watched),
+            telemetry_path=telemetry_path,
+            web_config=web_config,
+            tracer_provider=export.tracer_provider,
+        )
+        url = server.url_of(listener, tls=web_config.tls is not None)
         lines = announcement("watches", watched.storage_path, url, f"metrics: {url}{telemetry_path}")
-        server.run(service, listener, config.tls_server_config, started=lambda: announce(lines))
+        export.push_metrics(service.registry.collect, lambda: watched.snapshot().created_at)
+        server.run(service, listener, web_config, started=lambda: announce(lines))

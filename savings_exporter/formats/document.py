@@ -87,6 +87,8 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
         keys: the idempotency keys that were counted.
         operations: the operation counters of writers that have ended.
         saved_at: when the document was saved.
+        created_at: when the store began to count. In a document that does not contain the time, it is the time of the
+            oldest point of the history; None without points.
         kept: unknown members, and unknown keys of entries.
         problems: descriptions of what was left out when the document was read.
         legacy: the journal position of a format 1 document; None for every other document.
@@ -98,6 +100,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     keys: KeyTable = msgspec.field(default_factory=KeyTable)
     operations: OperationCounts = OperationCounts()
     saved_at: datetime | None = None
+    created_at: datetime | None = None
     kept: Mapping[str, Any] = {}
     problems: tuple[str, ...] = ()
     legacy: LegacyJournal | None = None
@@ -137,7 +140,7 @@ def decode(data: bytes, max_keys: int = MAX_KEYS) -> Document:
     ledger, kept, problems = headroom.read(raw)
     if ledger == Ledger() and not isinstance(raw.get("lifetime"), dict):
         raise _no_savings()
-    return Document(ledger=ledger, kept=kept, problems=problems)
+    return Document(ledger=ledger, created_at=ledger.history.began_at, kept=kept, problems=problems)
 
 
 def encode(document: Document) -> bytes:
@@ -206,7 +209,7 @@ def _decode_checked(
     is_old = written_format == 1
     by_model, kept_by_model = _read_entries(members["by_model"])
     projects, kept_projects = _read_entries(members["projects"])
-    saved_at = _value(block["saved_at"])
+    saved_at, created_at = _value(block["saved_at"]), _value(block.get("created_at", b"null"))
     ledger = Ledger(
         records=_typed(block["sequence" if is_old else "records"], int),
         lifetime=_totals(members["lifetime"]),
@@ -230,6 +233,7 @@ def _decode_checked(
         keys=unpacked(_typed(block["idempotency_keys"], str), max_keys),
         operations=OperationCounts() if is_old else _typed(block["operations"], OperationCounts),
         saved_at=datetime.fromisoformat(saved_at) if saved_at else None,
+        created_at=datetime.fromisoformat(created_at) if created_at else ledger.history.began_at,
         kept=kept_of(unknown, unknown_keys(_value(members["lifetime"])), kept_projects, kept_by_model),
         legacy=_typed(block["journal"], LegacyJournal) if is_old else None,
     )
@@ -243,6 +247,7 @@ def _block(document: Document) -> bytes:
         "store": ascii_json(document.store),
         "records": ascii_json(document.ledger.records),
         "saved_at": ascii_json(document.saved_at.isoformat() if document.saved_at else None),
+        "created_at": ascii_json(document.created_at.isoformat() if document.created_at else None),
         "writers": ascii_json(document.writers),
         "operations": ascii_json(document.operations),
         "agents": _entries(document.ledger.agents, {}),

@@ -22,6 +22,7 @@ from savings_exporter.model.figures import (
     usd_of,
 )
 from savings_exporter.model.jsontext import any_json, ascii_json
+from savings_exporter.model.record import parse_timestamp
 
 DAYS_OF_HOURLY_POINTS = 14 + 1
 """How many of the newest days with points have one point per hour: a part of the first day, fourteen whole days and a
@@ -103,6 +104,12 @@ class History:
     def points(self) -> tuple[Mapping[str, Any], ...]:
         """All points, oldest first."""
         return tuple(point.fields for point in self._all())
+
+    @property
+    def began_at(self) -> datetime | None:
+        """The time of the oldest point; None without points, or when it is not a time."""
+        points = self._all()
+        return parse_timestamp(points[0].stamp) if points else None
 
     def plus(self, hours: Mapping[str, Part], lifetime: Totals, now: datetime) -> History:
         """This history with more records added.

@@ -20,6 +20,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         ledger: all totals of the durable records.
         store_id: the store's name. It is permanent, even if the file is moved.
         saved_at: when the document was saved; None when it was never saved, or does not contain the time.
+        created_at: when the store began to count; None when the document of another program does not show it.
         read_at: when the totals were read successfully for the last time.
         document_bytes: the size of the document.
         journal_bytes: the size of the journal segments, up to the last counted frame.
@@ -32,6 +33,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     ledger: Ledger
     store_id: str
     saved_at: datetime | None
+    created_at: datetime | None = None
     read_at: datetime
     document_bytes: int
     journal_bytes: int = 0

@@ -29,6 +29,7 @@ from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_P
 from savings_exporter.service.problems import RefusedError
 from savings_exporter.service.requests import RequestLog, RequestLogging
 from savings_exporter.service.views import as_json
+from savings_exporter.service.webconfig import WebConfig
 from savings_exporter.tracker import SavingsTracker
 from savings_exporter.tracking.receipt import Receipt
 from savings_exporter.watched import WatchedFile
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
 _USUAL_LIMITS = IntakeLimits()
+_OPEN = WebConfig(None)
 _LEAST_COMPRESSED_BYTES = 1024
 
 
@@ -44,7 +46,7 @@ class Service:
     """The routes over one source of totals; only a tracker takes savings.
 
     ``stopping`` is set when the service begins to stop. Requests in flight are answered, and new savings are refused,
-    because they could no longer be saved.
+    because they could no longer be saved. ``registry`` collects all metrics that it shows.
     """
 
     def __init__(
@@ -53,19 +55,20 @@ class Service:
         collector: Collector,
         *,
         telemetry_path: str = "/metrics",
-        token: str | None = None,
+        web_config: WebConfig = _OPEN,
         limits: IntakeLimits = _USUAL_LIMITS,
         tracer_provider: TracerProvider | None = None,
     ) -> None:
         self._source = source
-        self._registry = CollectorRegistry()
-        self._registry.register(collector)
-        self._registry.register(PROCESS_COLLECTOR)
+        self.registry = CollectorRegistry()
+        self.registry.register(collector)
+        self.registry.register(PROCESS_COLLECTOR)
+        self.registry.register(web_config)
         self._telemetry_path = telemetry_path
         self._intake = Intake(limits)
         self.stopping = False
         self.requests = RequestLog(
-            self._registry, (telemetry_path, SAVINGS_PATH, HEALTHY_PATH, READY_PATH, DOCUMENTS_PATH, "/")
+            self.registry, (telemetry_path, SAVINGS_PATH, HEALTHY_PATH, READY_PATH, DOCUMENTS_PATH, "/")
         )
         self.app = Starlette(
             routes=[
@@ -80,7 +83,7 @@ class Service:
                 *_tracing(tracer_provider, telemetry_path),
                 Middleware(GZipMiddleware, minimum_size=_LEAST_COMPRESSED_BYTES),
                 Middleware(RequestLogging, log=self.requests),
-                *([Middleware(BearerToken, token=token)] if token else []),
+                Middleware(BearerToken, token=lambda: web_config.token),
             ],
             exception_handlers=problems.HANDLERS,
         )
@@ -91,7 +94,7 @@ class Service:
         except (TypeError, ValueError):
             # The client asked for an invalid version: it gets the default format.
             encode, content_type = choose_encoder("")
-        return Response(await run_in_threadpool(encode, self._registry), headers={"Content-Type": content_type})
+        return Response(await run_in_threadpool(encode, self.registry), headers={"Content-Type": content_type})
 
     async def _savings(self, request: Request) -> Response:
         source = self._source

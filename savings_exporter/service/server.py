@@ -21,7 +21,7 @@ import uvicorn
 from savings_exporter.errors import SettingsError
 from savings_exporter.service.app import Service
 from savings_exporter.service.paths import SAVINGS_PATH
-from savings_exporter.service.settings import Tls
+from savings_exporter.service.webconfig import WebConfig
 
 _GRACE_SECONDS = 10
 _BACKLOG = 2048
@@ -94,10 +94,16 @@ def url_of(listener: socket.socket, *, tls: bool) -> str:
     return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def run(service: Service, listener: socket.socket, tls: Tls | None, started: Callable[[], None]) -> None:
-    """Answer requests until SIGTERM or SIGINT. Then answer those in flight, and return.
+def instance_of(listener: socket.socket) -> str:
+    """A name of this instance of the service among all: its host and its port."""
+    return f"{socket.gethostname()}:{listener.getsockname()[1]}"
 
-    ``started`` is called when requests are answered and both signals are handled.
+
+def run(service: Service, listener: socket.socket, web_config: WebConfig, started: Callable[[], None]) -> None:
+    """Answer requests until SIGTERM or SIGINT. Then answer those in flight, and return. SIGHUP reads the web
+    configuration again.
+
+    ``started`` is called when requests are answered and the signals are handled.
     """
     config = uvicorn.Config(
         service.app,
@@ -107,13 +113,15 @@ def run(service: Service, listener: socket.socket, tls: Tls | None, started: Cal
         server_header=False,
         timeout_graceful_shutdown=_GRACE_SECONDS,
         ws="none",
-        ssl_certfile=tls.cert_file if tls else None,
-        ssl_keyfile=tls.key_file if tls else None,
     )
+    config.load()
+    # Versions of uvicorn that take a context as an argument are newer than those that other packages allow.
+    config.ssl = web_config.ssl_context()
     refusals = _ProtocolErrors(service)
     logging.getLogger("uvicorn.error").addFilter(refusals)
     try:
-        _Server(config, service, started).run(sockets=[listener])
+        with web_config:
+            _Server(config, service, web_config, started).run(sockets=[listener])
     finally:
         logging.getLogger("uvicorn.error").removeFilter(refusals)
         service.requests.flush()
@@ -136,9 +144,12 @@ class _ProtocolErrors(logging.Filter):
 class _Server(uvicorn.Server):
     """A server that returns after a signal, where uvicorn's own would let the signal kill the process."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, web_config: WebConfig, started: Callable[[], None]
+    ) -> None:
         super().__init__(config)
         self._service = service
+        self._web_config = web_config
         self._call_when_started = started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -149,12 +160,17 @@ class _Server(uvicorn.Server):
         self._service.stopping = True
         super().handle_exit(sig, frame)
 
+    def _reload(self, _number: int, _frame: FrameType | None) -> None:
+        self._web_config.wants_reload = True
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, self._reload)
         signal.signal(signal.SIGTERM, self.handle_exit)
         interrupt = signal.signal(signal.SIGINT, self.handle_exit)
         try:
             yield
         finally:
-            # The last save follows. Another SIGTERM must not interrupt it; a second Ctrl-C may.
+            # The last save follows. Another SIGTERM or SIGHUP must not interrupt it; a second Ctrl-C may.
             signal.signal(signal.SIGINT, interrupt)

@@ -166,13 +166,15 @@ def _next_document(
     ended = [writer for writer in ended if not (state := writers.get(writer.hex())) or not state.ended]
     for writer in ended:
         operations = operations.plus(read_counts(reader.fs, writer_path(reader.path, writer)))
+    now = datetime.now(timezone.utc)
     return msgspec.structs.replace(
         view.document,
         ledger=view.ledger,
         store=view.store.hex(),
         writers=composed(view, gone, ended, closing),
         operations=operations,
-        saved_at=datetime.now(timezone.utc),
+        saved_at=now,
+        created_at=view.document.created_at or now,
         problems=(),
         legacy=None,
     )

@@ -276,6 +276,7 @@ class Reader:
             ledger=view.ledger,
             store_id=store_id,
             saved_at=view.document.saved_at,
+            created_at=view.document.created_at,
             read_at=read_at,
             document_bytes=view.identity.size if view.identity else 0,
             journal_bytes=self.journal_bytes(view),

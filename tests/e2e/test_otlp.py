@@ -1,17 +1,22 @@
-"""A real OTLP receiver gets the spans of the running service."""
+"""A real OTLP receiver gets the spans and the metrics of the running service."""
 
 from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ import pytest
 from savings_exporter import SavingsTracker
 from savings_exporter.version import VERSION
 from tests.support.faults import failing_directory_fsync
+from tests.support.paths import DATA
 from tests.support.service import Service, free_port, run_cli, running
 from tests.support.wait import eventually
 
@@ -31,41 +37,80 @@ ERROR = 2  # opentelemetry.proto.trace.v1.Status.STATUS_CODE_ERROR
 
 def received(store: Path, while_serving: Any) -> list[Any]:
     """The spans that a receiver gets from a service, from its start to its end, in the order of their beginning."""
+    return sorted(taken(store, while_serving, "stream_traces", {}), key=lambda span: span.start_time_unix_nano)
+
+
+def pushed(store: Path, while_serving: Any, *command: str) -> dict[str, Any]:
+    """The last state of each metric that a receiver gets from a service."""
+    env = {"OTEL_METRICS_EXPORTER": "otlp", "OTEL_METRIC_EXPORT_INTERVAL": "100"}
+    return {metric.name: metric for metric in taken(store, while_serving, "stream_metrics", env, *command)}
+
+
+def taken(store: Path, while_serving: Any, stream: str, variables: dict[str, str], *command: str) -> list[Any]:
+    """What a receiver gets in one of its streams, in the order of its arrival."""
     from oteltap import OtelTapHttpProtobufReceiver, OtelTapHttpProtobufReceiverSettings
 
     port = free_port()
 
     def serve() -> None:
         env = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}", "OTEL_BSP_SCHEDULE_DELAY": "100"}
-        with running("serve", "--store", str(store), env=env) as service:
+        with running(*(command or ("serve", "--store", str(store))), env={**env, **variables}) as service:
             while_serving(service)
             assert service.process.poll() is not None or service.stop()[0] == 0
 
     async def receive() -> list[Any]:
-        spans: list[Any] = []
+        items: list[Any] = []
         settings = OtelTapHttpProtobufReceiverSettings(http_port=port)
         async with OtelTapHttpProtobufReceiver(settings) as receiver:
 
             async def collect() -> None:
-                async for span in receiver.stream_traces():
-                    spans.append(span)
+                async for item in getattr(receiver, stream)():
+                    items.append(item)
 
             collecting = asyncio.ensure_future(collect())
             await asyncio.to_thread(serve)
             # The service flushed before it ended, so all is received; what remains is to take it from the queue.
             while True:
-                seen = len(spans)
+                seen = len(items)
                 await asyncio.sleep(1)
-                if seen == len(spans) and seen:
+                if seen == len(items) and seen:
                     break
             collecting.cancel()
-        return sorted(spans, key=lambda span: span.start_time_unix_nano)
+        return items
 
     return asyncio.run(asyncio.wait_for(receive(), 120))
 
 
 def attributes(span: Any) -> dict[str, Any]:
     return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in span.attributes}
+
+
+def points(metric: Any) -> list[Any]:
+    """The data points of a metric."""
+    return list(getattr(metric, metric.WhichOneof("data")).data_points)
+
+
+def samples_of(metrics: dict[str, Any]) -> dict[str, float]:
+    """The metrics as the samples that Prometheus scrapes."""
+    samples: dict[str, float] = {}
+    for name, metric in metrics.items():
+        for point in points(metric):
+            labels = attributes(point)
+            if metric.HasField("histogram"):
+                bounds = [*map(str, point.explicit_bounds), "+Inf"]
+                for bound, count in zip(bounds, accumulate(point.bucket_counts), strict=True):
+                    samples[sample(f"{name}_bucket", {**labels, "le": bound})] = count
+                samples[sample(f"{name}_sum", labels)] = point.sum
+                samples[sample(f"{name}_count", labels)] = point.count
+            else:
+                suffix = "_total" if metric.sum.is_monotonic else ""
+                samples[sample(name + suffix, labels)] = getattr(point, point.WhichOneof("value"))
+    return samples
+
+
+def sample(name: str, labels: dict[str, str]) -> str:
+    shown = ",".join(f'{label}="{value}"' for label, value in sorted(labels.items()))
+    return f"{name}{{{shown}}}" if shown else name
 
 
 def children(spans: list[Any], parent: Any) -> list[Any]:
@@ -283,3 +328,155 @@ def test_trace_of_the_caller_goes_on(saved: Path) -> None:
     assert served[0].span_id in [link.span_id for link in commit.links] or commit.parent_span_id == served[0].span_id
     assert not [span for span in spans if "/metrics" in span.name or "/-/ready" in span.name]
     assert f"trace_id={trace} span_id={served[1].span_id.hex()}" in logged[0]
+
+
+CUMULATIVE = 2  # opentelemetry.proto.metrics.v1.AGGREGATION_TEMPORALITY_CUMULATIVE
+# They change between a scrape and a push.
+MOVING = ("process_", "savings_http_", "savings_store_free", "savings_document_size", "savings_journal_size")
+OF_SAVES = re.compile(r"savings_(saves|save|last_save|fsync|last_dir)_")
+
+
+def still(samples: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in samples.items() if not name.startswith(MOVING)}
+
+
+def test_metrics_are_pushed(saved: Path) -> None:
+    """With the names, labels and values of the scrape; they go on from the store's birth."""
+    scraped, before = {}, saved.stat().st_ino
+
+    def post(service: Service) -> None:
+        assert service.post({"model": "other", "tokens_saved": 4096})[0] == 200
+        eventually(lambda: saved.stat().st_ino != before, "the service to save the document")
+        scraped.update(service.metrics())
+
+    metrics = pushed(saved, post)
+    last = samples_of(metrics)
+    assert still(last).keys() == still(scraped).keys()
+    assert {name: value for name, value in still(last).items() if not OF_SAVES.match(name)} == {
+        name: value for name, value in still(scraped).items() if not OF_SAVES.match(name)
+    }
+    # The last push is made after the last save.
+    assert last["savings_saves_total"] == scraped["savings_saves_total"] + 1
+    with SavingsTracker(saved) as tracker:
+        created_at = tracker.snapshot().created_at
+    assert created_at is not None
+    for name, metric in metrics.items():
+        kind = metric.WhichOneof("data")
+        if kind == "gauge":
+            continue
+        assert getattr(metric, kind).aggregation_temporality == CUMULATIVE
+        starts = {point.start_time_unix_nano for point in points(metric)}
+        if name.startswith(("process_", "savings_http_")):
+            assert min(starts) > created_at.timestamp() * 1e9
+        else:
+            assert starts == {round(created_at.timestamp() * 1e9)}
+        assert all(point.time_unix_nano > min(starts) for point in points(metric))
+    exemplars = [
+        exemplar for point in points(metrics["savings_commit_duration_seconds"]) for exemplar in point.exemplars
+    ]
+    assert all(len(exemplar.trace_id) == 16 and exemplar.span_id for exemplar in exemplars)
+    assert exemplars
+
+
+def test_metrics_of_a_watched_file_are_pushed(store_path: Path) -> None:
+    headroom = DATA / "headroom" / "v6-latest" / "proxy_savings.json"
+    scraped = {}
+    metrics = pushed(store_path, lambda service: scraped.update(service.metrics()), "watch", str(headroom))
+    assert still(samples_of(metrics)) == still(scraped)
+    history = json.loads(headroom.read_text())["history"]
+    began_at = datetime.fromisoformat(history[0]["timestamp"].replace("Z", "+00:00"))
+    assert {point.start_time_unix_nano for point in points(metrics["savings_tokens_saved"])} == {
+        round(began_at.timestamp() * 1e9)
+    }
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (
+            {"OTEL_METRICS_EXPORTER": "statsd"},
+            "OTEL_METRICS_EXPORTER is 'statsd'; use otlp, console, prometheus or none",
+        ),
+        (
+            {"OTEL_METRICS_EXPORTER": "otlp", "OTEL_METRIC_EXPORT_INTERVAL": "1m"},
+            "OTEL_METRIC_EXPORT_INTERVAL is '1m'; use a whole number of milliseconds",
+        ),
+        (
+            {"OTEL_METRICS_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": "delta"},
+            "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE is 'delta'; lifetime totals are cumulative",
+        ),
+        (
+            {"OTEL_METRICS_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "http/json"},
+            "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL is 'http/json'; use http/protobuf or grpc",
+        ),
+    ],
+)
+def test_refused_push(store_path: Path, variables: dict[str, str], said: str) -> None:
+    done = run_cli("serve", "--store", str(store_path), "--web.listen-address", "127.0.0.1:0", env=variables)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert said in done.stderr
+    assert not store_path.exists()
+
+
+@contextmanager
+def silent_receiver() -> Iterator[tuple[int, list[Any]]]:
+    """A port where connections are accepted, and requests are never answered."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections: list[Any] = []
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    connections.append(listener.accept()[0])
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield listener.getsockname()[1], connections
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            for connection in connections:
+                connection.close()
+
+
+@pytest.mark.parametrize("protocol", RECEIVERS)
+def test_collector_that_does_not_answer(store_path: Path, protocol: str) -> None:
+    """The service neither waits for it at its end, nor logs each attempt."""
+    with silent_receiver() as (port, connections):
+        env = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
+            # The service would wait for so long.
+            "OTEL_EXPORTER_OTLP_TIMEOUT": "600000" if protocol != "grpc" else "600",
+            "OTEL_METRICS_EXPORTER": "otlp",
+            "OTEL_METRIC_EXPORT_INTERVAL": "50",
+            "OTEL_BSP_SCHEDULE_DELAY": "50",
+        }
+        with running("serve", "--store", str(store_path), env=env) as service:
+            assert service.post({"model": "m", "tokens_saved": 1})[0] == 200
+            eventually(lambda: connections, "something to be sent")
+            status, _, logged = service.stop()
+    assert status == 0
+    assert logged.count("logger=opentelemetry") <= 1
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.snapshot().lifetime.tokens_saved == 1
+
+
+@pytest.mark.parametrize("protocol", RECEIVERS)
+def test_collector_that_is_down(store_path: Path, protocol: str) -> None:
+    """Its failures are one line in the log."""
+    env = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
+        "OTEL_EXPORTER_OTLP_TIMEOUT": "300" if protocol != "grpc" else "0.3",
+        "OTEL_METRICS_EXPORTER": "otlp",
+        "OTEL_METRIC_EXPORT_INTERVAL": "50",
+        "OTEL_BSP_SCHEDULE_DELAY": "50",
+    }
+    with running("serve", "--store", str(store_path), "--log.level", "debug", env=env) as service:
+        for _ in range(20):
+            assert service.post({"model": "m", "tokens_saved": 1})[0] == 200
+        status, _, logged = service.stop()
+    assert status == 0
+    assert [line for line in logged.splitlines() if "logger=opentelemetry" in line][1:] == []

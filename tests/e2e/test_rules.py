@@ -149,9 +149,13 @@ def exported(store_path: Path) -> str:
         eventually(lambda: service.metrics()['savings_fsync_failures_total{target="directory"}'], "the drill")
         status, text = service.get("/metrics")
     assert status == 200
-    with running("watch", str(store_path)) as service:
-        readable = [line for line in service.get("/metrics")[1].splitlines() if "savings_watched_file" in line]
-    return text + "\n".join([*readable, ""])
+    (store_path.parent / "token").write_text("token")
+    config = store_path.with_name("web.yml")
+    config.write_text("authorization: {credentials_file: token}")
+    with running("watch", str(store_path), "--web.config.file", str(config)) as service:
+        watched = service.get("/metrics", {"Authorization": "Bearer token"})[1]
+    further = [line for line in watched.splitlines() if "savings_watched_file" in line or "savings_web_config" in line]
+    return text + "\n".join([*further, ""])
 
 
 def test_the_page_of_metrics_has_what_the_exporter_has_and_nothing_else(exported: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from savings_exporter import SavingsRecord, SavingsTracker, StoreError
 from savings_exporter.storage.filesystem import FileSystem
+from savings_exporter.watched import WatchedFile
 from tests.support.mounts import mounted
 from tests.support.paths import DATA
 from tests.support.segments import segments
@@ -266,3 +267,16 @@ def test_nearly_full_disk(small_disk: Path) -> None:
     filler.unlink(missing_ok=True)
     with SavingsTracker(store) as tracker:
         assert tracker.snapshot().lifetime.tokens_saved == 1
+
+
+def test_when_the_store_began_to_count(store_path: Path) -> None:
+    """The time stays, over saves, over restarts, and when another process opens the store."""
+    with SavingsTracker(store_path) as tracker:
+        created_at = tracker.snapshot().created_at
+        assert created_at is not None
+        assert tracker.record_request(model="m", tokens_saved=1).durable
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.record_request(model="m", tokens_saved=1, timestamp="2020-01-01T00:00:00Z").durable
+        assert tracker.save()
+        assert tracker.snapshot().created_at == created_at
+    assert WatchedFile(store_path).snapshot().created_at == created_at

@@ -44,6 +44,7 @@ NEEDS = {
         "Alertmanager and amtool are not installed (Debian: apt-get install prometheus-alertmanager)",
     ),
     "strace": Need(lambda: shutil.which("strace"), "strace is not installed (Debian: apt-get install strace)"),
+    "openssl": Need(lambda: shutil.which("openssl"), "openssl is not installed (Debian: apt-get install openssl)"),
     "curl": Need(lambda: shutil.which("curl"), "curl is not installed (Debian: apt-get install curl)"),
     "usual-ports": Need(
         lambda: not any(map(_is_taken, (8000, 9478))),

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import urllib.error
@@ -33,12 +34,13 @@ def run_cli(*arguments: str, env: dict[str, str] | None = None, **options: Any) 
 
 
 class Service:
-    """A running ``savings-exporter`` process that answers at ``url``."""
+    """A running ``savings-exporter`` process that answers at ``url``. ``context`` trusts its certificate."""
 
     def __init__(self, process: subprocess.Popen[str], announcement: str, url: str) -> None:
         self.process = process
         self.announcement = announcement
         self.url = url
+        self.context: ssl.SSLContext | None = None
 
     def tell(self, command: str) -> None:
         """Send a command to ``tests.support.faulty``, and wait until it is done."""
@@ -78,7 +80,7 @@ class Service:
 
     def _answer(self, request: urllib.request.Request) -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(request, timeout=WAIT_SECONDS) as response:
+            with urllib.request.urlopen(request, timeout=WAIT_SECONDS, context=self.context) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             with error:
@@ -105,7 +107,7 @@ def running(
     try:
         assert process.stdout is not None
         announcement = "".join(_through_last_line(process.stdout))
-        found = re.search(r"http://127\.0\.0\.1:\d+", announcement)
+        found = re.search(r"https?://127\.0\.0\.1:\d+", announcement)
         if found is None:
             process.kill()
             out, err = process.communicate()

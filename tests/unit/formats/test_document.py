@@ -72,6 +72,7 @@ documents = st.builds(
         latest=st.dictionaries(any_name, st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False)), max_size=2),
     ),
     saved_at=st.none() | st.datetimes(timezones=st.just(timezone.utc)),
+    created_at=st.datetimes(timezones=st.just(timezone.utc)),
 )
 
 
@@ -310,6 +311,7 @@ def test_format_1() -> None:
     assert (ledger.records, document.store) == (expected["records"], expected["store"])
     assert document.legacy == LegacyJournal(**expected["journal"])
     assert document.saved_at == datetime.fromisoformat(expected["saved_at"])
+    assert document.created_at == datetime.fromisoformat(expected["history"][0]["timestamp"].replace("Z", "+00:00"))
     assert without_records(ledger.lifetime) == expected["lifetime"]
     for name in ("by_model", "projects"):
         read = {key: without_records(totals) for key, totals in getattr(ledger, name).items()}

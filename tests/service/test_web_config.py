@@ -1,0 +1,197 @@
+"""The certificate, the token and the web configuration file are taken up while the service runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import ssl
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import DATA
+from tests.support.service import Service, running
+from tests.support.wait import eventually
+
+HEADROOM = DATA / "headroom" / "v6" / "proxy_savings.json"
+IS_RIGHT = "savings_web_config_last_reload_successful"
+READ_AT = "savings_web_config_last_reload_success_timestamp_seconds"
+
+
+def make_certificate(folder: Path, name: str) -> None:
+    """Write ``service.crt`` and ``service.key``."""
+    folder.mkdir(exist_ok=True)
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    files = ["-keyout", str(folder / "service.key"), "-out", str(folder / "service.crt")]
+    subject = ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    subprocess.run([*command, *files, *subject], check=True, capture_output=True)
+
+
+def shown_name(service: Service) -> str:
+    """The name in the certificate that a new connection gets."""
+    host, _, port = service.url.removeprefix("https://").partition(":")
+    certificate = ssl.get_server_certificate((host, int(port)))
+    shown = subprocess.run(
+        ["openssl", "x509", "-noout", "-subject"], input=certificate, capture_output=True, text=True, check=True
+    )
+    return shown.stdout.strip().rpartition("= ")[2]
+
+
+def trust(service: Service, folder: Path) -> None:
+    service.context = ssl.create_default_context(cafile=folder / "service.crt")
+
+
+def move_into(source: Path, target: Path) -> None:
+    for file in source.iterdir():
+        os.replace(file, target / file.name)
+
+
+@contextmanager
+def with_token(store: Path, folder: Path) -> Iterator[tuple[Service, Path]]:
+    """A service that asks for the token ``first``, and the token's file."""
+    (folder / "token").write_text("first\n")
+    (folder / "web.yml").write_text("authorization: {credentials_file: token}")
+    with running("serve", "--store", str(store), "--web.config.file", str(folder / "web.yml")) as service:
+        yield service, folder / "token"
+
+
+def status_with(service: Service, token: str) -> int:
+    return service.get("/metrics", {"Authorization": f"Bearer {token}"})[0]
+
+
+def metric(service: Service, name: str, token: str = "first") -> float:
+    status, text = service.get("/metrics", {"Authorization": f"Bearer {token}"})
+    assert status == 200, text
+    return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(name + " "))
+
+
+@pytest.mark.needs("openssl")
+def test_new_certificate(tmp_path: Path, store_path: Path) -> None:
+    """A connection gets the new one; one that is open goes on. A broken one changes nothing."""
+    used, new = tmp_path / "used", tmp_path / "new"
+    make_certificate(used, "first")
+    (tmp_path / "web.yml").write_text("tls_server_config: {cert_file: used/service.crt, key_file: used/service.key}")
+    with running("serve", "--store", str(store_path), "--web.config.file", str(tmp_path / "web.yml")) as service:
+        trust(service, used)
+        assert shown_name(service) == "first"
+        before = service.metrics()
+        assert before[IS_RIGHT] == 1
+        make_certificate(new, "second")
+        # First the certificate, then the key: in between they do not match.
+        os.replace(new / "service.crt", used / "service.crt")
+        os.replace(new / "service.key", used / "service.key")
+        eventually(lambda: shown_name(service) == "second", "the new certificate")
+        trust(service, used)
+        assert service.metrics()[IS_RIGHT] == 1
+        assert service.metrics()[READ_AT] > before[READ_AT]
+
+        make_certificate(new, "third")
+        os.replace(new / "service.key", used / "service.key")
+        eventually(lambda: service.metrics()[IS_RIGHT] == 0, "the mismatch to be noticed")
+        assert shown_name(service) == "second"
+        assert service.post({"model": "m", "tokens_saved": 1})[0] == 200
+        (used / "service.crt").write_text("nonsense")
+        make_certificate(new, "fourth")
+        move_into(new, used)
+        eventually(lambda: shown_name(service) == "fourth", "the new certificate")
+        trust(service, used)
+        assert service.metrics()[IS_RIGHT] == 1
+        status, _, logged = service.stop()
+    assert status == 0
+    assert "are not a certificate and its key in PEM" in logged
+    assert "The certificate and the token from before stay in use" in logged
+
+
+@pytest.mark.needs("openssl")
+def test_tls_cannot_be_turned_off(tmp_path: Path, store_path: Path) -> None:
+    make_certificate(tmp_path, "first")
+    config = tmp_path / "web.yml"
+    config.write_text("tls_server_config: {cert_file: service.crt, key_file: service.key}")
+    with running("serve", "--store", str(store_path), "--web.config.file", str(config)) as service:
+        trust(service, tmp_path)
+        (tmp_path / "token").write_text("secret")
+        config.write_text("authorization: {credentials_file: token}")
+        eventually(lambda: service.metrics()[IS_RIGHT] == 0, "the change to be refused")
+        assert shown_name(service) == "first"
+        _, _, logged = service.stop()
+    assert "tls_server_config was removed; restart to turn TLS on or off" in logged
+
+
+@pytest.mark.needs("openssl")
+def test_secret_mounted_by_a_link(tmp_path: Path, store_path: Path) -> None:
+    """As Kubernetes changes a mounted secret: one link to the folder is replaced."""
+    for name in ("first", "second"):
+        make_certificate(tmp_path / name, name)
+    link = tmp_path / "data"
+    link.symlink_to("first")
+    config = tmp_path / "web.yml"
+    config.write_text("tls_server_config: {cert_file: data/service.crt, key_file: data/service.key}")
+    with running("serve", "--store", str(store_path), "--web.config.file", str(config)) as service:
+        assert shown_name(service) == "first"
+        (tmp_path / "next").symlink_to("second")
+        os.replace(tmp_path / "next", link)
+        eventually(lambda: shown_name(service) == "second", "the new certificate")
+
+
+def test_new_token(tmp_path: Path, store_path: Path) -> None:
+    with with_token(store_path, tmp_path) as (service, token):
+        assert (status_with(service, "first"), status_with(service, "second")) == (200, 401)
+        token.write_text("second")
+        eventually(lambda: status_with(service, "second") == 200, "the new token")
+        assert status_with(service, "first") == 401
+        assert metric(service, IS_RIGHT, "second") == 1
+
+
+@pytest.mark.parametrize("broken", ["", None, "\udcff"], ids=["empty", "missing", "not text"])
+def test_broken_token(tmp_path: Path, store_path: Path, broken: str | None) -> None:
+    """The previous one stays in use: a service must not become open to all, nor closed to its callers."""
+    with with_token(store_path, tmp_path) as (service, token):
+        if broken is None:
+            token.unlink()
+        else:
+            token.write_bytes(broken.encode(errors="surrogateescape"))
+        eventually(lambda: metric(service, IS_RIGHT) == 0, "the broken token to be noticed")
+        assert status_with(service, "") == 401
+        token.write_text("second")
+        eventually(lambda: status_with(service, "second") == 200, "the new token")
+        assert metric(service, IS_RIGHT, "second") == 1
+        _, _, logged = service.stop()
+    assert logged.count("authorization.credentials_file") == 1
+    assert f"{token}: authorization.credentials_file" in logged
+
+
+def test_new_web_config_file(tmp_path: Path, store_path: Path) -> None:
+    """Also one that names a file which is written later."""
+    with with_token(store_path, tmp_path) as (service, _):
+        config = tmp_path / "web.yml"
+        for broken in ("authorization: {credentials_file: [}", "", "authorization: {credentials_file: other}"):
+            config.write_text("authorization: {credentials_file: token}")
+            eventually(lambda: metric(service, IS_RIGHT) == 1, "the right file to be read")
+            config.write_text(broken)
+            eventually(lambda: metric(service, IS_RIGHT) == 0, "the broken file to be noticed")
+        (tmp_path / "other").write_text("second")
+        eventually(lambda: status_with(service, "second") == 200, "the other token")
+
+
+@pytest.mark.parametrize("command", [["serve", "--store"], ["watch"]], ids=["serve", "watch"])
+def test_hangup(tmp_path: Path, store_path: Path, command: list[str]) -> None:
+    """SIGHUP reads the files again, changed or not, and never ends the service."""
+    path = store_path if command[0] == "serve" else HEADROOM
+    (tmp_path / "token").write_text("first")
+    (tmp_path / "web.yml").write_text("authorization: {credentials_file: token}")
+    with running(*command, str(path), "--web.config.file", str(tmp_path / "web.yml")) as service:
+        before = metric(service, READ_AT)
+        service.process.send_signal(signal.SIGHUP)
+        eventually(lambda: metric(service, READ_AT) > before, "the files to be read")
+        status, _, logged = service.stop()
+    assert status == 0
+    assert f"{tmp_path / 'web.yml'}: read again and in use" in logged
+    with running(*command, str(path)) as service:
+        for _ in range(3):
+            service.process.send_signal(signal.SIGHUP)
+        assert service.get("/-/ready")[0] == 200
+        assert IS_RIGHT not in service.metrics()
+        assert service.stop()[0] == 0
