@@ -3,6 +3,9 @@
 A test names what it needs with ``@pytest.mark.needs("prometheus", "strace")``. If a need is missing, the test is
 skipped, and the run ends with a line that says so. With ``REQUIRE_ALL=1`` a skipped test is a failure. With
 ``INSTALL_PEERS=1`` (``make test``) the needs of the selected tests are installed first, if make has a target for them.
+
+A test that needs Prometheus or Alertmanager runs twice: with the installed programs, and with those of Debian unstable.
+One that names ``unstable``, too, runs with the latter only.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import pytest
 from savings_exporter import SavingsTracker
 from tests.support.faults import FaultyFileSystem
 from tests.support.needs import NEEDS
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, UNSTABLE
 from tests.support.spans import Traced
 
 _SLOW = pytest.StashKey[int]()
@@ -37,6 +40,23 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*names): leave the test out where one of these is missing")
     config.addinivalue_line("markers", "slow: its cases take longer than half a second; --fast leaves it out")
     config.stash[_SLOW] = 0
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = {name for marker in metafunc.definition.iter_markers("needs") for name in marker.args}
+    if names & {"prometheus", "alertmanager"}:
+        metafunc.fixturenames.append("programs")
+        unstable = pytest.param("unstable", marks=pytest.mark.needs("unstable"))
+        metafunc.parametrize("programs", [unstable] if "unstable" in names else ["installed", unstable], indirect=True)
+
+
+@pytest.fixture
+def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which Prometheus and Alertmanager are found: the installed ones, or those of Debian unstable."""
+    if request.param == "unstable":
+        monkeypatch.setenv("PATH", f"{UNSTABLE / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    which: str = request.param
+    return which
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m

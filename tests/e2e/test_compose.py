@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
@@ -26,7 +27,7 @@ import yaml
 
 from tests.support.compose import COMPOSE, DASHBOARDS, SERVICES, dockerfile, edit, healthcheck, laid_out, mounts
 from tests.support.pack import alertmanager, exporter, fetched, listening, started
-from tests.support.paths import DATA, ROOT
+from tests.support.paths import DATA, ROOT, UNSTABLE
 from tests.support.service import free_port, running
 from tests.support.wait import WAIT_SECONDS, eventually
 
@@ -41,6 +42,14 @@ def test_it_is_a_compose_file() -> None:
     validator = jsonschema.Draft7Validator(schema)
     assert [error.message for error in validator.iter_errors(COMPOSE)] == []
     assert COMPOSE["name"] == "savings-exporter"
+
+
+@pytest.mark.needs("unstable")
+@pytest.mark.parametrize("profile", [(), ("--profile", "demo")], ids=["usual", "demo"])
+def test_docker_compose_accepts_it(profile: tuple[str, ...]) -> None:
+    command = [str(UNSTABLE / "bin" / "docker-compose"), *profile, "config", "--quiet"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_every_image_is_pinned_to_a_full_version() -> None:
@@ -152,7 +161,9 @@ def test_promtool_accepts_the_configuration_and_every_rule() -> None:
 
 
 @pytest.mark.needs("prometheus", "alertmanager")
-def test_prometheus_scrapes_the_exporter_loads_the_rules_and_knows_the_alertmanager(tmp_path: Path) -> None:
+def test_prometheus_scrapes_the_exporter_loads_the_rules_and_knows_the_alertmanager(
+    tmp_path: Path, programs: str
+) -> None:
     ours, theirs, port = free_port(), free_port(), free_port()
     command = ["prometheus", *laid_out("prometheus", tmp_path / "prometheus")]
     edit(
@@ -176,11 +187,17 @@ def test_prometheus_scrapes_the_exporter_loads_the_rules_and_knows_the_alertmana
     with (
         alertmanager(tmp_path / "alertmanager", theirs),
         exporter(tmp_path, ours, **spans) as exporter_url,
+        refused_before(exporter_url),
         started([*command, f"--web.listen-address=127.0.0.1:{port}"], log, f"{url}/-/ready"),
     ):
         eventually(lambda: value('count(up{job=~"savings-exporter|prometheus"} == 1)') == 2, "both targets to be up")
         fetched(f"{exporter_url}/v1/savings", {"model": "claude-sonnet-4-5", "tokens_saved": 4096})
         eventually(lambda: value("sum(savings_tokens_saved_total)") == 4096, "the saving")
+        # A newer Prometheus takes the time of creation for a sample of 0: it sees what was refused before its start.
+        refused = 'savings_http_requests_total{method="POST",code="422"}'
+        eventually(lambda: value(f"count_over_time({refused}[1m]) > 2"), "some scrapes")
+        assert value(refused) == 3
+        assert (value(f"increase({refused}[1m])") == 0) == (programs == "installed")
         files = {group["file"] for group in api("rules")["groups"]}
         assert {Path(file).name for file in files} == {
             path.name for path in (DASHBOARDS / "prometheus/rules").glob("*.yml")
@@ -205,6 +222,15 @@ def test_prometheus_scrapes_the_exporter_loads_the_rules_and_knows_the_alertmana
             destination["name"]
             for destination in data_sources()["prometheus"]["jsonData"]["exemplarTraceIdDestinations"]
         }
+
+
+@contextmanager
+def refused_before(exporter_url: str) -> Iterator[None]:
+    """Three savings are refused before the block."""
+    for _ in range(3):
+        with pytest.raises(urllib.error.HTTPError, match="422"):
+            fetched(f"{exporter_url}/v1/savings", {})
+    yield
 
 
 @pytest.mark.needs("alertmanager")

@@ -16,7 +16,7 @@ from tests.support.rules import SCENARIOS, promtool, promtool_files, promtool_te
 from tests.support.service import Service, run_cli, running
 from tests.support.wait import eventually
 
-pytestmark = pytest.mark.needs("prometheus")
+uses_promtool = pytest.mark.needs("prometheus")
 
 FOLDER = ROOT / "dashboards" / "prometheus"
 RULES = [*sorted(FOLDER.glob("rules/*.yml")), *sorted(FOLDER.glob("optional/*.yml"))]
@@ -50,6 +50,7 @@ def passes(*arguments: str | Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@uses_promtool
 def test_promtool_finds_nothing_wrong_with_the_rules() -> None:
     passes("check", "rules", *RULES)
 
@@ -62,6 +63,7 @@ def test_rules_are_what_the_command_writes(tmp_path: Path) -> None:
         assert written.read_text() == path.read_text(), f"{path} is not what is written: run make rules"
 
 
+@uses_promtool
 @pytest.mark.parametrize("order", [1, -1], ids=["groups-in-order", "groups-in-reverse"])
 @pytest.mark.parametrize("alert", NAMES)
 def test_alert_fires_when_it_must_and_only_then(alert: str, order: int, tmp_path: Path) -> None:
@@ -70,6 +72,7 @@ def test_alert_fires_when_it_must_and_only_then(alert: str, order: int, tmp_path
     )
 
 
+@uses_promtool
 def test_stores_are_added_up_once(tmp_path: Path) -> None:
     test = yaml.safe_load((ROOT / "tests/rules/recording_test.yml").read_text(encoding="utf-8"))
     passes("test", "rules", *promtool_files(tmp_path, test["tests"], RULES))
@@ -81,6 +84,7 @@ def test_every_alert_is_tested_when_it_fires_and_when_it_must_not(alert: str) ->
     assert alert == "Watchdog" or [scenario for scenario in SCENARIOS[alert] if "quiet" in scenario]
 
 
+@uses_promtool
 @pytest.mark.parametrize(("alert", "scenario"), DRILLS)
 def test_alert_names_the_drill_that_ran_on_its_store(alert: str, scenario: dict[str, Any], tmp_path: Path) -> None:
     (rule,) = [one for one in ALERTS if one["alert"] == alert]
@@ -104,6 +108,7 @@ def test_alert_names_the_drill_that_ran_on_its_store(alert: str, scenario: dict[
     passes("test", "rules", *promtool_files(tmp_path, [test], RULES))
 
 
+@uses_promtool
 @pytest.mark.parametrize("alert", NAMES)
 def test_text_of_a_firing_alert_is_whole(alert: str, tmp_path: Path) -> None:
     """promtool shows the text when it expects no alert: nothing in it is missing, and no template is left."""
@@ -200,6 +205,7 @@ def test_rules_name_only_metrics_that_the_exporter_has(exported: str) -> None:
             assert re.sub(r"_(bucket|count|sum)$", "", name) in there, rule
 
 
+@uses_promtool
 def test_nothing_fires_in_ten_quiet_minutes(store_path: Path, tmp_path: Path) -> None:
     with running("serve", "--store", str(store_path)) as service:
         for _ in range(3):

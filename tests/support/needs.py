@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from tests.support.mounts import can_make_user_namespaces, can_mount, can_mount_fuse
-from tests.support.paths import HEADROOM_PYTHON
+from tests.support.paths import HEADROOM_PYTHON, UNSTABLE
 from tests.support.segments import has_direct_io
 
 
@@ -42,6 +42,11 @@ NEEDS = {
     "alertmanager": Need(
         lambda: (shutil.which("prometheus-alertmanager") or shutil.which("alertmanager")) and shutil.which("amtool"),
         "Alertmanager and amtool are not installed (Debian: apt-get install prometheus-alertmanager)",
+    ),
+    "unstable": Need(
+        (UNSTABLE / "bin" / "prometheus").exists,
+        "newer Prometheus, Alertmanager and docker-compose are not unpacked (make unstable)",
+        target="unstable",
     ),
     "strace": Need(lambda: shutil.which("strace"), "strace is not installed (Debian: apt-get install strace)"),
     "openssl": Need(lambda: shutil.which("openssl"), "openssl is not installed (Debian: apt-get install openssl)"),

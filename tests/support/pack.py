@@ -19,9 +19,6 @@ from typing import Any
 from tests.support.compose import dockerfile, edit, laid_out
 from tests.support.wait import WAIT_SECONDS, eventually
 
-# Debian uses another name for the program.
-ALERTMANAGER = shutil.which("prometheus-alertmanager") or "alertmanager"
-
 
 def fetched(url: str, data: Any = None) -> bytes:
     headers = {"Content-Type": "application/json"}
@@ -71,7 +68,9 @@ def exporter(directory: Path, port: int, **environment: str) -> Iterator[str]:
 @contextmanager
 def alertmanager(root: Path, port: int, *changes: tuple[str, str]) -> Iterator[str]:
     """An Alertmanager as the compose file starts it, with changes to its configuration. Yields its address."""
-    command = [ALERTMANAGER, *laid_out("alertmanager", root), f"--web.listen-address=127.0.0.1:{port}"]
+    # Debian uses another name for the program.
+    program = shutil.which("prometheus-alertmanager") or "alertmanager"
+    command = [program, *laid_out("alertmanager", root), f"--web.listen-address=127.0.0.1:{port}"]
     edit(root / "etc/alertmanager/alertmanager.yml", *changes)
     url = f"http://127.0.0.1:{port}"
     with started(command, root / "log", f"{url}/-/ready"):
