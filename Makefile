@@ -8,7 +8,7 @@ ARGS ?=
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast crash mutants bench lint format dashboards rules frameworks headroom unstable clean
+.PHONY: help run test test-fast crash image mutants bench lint format dashboards rules frameworks headroom unstable clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -32,6 +32,10 @@ bench: .venv/.bench ## measure the store against its peers, about half an hour (
 # The tests in tests/crash are also part of "make test". Here they run with more rounds and with every fault at every call.
 crash: .venv/.dev ## run the crash lab in its long form (root, Linux); writes build/crash-lab.json
 	@CRASH_LAB=long REQUIRE_ALL=1 .venv/bin/python -m pytest tests/crash $(ARGS)
+
+# The tests in tests/image are not part of "make test", because they fetch a Debian and the package's dependencies.
+image: .venv/.dev ## build the image and run it as the compose file says, a few minutes (root, Debian)
+	@BUILD_IMAGE=1 REQUIRE_ALL=1 .venv/bin/python -m pytest tests/image $(ARGS)
 
 mutants: .venv/.dev ## remove each rule of the storage from the code: a test must fail (ARGS="gap key")
 	@.venv/bin/python -m tests.mutants $(ARGS)

@@ -3,6 +3,7 @@
 A test names what it needs with ``@pytest.mark.needs("prometheus", "strace")``. If a need is missing, the test is
 skipped, and the run ends with a line that says so. With ``REQUIRE_ALL=1`` a skipped test is a failure. With
 ``INSTALL_PEERS=1`` (``make test``) the needs of the selected tests are installed first, if make has a target for them.
+Tests that take too long for a run are deselected, and the run ends with a line that says so, too.
 
 A test that needs Prometheus or Alertmanager runs twice: with the installed programs, and with those of Debian unstable.
 One that names ``unstable``, too, runs with the latter only.
@@ -27,7 +28,7 @@ from tests.support.needs import NEEDS
 from tests.support.paths import ROOT, UNSTABLE
 from tests.support.spans import Traced
 
-_SLOW = pytest.StashKey[int]()
+_DESELECTED = pytest.StashKey[Counter[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,7 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "needs(*names): leave the test out where one of these is missing")
     config.addinivalue_line("markers", "slow: its cases take longer than half a second; --fast leaves it out")
-    config.stash[_SLOW] = 0
+    config.addinivalue_line("markers", "image: it builds the image; only BUILD_IMAGE=1 selects it")
+    config.stash[_DESELECTED] = Counter()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -61,11 +63,18 @@ def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow and config.getoption("--fast"):
-        items[:] = [item for item in items if item not in slow]
-        config.hook.pytest_deselected(items=slow)
-        config.stash[_SLOW] = len(slow)
+    if config.getoption("--fast"):
+        _deselect("slow", "they are slow (make test runs them)", config, items)
+    if os.environ.get("BUILD_IMAGE") != "1":
+        _deselect("image", "they build the image (make image runs them)", config, items)
+
+
+def _deselect(marker: str, why: str, config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests with a marker out, and report it at the end."""
+    if marked := [item for item in items if item.get_closest_marker(marker)]:
+        items[:] = [item for item in items if item not in marked]
+        config.hook.pytest_deselected(items=marked)
+        config.stash[_DESELECTED][why] = len(marked)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -97,8 +106,8 @@ def _needs(request: pytest.FixtureRequest) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
-    left_out = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", []))
-    left_out["they are slow (make test runs them)"] = config.stash[_SLOW]
+    deselected = config.stash[_DESELECTED]
+    left_out = deselected + Counter(_reason(report) for report in terminalreporter.stats.get("skipped", []))
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         terminalreporter.line(f"no test is selected by: {shlex.join(config.invocation_params.args)}")
         if not left_out.total():

@@ -59,6 +59,11 @@ NEEDS = {
         lambda: shutil.which("mkfs.ext4"), "mkfs.ext4 is not installed (Debian: apt-get install e2fsprogs)"
     ),
     "xfsprogs": Need(lambda: shutil.which("mkfs.xfs"), "mkfs.xfs is not installed (Debian: apt-get install xfsprogs)"),
+    "buildah": Need(lambda: shutil.which("buildah"), "buildah is not installed (Debian: apt-get install buildah)"),
+    "debootstrap": Need(
+        lambda: shutil.which("debootstrap"), "debootstrap is not installed (Debian: apt-get install debootstrap)"
+    ),
+    "runc": Need(lambda: shutil.which("runc"), "runc is not installed (Debian: apt-get install runc)"),
     "oteltap": Need(lambda: find_spec("oteltap"), "oteltap is not installed (PyPI: oteltap)"),
     "frameworks": Need(
         lambda: all(map(find_spec, ("django", "fastapi", "flask", "gunicorn"))),
