@@ -89,6 +89,9 @@ class WatchedFile:
             view = self._reader.refresh(self._view)
         except StoreError:
             return self._examined()
+        if not view.is_whole:
+            # The reader goes on with an older document. A watched file that is damaged is reported: this raises.
+            self._reader.read_document()
         return self._examined() if self._reader.has_refused_document() else view
 
     def _examined(self) -> View:

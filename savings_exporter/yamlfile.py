@@ -1,7 +1,10 @@
-"""Reading a YAML file that a person wrote."""
+"""Reading small files that a person or a program wrote for this one: text, and YAML."""
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from typing import Any, TypeVar
 
 import msgspec
@@ -9,11 +12,30 @@ import msgspec
 from savings_exporter.errors import SettingsError
 from savings_exporter.wording import WrongValue
 
+_MOST_BYTES = 1024 * 1024
+
 Kind = TypeVar("Kind", bound=msgspec.Struct)
 
 
+def read_text(path: str) -> str:
+    """The content of a small text file.
+
+    Raises:
+        OSError: it cannot be read, or is not a regular file: reading a pipe would never end.
+        ValueError: it is not UTF-8, it is too large, or the path is not a path.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file")
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+    return data.decode()
+
+
 def read(path: str) -> Any:
-    """The content of a file; None when it is empty.
+    """The content of a YAML file; None when it is empty.
 
     Raises:
         SettingsError: it cannot be read, or is not YAML.
@@ -22,11 +44,13 @@ def read(path: str) -> Any:
     import yaml
 
     try:
-        with open(path, encoding="utf-8") as file:
-            return yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise SettingsError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # The library lets some values raise other errors, such as a date that there is not.
         raise SettingsError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 from collections import Counter
@@ -57,6 +58,8 @@ def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Which Prometheus and Alertmanager are found: the installed ones, or those of Debian unstable."""
     if request.param == "unstable":
         monkeypatch.setenv("PATH", f"{UNSTABLE / 'bin'}{os.pathsep}{os.environ['PATH']}")
+        for name in ("prometheus", "promtool", "prometheus-alertmanager", "amtool"):
+            assert (shutil.which(name) or "").startswith(str(UNSTABLE)), f"{name} is not unpacked: make unstable"
     which: str = request.param
     return which
 

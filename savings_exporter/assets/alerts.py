@@ -323,8 +323,8 @@ def _exporters(metrics: Metrics, settings: RuleSettings) -> Iterator[Alert]:
         f"max_over_time({metrics.of('savings_web_config_last_reload_successful', window='2m')}) == 0",
         WARNING,
         "{{ $labels.instance }} cannot use its new certificate, token or web configuration file.",
-        "It goes on with the certificate and the token from before. After a restart it would not start. Its log names "
-        "the file.",
+        "It goes on with the certificate and the token from before. After a restart it may not start. Its log names "
+        "the file and the reason.",
         hold="1m",
     )
 

@@ -6,6 +6,7 @@ Each command is a function in the module of its name. The module is imported whe
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib import import_module
 from typing import Any, NoReturn
@@ -60,6 +61,8 @@ def main() -> NoReturn:
     if sys.stdout is None:  # as Python has it when standard output was closed before the start
         _exit(1, "standard output is closed; redirect it to /dev/null if it is not needed")
     standard_output.install()
+    if sys.argv[1:2] in (["serve"], ["watch"]):
+        _hold_hangup()
     try:
         status = app(standalone_mode=False, prog_name="savings-exporter")
         sys.stdout.flush()
@@ -82,6 +85,12 @@ def main() -> NoReturn:
             standard_output.discard()
         _exit(1, f"{error.filename or ''}: {error.strerror or error}".lstrip(": "))
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _hold_hangup() -> None:
+    """Make SIGHUP do nothing until the service handles it, unless it is ignored anyway (nohup)."""
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda _number, _frame: None)
 
 
 def _exit(status: int, line: str) -> NoReturn:

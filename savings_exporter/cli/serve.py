@@ -90,7 +90,7 @@ def serve(
         what = "keeps made-up savings in" if demo else "keeps savings in"
         more = f"record one: {_first_saving(url, web_config)}", f"metrics: {url}{telemetry_path}"
         lines = announcement(what, tracker.storage_path, url, *more)
-        export.push_metrics(service.registry.collect, lambda: tracker.snapshot().created_at)
+        export.push_metrics(service.registry.collect, tracker.snapshot)
         # Schedules a save of what a killed process left in its journal, so that a copy of the document holds it.
         tracker.snapshot()
         try:

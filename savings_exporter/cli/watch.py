@@ -58,5 +58,5 @@ def watch(
         )
         url = server.url_of(listener, tls=web_config.tls is not None)
         lines = announcement("watches", watched.storage_path, url, f"metrics: {url}{telemetry_path}")
-        export.push_metrics(service.registry.collect, lambda: watched.snapshot().created_at)
+        export.push_metrics(service.registry.collect, watched.snapshot)
         server.run(service, listener, web_config, started=lambda: announce(lines))

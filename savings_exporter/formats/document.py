@@ -35,6 +35,7 @@ from savings_exporter.model.jsontext import any_json, ascii_json
 from savings_exporter.model.keys import MAX_KEYS, KeyTable
 from savings_exporter.model.names import UNKNOWN
 from savings_exporter.model.operations import OperationCounts
+from savings_exporter.model.record import parse_timestamp
 from savings_exporter.model.totals import Ledger, Pair, Totals
 
 FORMAT = 2
@@ -233,7 +234,7 @@ def _decode_checked(
         keys=unpacked(_typed(block["idempotency_keys"], str), max_keys),
         operations=OperationCounts() if is_old else _typed(block["operations"], OperationCounts),
         saved_at=datetime.fromisoformat(saved_at) if saved_at else None,
-        created_at=datetime.fromisoformat(created_at) if created_at else ledger.history.began_at,
+        created_at=parse_timestamp(str(created_at)) or ledger.history.began_at,
         kept=kept_of(unknown, unknown_keys(_value(members["lifetime"])), kept_projects, kept_by_model),
         legacy=_typed(block["journal"], LegacyJournal) if is_old else None,
     )

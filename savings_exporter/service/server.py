@@ -101,7 +101,7 @@ def instance_of(listener: socket.socket) -> str:
 
 def run(service: Service, listener: socket.socket, web_config: WebConfig, started: Callable[[], None]) -> None:
     """Answer requests until SIGTERM or SIGINT. Then answer those in flight, and return. SIGHUP reads the web
-    configuration again.
+    configuration file again; without one it is like SIGTERM, because it then comes from a terminal that was closed.
 
     ``started`` is called when requests are answered and the signals are handled.
     """
@@ -160,17 +160,26 @@ class _Server(uvicorn.Server):
         self._service.stopping = True
         super().handle_exit(sig, frame)
 
-    def _reload(self, _number: int, _frame: FrameType | None) -> None:
-        self._web_config.wants_reload = True
+    def _hang_up(self, number: int, frame: FrameType | None) -> None:
+        if self._web_config.has_file:
+            self._web_config.wants_reload = True
+        else:
+            self.handle_exit(number, frame)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         if hasattr(signal, "SIGHUP"):
-            signal.signal(signal.SIGHUP, self._reload)
+            # Where it is ignored (nohup), a terminal that is closed must not stop the service.
+            is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            if self._web_config.has_file or not is_ignored:
+                signal.signal(signal.SIGHUP, self._hang_up)
         signal.signal(signal.SIGTERM, self.handle_exit)
         interrupt = signal.signal(signal.SIGINT, self.handle_exit)
         try:
             yield
         finally:
             # The last save follows. Another SIGTERM or SIGHUP must not interrupt it; a second Ctrl-C may.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if hasattr(signal, "SIGHUP"):
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
             signal.signal(signal.SIGINT, interrupt)

@@ -80,6 +80,11 @@ class WebConfig(Collector):
             self._loaded = self._read(path)
 
     @property
+    def has_file(self) -> bool:
+        """Whether there is a file that can change."""
+        return self._path is not None
+
+    @property
     def token(self) -> str | None:
         """The bearer token that callers must show now; None when none is asked for."""
         return self._loaded.token
@@ -119,12 +124,13 @@ class WebConfig(Collector):
             )
 
     def __enter__(self) -> WebConfig:
-        self._thread.start()
+        if self.has_file:
+            self._thread.start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        # The thread is not waited for: a file on a disk that hangs must not delay the last save.
         self._closing.set()
-        self._thread.join()
 
     def _use_current(self, connection: SSLObject | SSLSocket, _name: str | None, _context: SSLContext) -> None:
         if self._loaded.context is not None:
@@ -143,20 +149,26 @@ class WebConfig(Collector):
             last_look = stamps
 
     def _reload(self) -> None:
-        if self._path is None:
-            logger.info("there is no web configuration file (--web.config.file) to read again")
-            return
+        assert self._path is not None
         try:
             loaded = self._read(self._path)
-            if (loaded.context is None) != (self._loaded.context is None):
-                change = "removed" if loaded.context is None else "added"
-                raise SettingsError(f"{self._path}: tls_server_config was {change}; restart to turn TLS on or off")
-        except SettingsError as error:
+            self._refuse_if_open(loaded)
+        except Exception as error:
+            # Not only SettingsError: whatever is wrong with a file, the next change must be noticed.
             self._is_valid = False
             logger.error("%s. The certificate and the token from before stay in use", error)
             return
         self._loaded, self._is_valid, self._loaded_at = loaded, True, time.time()
         logger.info("%s: read again and in use, with the certificate and the token that it names", self._path)
+
+    def _refuse_if_open(self, loaded: _Loaded) -> None:
+        """Refuse what turns TLS on or off, or the token off: a file that is half written must not open the service."""
+        before = self._loaded
+        if (loaded.context is None) != (before.context is None):
+            change = "removed" if loaded.context is None else "added"
+            raise SettingsError(f"{self._path}: tls_server_config was {change}; restart to turn TLS on or off")
+        if loaded.token is None and before.token is not None:
+            raise SettingsError(f"{self._path}: authorization was removed; restart to turn the token off")
 
     def _read(self, path: str) -> _Loaded:
         # Each file is examined before it is read, so that a change in between is noticed at the next look.
@@ -180,7 +192,7 @@ class _Loaded(NamedTuple):
 def _stamp(file: str) -> _Stamp:
     try:
         found = os.stat(file)
-    except OSError:
+    except (OSError, ValueError):
         return ()
     # The time of the last change of the inode tells of a change of permissions, too.
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
@@ -217,8 +229,8 @@ def _checked_context(path: str, tls: Tls) -> SSLContext:
 
     for name, file in msgspec.structs.asdict(tls).items():
         try:
-            open(file, "rb").close()
-        except OSError as error:
+            yamlfile.read_text(file)
+        except (OSError, ValueError) as error:
             raise SettingsError(f"{path}: tls_server_config.{name}: {file} cannot be read: {_why(error)}") from None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
@@ -234,12 +246,13 @@ def _checked_context(path: str, tls: Tls) -> SSLContext:
 def _token(authorization: Authorization) -> str:
     path = authorization.credentials_file
     try:
-        with open(path, encoding="utf-8") as file:
-            token = file.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
+        token = yamlfile.read_text(path).strip()
+    except (OSError, ValueError) as error:
         raise SettingsError(f"{path}: authorization.credentials_file cannot be read: {_why(error)}") from None
     if not token:
         raise SettingsError(f"{path}: authorization.credentials_file holds no token")
+    if not token.isprintable() or " " in token:
+        raise SettingsError(f"{path}: authorization.credentials_file holds more than one word")
     return token
 
 

@@ -1,8 +1,8 @@
 """The store's lock: only its holder saves the document, adopts journals and removes segments.
 
-The lock file holds the store's name, so that all processes agree on the name before the first document exists. An
-earlier version of this program wrote a mark to the file instead. This version overwrites the mark, so that a running
-process of the earlier version detects the change.
+The lock file holds the store's name and the time when the store got it, so that all processes agree on both before the
+first document exists. An earlier version of this program wrote a mark to the file instead. This version overwrites the
+mark, so that a running process of the earlier version detects the change.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import os
 import struct
 import time
+from datetime import datetime, timedelta, timezone
 from typing import NamedTuple
 
 from savings_exporter.storage.filesystem import FileSystem
@@ -29,14 +30,16 @@ _NEW, _SAVED, _BEGUN, _FOREIGN = range(4)
 _OLD_MAGIC = b"SXM1"
 _OLD_MARK = struct.Struct("<8sQQQQ")
 _OLD_MARK_BYTES = 88
+_TIME = struct.Struct("<Q")  # microseconds since 1970
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 class LockContent(NamedTuple):
     """The content of a lock file.
 
-    ``store`` is the store's name, empty when the store is new. ``is_saved`` says whether a document was ever saved,
-    ``is_begun`` whether the first save has begun. ``is_foreign`` says whether the path held another program's document
-    before that.
+    ``store`` is the store's name, empty when the store is new. ``created_at`` is when the store got it, None when that
+    is not known. ``is_saved`` says whether a document was ever saved, ``is_begun`` whether the first save has begun.
+    ``is_foreign`` says whether the path held another program's document before that.
 
     ``earlier_records`` is how many records an earlier version of this program acknowledged, or None when that version
     did not write the file. ``earlier_saved`` is how many of these records its document held. ``earlier_end`` is the
@@ -47,6 +50,7 @@ class LockContent(NamedTuple):
     is_saved: bool = False
     is_begun: bool = False
     is_foreign: bool = False
+    created_at: datetime | None = None
     earlier_records: int | None = None
     earlier_saved: int = 0
     earlier_end: tuple[int, int] = (0, 0)
@@ -56,8 +60,8 @@ def content_of(data: bytes) -> LockContent:
     """Decode the bytes of a lock file."""
     if data.startswith(_MAGIC) and len(data) > len(_MAGIC) + STORE_BYTES:
         end = len(_MAGIC) + STORE_BYTES
-        state = data[end]
-        return LockContent(data[len(_MAGIC) : end], state == _SAVED, state == _BEGUN, state == _FOREIGN)
+        state, created_at = data[end], _read_time(data[end + 1 :])
+        return LockContent(data[len(_MAGIC) : end], state == _SAVED, state == _BEGUN, state == _FOREIGN, created_at)
     if data.startswith(_OLD_MAGIC) and len(data) == _OLD_MARK_BYTES:
         _, epoch, offset, records, saved = _OLD_MARK.unpack_from(data, len(_OLD_MAGIC))
         return LockContent(is_saved=True, earlier_records=records, earlier_saved=saved, earlier_end=(epoch, offset))
@@ -133,16 +137,28 @@ class StoreLock:
         """Read the lock file."""
         return content_of(self._fs.read_at(self._descriptor, _OLD_MARK_BYTES, 0))
 
-    def write(self, store: bytes, *, is_saved: bool = False, is_begun: bool = False, is_foreign: bool = False) -> None:
-        """Write the store's name and the state of its document. The caller holds the lock.
+    def write(
+        self,
+        store: bytes,
+        *,
+        is_saved: bool = False,
+        is_begun: bool = False,
+        is_foreign: bool = False,
+        created_at: datetime | None = None,
+    ) -> None:
+        """Write the store's name and the state of its document. The caller holds the lock. While the store keeps its
+        name, it keeps the time ``created_at``.
 
         Raises:
             OSError: the file was not written.
         """
-        if self.content() != LockContent(store, is_saved, is_begun and not is_saved, is_foreign):
+        content = self.content()
+        if content.store == store:
+            created_at = content.created_at or created_at
+        if content != LockContent(store, is_saved, is_begun and not is_saved, is_foreign, created_at):
             state = _SAVED if is_saved else _BEGUN if is_begun else _FOREIGN if is_foreign else _NEW
             # Padded to the length of an earlier version's mark, so that the mark is overwritten completely.
-            data = (_MAGIC + store + bytes([state])).ljust(_OLD_MARK_BYTES, b"\0")
+            data = (_MAGIC + store + bytes([state]) + _time_bytes(created_at)).ljust(_OLD_MARK_BYTES, b"\0")
             self._fs.write_at(self._descriptor, data, 0)
             self._fs.sync_data(self._descriptor)
 
@@ -163,6 +179,22 @@ class StoreLock:
             descriptor, self._descriptor = self._descriptor, -1
             self._fs.close(descriptor)
         return False
+
+
+def _time_bytes(moment: datetime | None) -> bytes:
+    microseconds = (moment - _EPOCH) // timedelta(microseconds=1) if moment is not None else 0
+    return _TIME.pack(max(microseconds, 0))
+
+
+def _read_time(data: bytes) -> datetime | None:
+    """A time; None when there is none, as in a file of an earlier version, which has zeros there."""
+    if len(data) < _TIME.size:
+        return None
+    (microseconds,) = _TIME.unpack_from(data)
+    try:
+        return _EPOCH + timedelta(microseconds=microseconds) if microseconds else None
+    except OverflowError:
+        return None
 
 
 def new_store() -> bytes:

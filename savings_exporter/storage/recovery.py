@@ -247,7 +247,7 @@ def _without_document(reader: Reader, lock: LockContent, identity: Identity | No
         # Either a new store, or a store whose process died before the first save. If the path held another program's
         # document before, that document was removed.
         exists = bool(segments) or (bool(lock.store) and not lock.is_foreign)
-        new = Document(created_at=datetime.now(timezone.utc))
+        new = Document(created_at=lock.created_at or datetime.now(timezone.utc))
         return _followed(reader, view_of(new, None, _store_of(reader, new, lock)), exists=exists)
     if previous is None:
         if segments:

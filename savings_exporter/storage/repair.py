@@ -166,7 +166,7 @@ def _copied(reader: Reader, name: str, suffix: str) -> str:
 
 def _save(reader: Reader, found: Findings, observer: Observer) -> None:
     """Save the findings under both names, and remove the journals: the new document holds all their intact records."""
-    view, listing = found.view, reader.listing()
+    view, listing, now = found.view, reader.listing(), datetime.now(timezone.utc)
     dead = dead_writers(reader, view, listing)
     operations = view.document.operations
     for writer in dead:
@@ -179,7 +179,8 @@ def _save(reader: Reader, found: Findings, observer: Observer) -> None:
         ledger=view.ledger,
         store=view.store.hex(),
         writers=composed(view, (), dead),
-        saved_at=datetime.now(timezone.utc),
+        saved_at=now,
+        created_at=view.document.created_at or now,
         problems=(),
         legacy=None,
     )

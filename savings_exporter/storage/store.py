@@ -377,7 +377,8 @@ class Store:
 
     def _write_name(self, view: View) -> None:
         is_ours = view.document.is_ours
-        self._lock.write(view.store, is_saved=is_ours, is_foreign=not is_ours and view.identity is not None)
+        is_foreign = not is_ours and view.identity is not None
+        self._lock.write(view.store, is_saved=is_ours, is_foreign=is_foreign, created_at=view.document.created_at)
 
     def _let_go(self) -> None:
         if not self._keeps_lock:

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
     from prometheus_client.core import Metric as Family
 
+    from savings_exporter.model.snapshot import Snapshot
+
 logger = logging.getLogger(__name__)
 
+_STARTED_NS = time.time_ns()
 _LONGEST_CLOSE_SECONDS = 0.8
 _USUAL_INTERVAL_MS = 60_000
 
@@ -45,26 +48,32 @@ class Export:
         self.tracer_provider: TracerProvider | None = None
         self._metrics: _Metrics | None = None
         self._push: _Push | None = None
+        names = ", ".join(sorted(name for name in os.environ if name.startswith("OTEL_")))
         complaints = _Complaints()
         with complaints:
             try:
                 self._set_up(instance)
-            except ValueError as error:
+            except SettingsError:
+                raise
+            except Exception as error:
+                # A value that OpenTelemetry does not expect can raise any exception.
                 complaints.lines.append(str(error))
         if complaints.lines:
             said = " ".join(complaints.lines[0].split())
-            names = ", ".join(sorted(name for name in os.environ if name.startswith("OTEL_")))
+            if "header" in said.lower():
+                # The complaint repeats the value, which may be a secret.
+                said = "the headers are not NAME=VALUE,NAME=VALUE, with values percent-encoded"
             raise SettingsError(f'OpenTelemetry cannot be set up: it says "{said}"; correct or unset one of {names}')
 
-    def push_metrics(self, collect: Callable[[], Iterable[Family]], created_at: Callable[[], datetime | None]) -> None:
+    def push_metrics(self, collect: Callable[[], Iterable[Family]], snapshot: Callable[[], Snapshot]) -> None:
         """Push metrics at an interval and at the end, if the environment asks for that.
 
         Args:
             collect: the families of a Prometheus registry.
-            created_at: when the store began to count.
+            snapshot: the store whose metrics these are. Its creation is the start time of what it counts.
         """
         if self._metrics is not None:
-            self._push = _Push(self._metrics, collect, created_at)
+            self._push = _Push(self._metrics, collect, snapshot)
 
     def __enter__(self) -> Export:
         return self
@@ -102,14 +111,17 @@ class _Metrics(NamedTuple):
 
 
 class _Push:
-    """A thread that exports metrics at an interval."""
+    """A thread that exports metrics at an interval. The start time of a store's sums stays the same, because a receiver
+    takes another start time for a reset to zero.
+    """
 
     def __init__(
-        self, metrics: _Metrics, collect: Callable[[], Iterable[Family]], created_at: Callable[[], datetime | None]
+        self, metrics: _Metrics, collect: Callable[[], Iterable[Family]], snapshot: Callable[[], Snapshot]
     ) -> None:
         self._exporter, self._resource, self._interval = metrics
         self._collect = collect
-        self._created_at = created_at
+        self._snapshot = snapshot
+        self._created: dict[str, int] = {}
         self._closing = threading.Event()
         self._exporting = threading.Lock()
         threading.Thread(target=self._run, name="metrics push", daemon=True).start()
@@ -119,6 +131,12 @@ class _Push:
         self._closing.set()
         self._export()
         self._exporter.shutdown()
+
+    def _created_ns(self) -> int:
+        snapshot = self._snapshot()
+        if snapshot.store_id not in self._created:
+            self._created[snapshot.store_id] = _start_of(snapshot.created_at)
+        return self._created[snapshot.store_id]
 
     def _run(self) -> None:
         while not self._closing.wait(self._interval):
@@ -130,22 +148,27 @@ class _Push:
         with self._exporting:
             try:
                 # The exporter logs why an export fails.
-                self._exporter.export(metrics_data(self._collect(), self._created_at(), self._resource))
+                created_ns = self._created_ns()
+                self._exporter.export(metrics_data(self._collect(), created_ns, _STARTED_NS, self._resource))
             except Exception:
                 logger.warning("metrics could not be exported", exc_info=True)
 
 
-def _resource(instance: str | None) -> Resource:
-    # Imported here, because the import reads some of the variables, and may refuse their values.
-    from opentelemetry.sdk.resources import Resource
+def _start_of(created_at: datetime | None) -> int:
+    created_ns = round(created_at.timestamp() * 1e9) if created_at is not None else 0
+    # A time that is not known, before 1970 or in the future is no start time.
+    return created_ns if 0 < created_ns <= time.time_ns() else _STARTED_NS
 
-    given = os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
-    if "service.name=" not in given:
-        os.environ.setdefault("OTEL_SERVICE_NAME", "savings-exporter")
+
+def _resource(instance: str | None) -> Resource:
     # The stable names of HTTP attributes, in place of the old ones.
     os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
-    ours = {"service.version": VERSION, "service.instance.id": instance}
-    return Resource.create({name: value for name, value in ours.items() if value and f"{name}=" not in given})
+    # Imported here, because the import reads some of the variables, and may refuse their values.
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+
+    given = OTELResourceDetector().detect().attributes
+    ours = {"service.name": "savings-exporter", "service.version": VERSION, "service.instance.id": instance}
+    return Resource.create({name: value for name, value in ours.items() if value and not given.get(name)})
 
 
 def _tracer_provider(wanted: str, resource: Resource) -> TracerProvider:
@@ -175,7 +198,7 @@ def _interval_seconds() -> float:
     text = os.environ.get(name, "").strip() or str(_USUAL_INTERVAL_MS)
     if not (text.isascii() and text.isdigit() and int(text)):
         raise SettingsError(f"{name} is {text!r}; use a whole number of milliseconds, such as {_USUAL_INTERVAL_MS}")
-    return int(text) / 1000
+    return min(int(text) / 1000, threading.TIMEOUT_MAX)
 
 
 def _span_exporter(wanted: str) -> SpanExporter:
@@ -225,14 +248,20 @@ def _uses_grpc(signal: str) -> bool:
     names = (f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
     name = next((name for name in names if os.environ.get(name, "").strip()), names[1])
     protocol = os.environ.get(name, "").strip() or "http/protobuf"
+    for endpoint in ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT"):
+        address = os.environ.get(endpoint, "").strip()
+        if protocol == "http/protobuf" and address and not address.startswith(("http://", "https://")):
+            raise SettingsError(f"{endpoint} is {address!r}; begin it with http:// or https://")
     if protocol not in ("http/protobuf", "grpc"):
         raise SettingsError(f"{name} is {protocol!r}; use http/protobuf or grpc")
     if protocol == "grpc":
+        # Its core writes its own lines to standard error, for every attempt.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         try:
             import opentelemetry.exporter.otlp.proto.grpc  # noqa: F401
         except ImportError:
             raise SettingsError(
-                f"{name} is grpc, and OTLP over gRPC is not installed: install savings-exporter[otlp-grpc], or use "
+                f"{name} is grpc, and OTLP over gRPC is not installed: install the extra otlp-grpc, or use "
                 "http/protobuf and the collector's port for it, usually 4318"
             ) from None
     return protocol == "grpc"

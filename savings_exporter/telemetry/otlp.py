@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime
 from itertools import groupby
 
 from opentelemetry.sdk.metrics import Exemplar
@@ -39,25 +38,23 @@ _CUMULATIVE = AggregationTemporality.CUMULATIVE
 # These count from the start of the process. All others count from the birth of the store.
 _OF_PROCESS = ("process_", "savings_http_")
 
-_PROCESS_START_NS = time.time_ns()
-
 Labels = Mapping[str, str]
 
 
-def metrics_data(families: Iterable[Family], created_at: datetime | None, resource: Resource) -> MetricsData:
+def metrics_data(families: Iterable[Family], created_ns: int, started_ns: int, resource: Resource) -> MetricsData:
     """One export of all families.
 
     Args:
         families: as a Prometheus registry collects them.
-        created_at: when the store began to count, which is the start time of what it counts; None when it is not known.
+        created_ns: when the store began to count, in nanoseconds since 1970: the start time of what it counts.
+        started_ns: when the process started: the start time of what the process counts.
         resource: the program that exports.
     """
-    now_ns = time.time_ns()
-    # A clock that was set back must not give a start time in the future: receivers drop such points.
-    created_ns = min(round(created_at.timestamp() * 1e9), now_ns) if created_at is not None else _PROCESS_START_NS
+    # A clock that was set back must not give a time before the start: receivers drop such points.
+    now_ns = max(time.time_ns(), created_ns, started_ns)
     metrics = []
     for family in families:
-        start_ns = _PROCESS_START_NS if family.name.startswith(_OF_PROCESS) else created_ns
+        start_ns = started_ns if family.name.startswith(_OF_PROCESS) else created_ns
         data = _data_of(family, start_ns, now_ns)
         if data.data_points:
             name = f"{family.name}_info" if family.type == "info" else family.name

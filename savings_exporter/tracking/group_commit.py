@@ -353,7 +353,7 @@ class GroupCommit:
                     self._pending_keys.pop(entry.key, None)
         batch.first = frame.first
         if was_failing:
-            logger.info("%s: commits work again; %d records are durable now", self._store.path, batch.count)
+            logger.info("%s: commits work again", self._store.path)
         self._committed()
 
     def _note_failure(self, batch: Batch, failure: Failed) -> None:

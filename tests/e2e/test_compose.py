@@ -197,7 +197,7 @@ def test_prometheus_scrapes_the_exporter_loads_the_rules_and_knows_the_alertmana
         refused = 'savings_http_requests_total{method="POST",code="422"}'
         eventually(lambda: value(f"count_over_time({refused}[1m]) > 2"), "some scrapes")
         assert value(refused) == 3
-        assert (value(f"increase({refused}[1m])") == 0) == (programs == "installed")
+        assert value(f"increase({refused}[1m])") or programs == "installed"
         files = {group["file"] for group in api("rules")["groups"]}
         assert {Path(file).name for file in files} == {
             path.name for path in (DASHBOARDS / "prometheus/rules").glob("*.yml")

@@ -223,18 +223,23 @@ def grpc_receiver() -> Iterator[tuple[int, list[Any]]]:
 
 
 @contextmanager
-def http_receiver() -> Iterator[tuple[int, list[Any]]]:
+def http_receiver(signal: str = "traces") -> Iterator[tuple[int, list[Any]]]:
     """A receiver of OTLP over HTTP: its port, and the requests that it gets."""
+    from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
     from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
     requests: list[Any] = []
+    kinds: dict[str, Any] = {
+        "traces": trace_service_pb2.ExportTraceServiceRequest,
+        "metrics": metrics_service_pb2.ExportMetricsServiceRequest,
+    }
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.headers["Content-Encoding"] == "gzip":
                 body = gzip.decompress(body)
-            requests.append(trace_service_pb2.ExportTraceServiceRequest.FromString(body))
+            requests.append(kinds[signal].FromString(body))
             self.send_response(200)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -284,6 +289,8 @@ def test_standard_variables(store_path: Path, protocol: str) -> None:
     versioned = exported(store_path, protocol, OTEL_RESOURCE_ATTRIBUTES="service.version=7")
     assert {resource["service.version"] for _, resource in versioned} == {"7"}
     assert exported(store_path, protocol, OTEL_TRACES_SAMPLER="always_off") == []
+    unset = exported(store_path, protocol, OTEL_SERVICE_NAME="", OTEL_RESOURCE_ATTRIBUTES="peer.service.name=x")
+    assert {resource["service.name"] for _, resource in unset} == {"savings-exporter"}
     ratio = exported(store_path, protocol, OTEL_TRACES_SAMPLER="traceidratio", OTEL_TRACES_SAMPLER_ARG="0")
     assert ratio == []
     assert exported(store_path, protocol, OTEL_TRACES_SAMPLER="parentbased_traceidratio", OTEL_TRACES_SAMPLER_ARG="1")
@@ -301,7 +308,7 @@ def test_grpc_that_is_not_installed(store_path: Path, tmp_path: Path, name: str)
     done = run_cli("serve", "--store", str(store_path), "--web.listen-address", "127.0.0.1:0", env=env)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert f"{name} is grpc" in done.stderr
-    assert "savings-exporter[otlp-grpc]" in done.stderr
+    assert "install the extra otlp-grpc" in done.stderr
     wrong = run_cli("serve", "--store", str(store_path), env={**env, name: "http/json"})
     assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
     assert f"{name} is 'http/json'; use http/protobuf or grpc" in wrong.stderr
@@ -342,11 +349,12 @@ def still(samples: dict[str, float]) -> dict[str, float]:
 
 def test_metrics_are_pushed(saved: Path) -> None:
     """With the names, labels and values of the scrape; they go on from the store's birth."""
-    scraped, before = {}, saved.stat().st_ino
+    scraped: dict[str, float] = {}
 
     def post(service: Service) -> None:
+        saves = service.metrics()["savings_saves_total"]
         assert service.post({"model": "other", "tokens_saved": 4096})[0] == 200
-        eventually(lambda: saved.stat().st_ino != before, "the service to save the document")
+        eventually(lambda: service.metrics()["savings_saves_total"] > saves, "the service to save the document")
         scraped.update(service.metrics())
 
     metrics = pushed(saved, post)
@@ -390,9 +398,41 @@ def test_metrics_of_a_watched_file_are_pushed(store_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("exporter", ["otlp", "", "none", "prometheus"])
+def test_endpoint_of_metrics(store_path: Path, exporter: str) -> None:
+    """It alone asks for a push. The resource names the instance."""
+    with http_receiver("metrics") as (port, requests):
+        env = {
+            "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": f"http://127.0.0.1:{port}/v1/metrics",
+            "OTEL_METRICS_EXPORTER": exporter,
+        }
+        with running("serve", "--store", str(store_path), env=env) as service:
+            own_port = service.url.rpartition(":")[2]
+            assert service.stop()[0] == 0
+    if exporter in ("none", "prometheus"):
+        assert requests == []
+        return
+    resources = [attributes(resource.resource) for request in requests for resource in request.resource_metrics]
+    assert [resource["service.instance.id"] for resource in resources] == [f"{socket.gethostname()}:{own_port}"]
+    assert resources[0]["service.name"] == "savings-exporter"
+
+
+def test_headers_are_not_repeated(store_path: Path) -> None:
+    """A mistake in them must not put a secret into the log."""
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_EXPORTER_OTLP_HEADERS": "Authorization: s3cr3t"}
+    done = run_cli("serve", "--store", str(store_path), "--web.listen-address", "127.0.0.1:0", env=env)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "the headers are not NAME=VALUE" in done.stderr
+    assert "s3cr3t" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
+        (
+            {"OTEL_METRICS_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_ENDPOINT": "localhost:4318"},
+            "OTEL_EXPORTER_OTLP_ENDPOINT is 'localhost:4318'; begin it with http:// or https://",
+        ),
         (
             {"OTEL_METRICS_EXPORTER": "statsd"},
             "OTEL_METRICS_EXPORTER is 'statsd'; use otlp, console, prometheus or none",

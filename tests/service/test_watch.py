@@ -78,6 +78,21 @@ def test_unreadable_file(watched: Path) -> None:
         assert f"{watched}: can be read again" in service.stop()[2]
 
 
+def test_damaged_store_of_a_tracker(store_path: Path) -> None:
+    """A document of this program is reported like that of another one."""
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.record_request(model="m", tokens_saved=5).durable
+    whole = store_path.read_bytes()
+    with running("watch", str(store_path)) as service:
+        for damaged in (b"{broken", b"", whole[:-5]):
+            replace(store_path, damaged)
+            assert total(service.get("/metrics")[1]) == 5
+            assert parsed(service.get("/metrics")[1])["savings_watched_file_readable"] == 0
+            assert service.get("/-/healthy")[0] == 503
+            replace(store_path, whole)
+            assert service.get("/-/healthy")[0] == 200
+
+
 def test_whose_time_it_is(watched: Path) -> None:
     """A copy of a file is no news: shown is what the document says, and when it was read."""
     activity = "2026-06-09T02:22:33+00:00"

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.paths import DATA
-from tests.support.service import Service, running
+from savings_exporter.watched import WatchedFile
+from tests.support.paths import DATA, ROOT
+from tests.support.service import Service, run_cli, running
 from tests.support.wait import eventually
 
 HEADROOM = DATA / "headroom" / "v6" / "proxy_savings.json"
@@ -145,22 +146,96 @@ def test_new_token(tmp_path: Path, store_path: Path) -> None:
         assert metric(service, IS_RIGHT, "second") == 1
 
 
-@pytest.mark.parametrize("broken", ["", None, "\udcff"], ids=["empty", "missing", "not text"])
-def test_broken_token(tmp_path: Path, store_path: Path, broken: str | None) -> None:
+def make_pipe(token: Path) -> None:
+    os.mkfifo(token)
+
+
+def make_huge(token: Path) -> None:
+    with token.open("wb") as file:
+        file.truncate(10**9)
+
+
+BROKEN = {
+    "missing": lambda _token: None,
+    "empty": lambda token: token.write_text(""),
+    "not text": lambda token: token.write_bytes(b"\xff"),
+    "two lines": lambda token: token.write_text("one\ntwo\n"),
+    "directory": lambda token: token.mkdir(),
+    "pipe": make_pipe,
+    "huge": make_huge,
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_token(tmp_path: Path, store_path: Path, broken: str) -> None:
     """The previous one stays in use: a service must not become open to all, nor closed to its callers."""
     with with_token(store_path, tmp_path) as (service, token):
-        if broken is None:
-            token.unlink()
-        else:
-            token.write_bytes(broken.encode(errors="surrogateescape"))
+        token.unlink()
+        BROKEN[broken](token)
         eventually(lambda: metric(service, IS_RIGHT) == 0, "the broken token to be noticed")
         assert status_with(service, "") == 401
-        token.write_text("second")
+        (tmp_path / "new").write_text("second")
+        token.rmdir() if token.is_dir() else None
+        os.replace(tmp_path / "new", token)
         eventually(lambda: status_with(service, "second") == 200, "the new token")
         assert metric(service, IS_RIGHT, "second") == 1
-        _, _, logged = service.stop()
+        status, _, logged = service.stop()
+    assert status == 0
     assert logged.count("authorization.credentials_file") == 1
     assert f"{token}: authorization.credentials_file" in logged
+
+
+@pytest.mark.parametrize("step", ["start", "stop"])
+def test_pipe_in_place_of_the_token(tmp_path: Path, store_path: Path, step: str) -> None:
+    """Neither the start nor the stop waits for a writer."""
+    if step == "start":
+        os.mkfifo(tmp_path / "token")
+        (tmp_path / "web.yml").write_text("authorization: {credentials_file: token}")
+        done = run_cli("serve", "--store", str(store_path), "--web.config.file", str(tmp_path / "web.yml"))
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "cannot be read: is not a regular file" in done.stderr
+        return
+    with with_token(store_path, tmp_path) as (service, token):
+        token.unlink()
+        os.mkfifo(token)
+        eventually(lambda: metric(service, IS_RIGHT) == 0, "the pipe to be noticed")
+        assert service.stop()[0] == 0
+
+
+WRONG = {
+    "removed": "tls_server_config: {cert_file: a, key_file: b}",
+    "empty object": "{}",
+    "nul": 'authorization: {credentials_file: "a\\0b"}',
+    "surrogate": 'authorization: {credentials_file: "a\\uD800b"}',
+    "deep": "[" * 5000,
+    "no date": "authorization: {credentials_file: 2024-99-99}",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_web_config_file(tmp_path: Path, store_path: Path, wrong: str) -> None:
+    """Whatever is in it: the token stays in use, and the next change is noticed."""
+    with with_token(store_path, tmp_path) as (service, token):
+        config = tmp_path / "web.yml"
+        config.write_text(WRONG[wrong])
+        eventually(lambda: metric(service, IS_RIGHT) == 0, "the wrong file to be noticed")
+        assert status_with(service, "") == 401
+        token.write_text("second")
+        config.write_text("authorization: {credentials_file: token}")
+        eventually(lambda: status_with(service, "second") == 200, "the new token")
+        status, _, logged = service.stop()
+    assert status == 0
+    assert "Traceback" not in logged
+
+
+def test_same_size_and_time(tmp_path: Path, store_path: Path) -> None:
+    """A file that is replaced by one with the same size and time is noticed."""
+    with with_token(store_path, tmp_path) as (service, token):
+        found = token.stat()
+        (tmp_path / "new").write_text("third\n")
+        os.utime(tmp_path / "new", ns=(found.st_atime_ns, found.st_mtime_ns))
+        os.replace(tmp_path / "new", token)
+        eventually(lambda: status_with(service, "third") == 200, "the new token")
 
 
 def test_new_web_config_file(tmp_path: Path, store_path: Path) -> None:
@@ -178,7 +253,7 @@ def test_new_web_config_file(tmp_path: Path, store_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [["serve", "--store"], ["watch"]], ids=["serve", "watch"])
 def test_hangup(tmp_path: Path, store_path: Path, command: list[str]) -> None:
-    """SIGHUP reads the files again, changed or not, and never ends the service."""
+    """SIGHUP reads the files again, changed or not."""
     path = store_path if command[0] == "serve" else HEADROOM
     (tmp_path / "token").write_text("first")
     (tmp_path / "web.yml").write_text("authorization: {credentials_file: token}")
@@ -189,9 +264,39 @@ def test_hangup(tmp_path: Path, store_path: Path, command: list[str]) -> None:
         status, _, logged = service.stop()
     assert status == 0
     assert f"{tmp_path / 'web.yml'}: read again and in use" in logged
-    with running(*command, str(path)) as service:
-        for _ in range(3):
-            service.process.send_signal(signal.SIGHUP)
-        assert service.get("/-/ready")[0] == 200
-        assert IS_RIGHT not in service.metrics()
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["usual", "nohup"])
+def test_hangup_without_a_file(store_path: Path, ignored: bool) -> None:
+    """A terminal that is closed stops the service as SIGTERM does, unless nohup was used."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with running("serve", "--store", str(store_path)) as service:
+            assert service.post({"model": "m", "tokens_saved": 1})[0] == 200
+            assert IS_RIGHT not in service.metrics()
+            if ignored:
+                service.process.send_signal(signal.SIGHUP)
+                assert service.post({"model": "m", "tokens_saved": 1})[0] == 200
+            status, _, _ = service.stop(signal.SIGTERM if ignored else signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert status == 0
+    assert WatchedFile(store_path).snapshot().lifetime.tokens_saved == (2 if ignored else 1)
+    assert not list(store_path.parent.glob("*.journal.*"))
+
+
+def test_hangup_during_the_start(tmp_path: Path, store_path: Path) -> None:
+    """It does not end a service that does not handle it yet."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, signal\n"
+        "import importlib.abc, sys\n"
+        "class Hangup(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name in ('starlette', 'uvicorn', 'savings_exporter.storage.store'):\n"
+        "            os.kill(os.getpid(), signal.SIGHUP)\n"
+        "sys.meta_path.insert(0, Hangup())\n"
+    )
+    path = f"{ROOT}{os.pathsep}{tmp_path}"
+    with running("serve", "--store", str(store_path), env={"PYTHONPATH": path}) as service:
+        assert service.post({"model": "m", "tokens_saved": 1})[0] == 200
         assert service.stop()[0] == 0

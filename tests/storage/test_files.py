@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -280,3 +281,20 @@ def test_when_the_store_began_to_count(store_path: Path) -> None:
         assert tracker.save()
         assert tracker.snapshot().created_at == created_at
     assert WatchedFile(store_path).snapshot().created_at == created_at
+
+
+def test_killed_before_the_first_save(store_path: Path) -> None:
+    """A store that has no document yet began when it got its name, not when it is opened again."""
+    seen = set()
+    with SavingsTracker(store_path, save_interval=3600) as tracker:
+        assert tracker.record_request(model="m", tokens_saved=1).durable
+        seen.add(tracker.snapshot().created_at)
+        for number in range(2):
+            copy = store_path.parent / f"copy{number}"
+            shutil.copytree(store_path.parent, copy, ignore=shutil.ignore_patterns("copy*"))
+            assert not (copy / store_path.name).exists()
+            with SavingsTracker(copy / store_path.name) as other:
+                assert other.snapshot().lifetime.tokens_saved == 1
+                seen.add(other.snapshot().created_at)
+            assert WatchedFile(copy / store_path.name).snapshot().created_at in seen
+    assert len(seen) == 1

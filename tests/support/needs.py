@@ -44,7 +44,7 @@ NEEDS = {
         "Alertmanager and amtool are not installed (Debian: apt-get install prometheus-alertmanager)",
     ),
     "unstable": Need(
-        (UNSTABLE / "bin" / "prometheus").exists,
+        (UNSTABLE.parent / ".unpacked").exists,
         "newer Prometheus, Alertmanager and docker-compose are not unpacked (make unstable)",
         target="unstable",
     ),
