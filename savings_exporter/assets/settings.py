@@ -59,6 +59,11 @@ class RuleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise SettingsError(f"objective must be more than 0 and less than 1, not {self.objective:g}")
         if not _MATCHERS.fullmatch(self.selector):
             raise SettingsError(f'selector must be label matchers such as namespace="llm", not {self.selector}')
+        if not self.job:
+            raise SettingsError("job must not be empty: it selects the exporters")
+        for name in ("runbook_url", "dashboard_url"):
+            if not getattr(self, name).startswith(("http://", "https://")):
+                raise SettingsError(f"{name} must begin with http:// or https://, unlike {getattr(self, name)!r}")
         for name in ("commit_seconds", "save_seconds"):
             if getattr(self, name) not in LATENCY_BOUNDS[:-1]:
                 bounds = ", ".join(f"{bound:g}" for bound in LATENCY_BOUNDS[:-1])

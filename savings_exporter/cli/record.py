@@ -13,6 +13,7 @@ from savings_exporter.cli.options import store_option, sync_method_option
 from savings_exporter.errors import KeyConflictError
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.service import logs
+from savings_exporter.service.views import tokens
 from savings_exporter.storage.segment import SyncMethod
 from savings_exporter.telemetry.export import Export
 from savings_exporter.tracker import SavingsTracker
@@ -68,7 +69,7 @@ def record(store: str | None, sync_method: SyncMethod, idempotency_key: str | No
                 "record it again; with the same --idempotency-key it counts once"
             )
         what = "counted before" if receipt.duplicate else "recorded"
-        _report(f"{what}: {tracker.snapshot().lifetime.tokens_saved:,} tokens saved in total")
+        _report(f"{what}: {tokens(tracker.snapshot().lifetime.tokens_saved)} saved in total")
 
 
 def _report(line: str) -> None:

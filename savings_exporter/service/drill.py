@@ -165,8 +165,8 @@ def ask(path: str, name: str, seconds: float) -> None:
     """
     path = LOCAL.resolved(path)
     no_service = (
-        f"{path}: no service that accepts drills uses this store; start one with: savings-exporter serve "
-        f"--enable-drill --store {shlex.quote(path)}"
+        f"{path}: no service that accepts drills uses this store; start it, or restart it, with: savings-exporter "
+        f"serve --enable-drill --store {shlex.quote(path)}"
     )
     try:
         answer = _exchange(path, _Question(name, seconds))

@@ -229,7 +229,8 @@ def _checked_context(path: str, tls: Tls) -> SSLContext:
 
     for name, file in msgspec.structs.asdict(tls).items():
         try:
-            yamlfile.read_text(file)
+            if "ENCRYPTED" in yamlfile.read_text(file):
+                raise SettingsError(f"{path}: tls_server_config.{name}: {file} is encrypted; remove its passphrase")
         except (OSError, ValueError) as error:
             raise SettingsError(f"{path}: tls_server_config.{name}: {file} cannot be read: {_why(error)}") from None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -237,6 +238,8 @@ def _checked_context(path: str, tls: Tls) -> SSLContext:
         # With a password, a key that needs one is an error, not a question on the terminal.
         context.load_cert_chain(tls.cert_file, tls.key_file, password="")
     except OSError as error:  # ssl.SSLError is one
+        if getattr(error, "reason", "") == "KEY_VALUES_MISMATCH":
+            raise SettingsError(f"{path}: {tls.key_file} is not the key of the certificate {tls.cert_file}") from None
         raise SettingsError(
             f"{path}: {tls.cert_file} and {tls.key_file} are not a certificate and its key in PEM: {_why(error)}"
         ) from None

@@ -369,8 +369,8 @@ def _has_previous(reader: Reader) -> bool:
 def _nothing_left(path: str, damage: str) -> CorruptStoreError:
     return CorruptStoreError(
         f"{path}: {damage}",
-        "There is no whole previous document, so its totals are lost. Restore it from a backup, or"
-        f" move all files {path}* away to start from zero",
+        "There is no whole previous document, so its totals are lost. If this is not the store, correct the path. "
+        f"Otherwise restore it from a backup, or move all files {path}* away to start from zero",
         path=path,
     )
 

@@ -92,6 +92,8 @@ def test_dashboards_follow_the_selector(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ("objective: 1.5", "objective must be more than 0 and less than 1"),
+        ('job: ""', "job must not be empty"),
+        ("runbook_url: wiki/runbook", "runbook_url must begin with http:// or https://, unlike 'wiki/runbook'"),
         ("save_seconds: 3", "save_seconds must be a bucket's bound"),
         ("selector: namespace=llm", 'selector must be label matchers such as namespace="llm", not namespace=llm'),
         ("idle_hours: 0", "idle_hours must be at least 1"),

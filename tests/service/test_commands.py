@@ -210,7 +210,7 @@ def test_something_else_in_a_stores_place(store_path: Path) -> None:
     for command in (["show"], ["verify"], ["record", "--model", "m", "--tokens-saved", "1"]):
         done = run_cli(*command, "--store", str(store_path))
         assert done.returncode == 1
-        assert "its totals are lost. Restore it from a backup" in done.stderr
+        assert "its totals are lost. If this is not the store, correct the path" in done.stderr
         assert "choose another path" not in done.stderr
 
 
@@ -585,7 +585,7 @@ finally:
 """
     command = ["record", "--store", str(store_path), "--model", "m", "--tokens-saved", "1"]
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=WAIT_SECONDS)
-    assert done.stdout.splitlines() == ["recorded: 1 tokens saved in total", "[]"], done.stderr
+    assert done.stdout.splitlines() == ["recorded: 1 token saved in total", "[]"], done.stderr
 
 
 def test_record_that_cannot_be_saved(

@@ -102,8 +102,23 @@ def test_new_certificate(tmp_path: Path, store_path: Path) -> None:
         assert service.metrics()[IS_RIGHT] == 1
         status, _, logged = service.stop()
     assert status == 0
-    assert "are not a certificate and its key in PEM" in logged
+    assert f"{used / 'service.key'} is not the key of the certificate {used / 'service.crt'}" in logged
     assert "The certificate and the token from before stay in use" in logged
+
+
+@pytest.mark.needs("openssl")
+def test_key_with_a_passphrase(tmp_path: Path, store_path: Path) -> None:
+    make_certificate(tmp_path, "first")
+    key = tmp_path / "service.key"
+    encrypted = subprocess.run(
+        ["openssl", "pkcs8", "-topk8", "-passout", "pass:secret", "-in", str(key)], check=True, capture_output=True
+    )
+    key.write_bytes(encrypted.stdout)
+    config = tmp_path / "web.yml"
+    config.write_text("tls_server_config: {cert_file: service.crt, key_file: service.key}")
+    done = run_cli("serve", "--store", str(store_path), "--web.config.file", str(config))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert f"tls_server_config.key_file: {key} is encrypted; remove its passphrase" in done.stderr
 
 
 @pytest.mark.needs("openssl")
