@@ -12,14 +12,24 @@ import yaml
 
 from savings_exporter.service.drill import KINDS
 from tests.support.paths import DATA, ROOT
-from tests.support.rules import SCENARIOS, promtool, promtool_files, promtool_tests, series_of
+from tests.support.rules import (
+    FOLDER,
+    RECORDING,
+    RULES,
+    SCENARIOS,
+    groups_of,
+    only,
+    promtool,
+    promtool_files,
+    promtool_tests,
+    series_of,
+)
 from tests.support.service import Service, run_cli, running
 from tests.support.wait import eventually
 
 uses_promtool = pytest.mark.needs("prometheus")
 
-FOLDER = ROOT / "dashboards" / "prometheus"
-RULES = [*sorted(FOLDER.glob("rules/*.yml")), *sorted(FOLDER.glob("optional/*.yml"))]
+GROUPS = groups_of(RULES)
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
 DRILL_SENTENCE = (
     " A fire drill ({}) ran on this store within the last 10 minutes. It may be the only cause of this alert."
@@ -28,8 +38,7 @@ DRILL_SENTENCE = (
 
 def all_rules() -> list[dict[str, Any]]:
     """Every rule that is shipped."""
-    groups = [group for path in RULES for group in yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]]
-    return [rule for group in groups for rule in group["rules"]]
+    return [rule for group in GROUPS for rule in group["rules"]]
 
 
 ALERTS = [rule for rule in all_rules() if "alert" in rule]
@@ -67,15 +76,13 @@ def test_rules_are_what_the_command_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", [1, -1], ids=["groups-in-order", "groups-in-reverse"])
 @pytest.mark.parametrize("alert", NAMES)
 def test_alert_fires_when_it_must_and_only_then(alert: str, order: int, tmp_path: Path) -> None:
-    passes(
-        "test", "rules", *promtool_files(tmp_path, promtool_tests(alert, SCENARIOS[alert]), RULES, order, alert=alert)
-    )
+    tests = promtool_tests(alert, SCENARIOS[alert])
+    passes("test", "rules", *promtool_files(tmp_path, tests, only(alert, GROUPS), order))
 
 
 @uses_promtool
 def test_stores_are_added_up_once(tmp_path: Path) -> None:
-    test = yaml.safe_load((ROOT / "tests/rules/recording_test.yml").read_text(encoding="utf-8"))
-    passes("test", "rules", *promtool_files(tmp_path, test["tests"], RULES))
+    passes("test", "rules", *promtool_files(tmp_path, RECORDING, GROUPS))
 
 
 @pytest.mark.parametrize("alert", NAMES)
@@ -105,7 +112,7 @@ def test_alert_names_the_drill_that_ran_on_its_store(alert: str, scenario: dict[
         "input_series": series_of(scenario),
         "alert_rule_test": [{"eval_time": time, "alertname": alert, "exp_alerts": [expected]}],
     }
-    passes("test", "rules", *promtool_files(tmp_path, [test], RULES))
+    passes("test", "rules", *promtool_files(tmp_path, [test], only(alert, GROUPS)))
 
 
 @uses_promtool
@@ -118,7 +125,7 @@ def test_text_of_a_firing_alert_is_whole(alert: str, tmp_path: Path) -> None:
         "input_series": series_of(scenario),
         "alert_rule_test": [{"eval_time": scenario["fires"][-1], "alertname": alert, "exp_alerts": []}],
     }
-    done = promtool("test", "rules", *promtool_files(tmp_path, [test], RULES, alert=alert))
+    done = promtool("test", "rules", *promtool_files(tmp_path, [test], only(alert, GROUPS)))
     text = (done.stdout + done.stderr).partition("got:")[2]
     assert 'summary="' in text
     assert not re.search(r"\{\{|<no value>|error expanding|\(\)|  on |NaN", text), text

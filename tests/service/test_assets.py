@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.support.paths import ROOT
-from tests.support.rules import SCENARIOS, promtool, promtool_files, promtool_tests, series_of
+from tests.support.rules import SCENARIOS, groups_of, only, promtool, promtool_files, promtool_tests, series_of
 from tests.support.service import run_cli, running
 
 SETTINGS = """
@@ -74,7 +74,7 @@ def test_rules_with_a_selector_fire_for_its_exporters_only(tmp_path: Path, alert
         for scenario in scenarios
     ]
     for tests in (promtool_tests(alert, ours), promtool_tests(alert, others)):
-        done = promtool("test", "rules", *promtool_files(tmp_path, tests, rules.glob("*.yml"), alert=alert))
+        done = promtool("test", "rules", *promtool_files(tmp_path, tests, only(alert, groups_of(rules.glob("*.yml")))))
         assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -13,6 +13,11 @@ import yaml
 from tests.support.paths import ROOT
 
 SCENARIOS: dict[str, list[dict[str, Any]]] = yaml.safe_load((ROOT / "tests/rules/alerts.yml").read_text("utf-8"))
+RECORDING: list[dict[str, Any]] = yaml.safe_load((ROOT / "tests/rules/recording_test.yml").read_text("utf-8"))["tests"]
+"""promtool's tests of the recording rules."""
+
+FOLDER = ROOT / "dashboards" / "prometheus"
+RULES = [*sorted(FOLDER.glob("rules/*.yml")), *sorted(FOLDER.glob("optional/*.yml"))]
 
 _TARGET = 'instance="a:9478", job="savings-exporter"'
 
@@ -20,6 +25,21 @@ _TARGET = 'instance="a:9478", job="savings-exporter"'
 def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run promtool. Its output is in stdout and stderr."""
     return subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
+
+
+def groups_of(files: Iterable[Path]) -> list[dict[str, Any]]:
+    """The groups of rule files."""
+    return [group for path in files for group in yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]]
+
+
+def only(alert: str, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The groups with an alert and the rules that it reads, and nothing else, because others only take time."""
+    rules = [rule for group in groups for rule in group["rules"]]
+    kept = [rule for rule in rules if rule.get("alert") == alert]
+    for rule in kept:  # grows meanwhile: a rule that is read may read another one
+        kept += [other for other in rules if other.get("record", "no name") in str(rule) and other not in kept]
+    left = [{**group, "rules": [rule for rule in group["rules"] if rule in kept]} for group in groups]
+    return [group for group in left if group["rules"]]
 
 
 def series_of(scenario: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -49,20 +69,17 @@ def promtool_tests(alert: str, scenarios: Iterable[Mapping[str, Any]]) -> list[d
 
 
 def promtool_files(
-    directory: Path, tests: list[dict[str, Any]], rule_files: Iterable[Path], order: int = 1, *, alert: str = ""
+    directory: Path, tests: list[dict[str, Any]], groups: Iterable[Mapping[str, Any]], order: int = 1
 ) -> list[Path]:
     """Files for ``promtool test rules``: one for each interval of the tests, at which rules are also evaluated.
 
     Prometheus evaluates its groups side by side, and promtool in a random order unless the file names one: with
-    ``order`` 1 as the rule files list them, with -1 in reverse. With ``alert`` all other alerts are left out.
+    ``order`` 1 in that of ``groups``, with -1 in reverse.
     """
-    groups = [group for file in rule_files for group in yaml.safe_load(file.read_text("utf-8"))["groups"]]
-    for group in groups:
-        group["rules"] = [rule for rule in group["rules"] if not alert or rule.get("alert", alert) == alert]
     rules = directory / "rules.yml"
-    rules.write_text(yaml.safe_dump({"groups": groups}), encoding="utf-8")
+    rules.write_text(yaml.safe_dump({"groups": list(groups)}), encoding="utf-8")
     written = []
-    for interval in {test["interval"] for test in tests}:
+    for interval in sorted({test["interval"] for test in tests}):
         content = {
             "rule_files": [str(rules)],
             "evaluation_interval": interval,
