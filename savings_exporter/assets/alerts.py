@@ -274,11 +274,11 @@ def _totals(metrics: Metrics) -> Iterator[Alert]:
 
 def _exporters(metrics: Metrics, settings: RuleSettings) -> Iterator[Alert]:
     job = f"job={json.dumps(settings.job)}"
-    up = metrics.of("up", job, "4m")
+    up = metrics.of("up", job)
     yield Alert(
         "SavingsExporterDown",
-        # Also for an exporter that restarts again and again.
-        f"avg_over_time({up}) < 0.5",
+        # Also for an exporter that restarts again and again, but not for a target that is new or gone: a rollout.
+        f"avg_over_time({metrics.of('up', job, '4m')}) < 0.5\nand {up}\nand {up} offset 3m",
         CRITICAL,
         "{{ $labels.instance }} cannot be scraped.",
         "In the last four minutes more than half of the scrapes failed. Savings that are sent to this exporter may be "
@@ -287,7 +287,7 @@ def _exporters(metrics: Metrics, settings: RuleSettings) -> Iterator[Alert]:
     )
     yield Alert(
         "SavingsExporterAbsent",
-        f"absent({metrics.of('up', job)})",
+        f"absent({up})",
         CRITICAL,
         f"Prometheus has no target {settings.job}.",
         f"For five minutes Prometheus has had no target in the job {settings.job}, so no other alert of the exporters "

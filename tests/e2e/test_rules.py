@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from savings_exporter.service.drill import KINDS
+from tests.support.healthy import MONITORING, SECONDS, SITUATIONS
 from tests.support.paths import DATA, ROOT
 from tests.support.rules import (
     FOLDER,
@@ -24,7 +24,7 @@ from tests.support.rules import (
     promtool_tests,
     series_of,
 )
-from tests.support.service import Service, run_cli, running
+from tests.support.service import run_cli, running
 from tests.support.wait import eventually
 
 uses_promtool = pytest.mark.needs("prometheus")
@@ -151,12 +151,14 @@ def test_the_runbook_has_no_section_of_an_alert_that_is_gone() -> None:
     assert sorted(re.findall(r"^## (\w+)$", RUNBOOK, re.M)) == NAMES
 
 
-@pytest.fixture
-def exported(store_path: Path) -> str:
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The metrics of a service with traffic, on a document of Headroom, because only Headroom records some amounts."""
+    store_path = tmp_path_factory.mktemp("exported") / "proxy_savings.json"
     shutil.copy(DATA / "headroom" / "v6" / "proxy_savings.json", store_path)
     with running("serve", "--store", str(store_path), "--enable-drill") as service:
         assert service.post({"model": "m", "provider": "p", "project": "x", "agent": "a", "tokens_saved": 7})[0] == 200
+        assert service.post({"tokens_saved": "x"})[0] == 422
         assert run_cli("drill", "dir-fsync", "--seconds", "1", "--store", str(store_path)).returncode == 0
         eventually(lambda: service.metrics()['savings_fsync_failures_total{target="directory"}'], "the drill")
         status, text = service.get("/metrics")
@@ -213,43 +215,18 @@ def test_rules_name_only_metrics_that_the_exporter_has(exported: str) -> None:
 
 
 @uses_promtool
-def test_nothing_fires_in_ten_quiet_minutes(store_path: Path, tmp_path: Path) -> None:
-    with running("serve", "--store", str(store_path)) as service:
-        for _ in range(3):
-            assert service.post({"model": "m", "provider": "p", "project": "x", "tokens_saved": 7})[0] == 200
-        series = [*quiet(service), {"series": 'up{job="savings-exporter", instance="a:9478"}', "values": "1x80"}]
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_no_alert_when_healthy(situation: str, exported: str, tmp_path: Path) -> None:
+    targets = SITUATIONS[situation]
     test = {
-        "rule_files": [str(path) for path in RULES],
-        "evaluation_interval": "15s",
-        "tests": [
+        "interval": f"{SECONDS}s",
+        "input_series": [*MONITORING, *(series for target in targets for series in target.series(exported))],
+        "promql_expr_test": [
             {
-                "interval": "15s",
-                "input_series": series,
-                "alert_rule_test": [
-                    {"eval_time": f"{minute}m", "alertname": alert["alert"], "exp_alerts": []}
-                    for alert in ALERTS
-                    if alert["alert"] != "Watchdog"
-                    for minute in range(11)
-                ],
+                "expr": 'sum by (alertname) (count_over_time(ALERTS{alertstate="firing", alertname!="Watchdog"}[1d]))',
+                "eval_time": f"{targets[0].scrapes * SECONDS}s",
+                "exp_samples": [],
             }
         ],
     }
-    path = tmp_path / "quiet.yml"
-    path.write_text(yaml.safe_dump(test), encoding="utf-8")
-    passes("test", "rules", path)
-
-
-def quiet(service: Service) -> list[dict[str, str]]:
-    """The current metrics of the service, unchanged for twenty minutes without traffic."""
-    _, text = service.get("/metrics")
-    samples = re.findall(r"^(\w+)(?:\{(.*)\})? (\S+)$", text, re.M)
-    assert len(samples) > 100
-    # promtool's clock begins at the epoch.
-    past = ("savings_last_save_success_timestamp_seconds", "process_start_time_seconds")
-    return [
-        {
-            "series": f'{name}{{{labels + "," if labels else ""}job="savings-exporter",instance="a:9478"}}',
-            "values": f"{-3600 if name in past else value}x80",
-        }
-        for name, labels, value in samples
-    ]
+    passes("test", "rules", *promtool_files(tmp_path, [test], GROUPS))
