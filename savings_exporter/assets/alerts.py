@@ -153,8 +153,8 @@ def _store(metrics: Metrics, settings: RuleSettings) -> Iterator[Alert]:
         failures = f"savings_{name}_failures_total"
         yield Alert(
             f"Savings{what}Failing",
-            # The short window ends the alert two minutes after the last failure.
-            f"increase({metrics.of(failures, window='5m')}) > 0\nand increase({metrics.of(failures, window='2m')}) > 0",
+            # The window is short, so that the alert ends two minutes after the last failure.
+            f"increase({metrics.of(failures, window='2m')}) > 0",
             WARNING,
             what + " fail on {{ $labels.instance }} at the step {{ $labels.step }} with {{ $labels.error }}.",
             f"{what} have failed repeatedly at this step for five minutes. {consequence}",
@@ -208,8 +208,7 @@ def _latency(metrics: Metrics, settings: RuleSettings) -> Iterator[Alert]:
         kinds = ("save-latency",) if drills else ()
         yield Alert(
             f"Savings{title}LatencyHigh",
-            f"{_p99(metrics, histogram, '5m')} > {seconds:g}\n"
-            f"and {_p99(metrics, histogram, '2m')} > {seconds:g}\n"
+            f"histogram_quantile(0.99, rate({metrics.of(f'{histogram}_bucket', window='2m')})) > {seconds:g}\n"
             f"and increase({metrics.of(f'{histogram}_count', window='5m')}) >= {settings.latency_events}",
             WARNING,
             f"1 % of the {what}s on {{{{ $labels.instance }}}} take {{{{ $value | humanizeDuration }}}} or longer.",
@@ -235,10 +234,6 @@ def _latency(metrics: Metrics, settings: RuleSettings) -> Iterator[Alert]:
                 drills=kinds,
                 labels=(("window", long),),
             )
-
-
-def _p99(metrics: Metrics, histogram: str, window: str) -> str:
-    return f"histogram_quantile(0.99, rate({metrics.of(f'{histogram}_bucket', window=window)}))"
 
 
 def _totals(metrics: Metrics) -> Iterator[Alert]:
@@ -273,8 +268,7 @@ def _totals(metrics: Metrics) -> Iterator[Alert]:
 
 
 def _exporters(metrics: Metrics, settings: RuleSettings) -> Iterator[Alert]:
-    job = f"job={json.dumps(settings.job)}"
-    up = metrics.of("up", job)
+    job, up = f"job={json.dumps(settings.job)}", metrics.of("up")
     yield Alert(
         "SavingsExporterDown",
         # Also for an exporter that restarts again and again, but not for a target that is new or gone: a rollout.
@@ -287,7 +281,7 @@ def _exporters(metrics: Metrics, settings: RuleSettings) -> Iterator[Alert]:
     )
     yield Alert(
         "SavingsExporterAbsent",
-        f"absent({up})",
+        f"absent({metrics.of('up', job)})",
         CRITICAL,
         f"Prometheus has no target {settings.job}.",
         f"For five minutes Prometheus has had no target in the job {settings.job}, so no other alert of the exporters "

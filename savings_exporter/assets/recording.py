@@ -45,7 +45,7 @@ def _totals(metrics: Metrics) -> list[dict[str, str]]:
 
 
 def _failures(metrics: Metrics) -> list[dict[str, str]]:
-    """The failures of the store within a time.
+    """The failures of the store within a time; no sample if there is none.
 
     The counters continue across restarts. A value is compared with the smallest one within that time and, for an
     exporter that was not scraped meanwhile, with the last value before, at most a day ago. The first scrape of an
@@ -56,8 +56,7 @@ def _failures(metrics: Metrics) -> list[dict[str, str]]:
         _rule(
             record,
             f"{metrics.of(name)} - min_over_time({metrics.of(name, window=window)}) > 0\n"
-            f"or {metrics.of(name)} - last_over_time({metrics.of(name, window=f'1d offset {window}')}) > 0\n"
-            f"or {metrics.of(name)} * 0",
+            f"or {metrics.of(name)} - last_over_time({metrics.of(name, window=f'1d offset {window}')}) > 0",
         )
         for record, name, window in (
             ("instance_target:savings_fsync_failures:increase5m", "savings_fsync_failures_total", "5m"),

@@ -12,7 +12,26 @@ import yaml
 
 from tests.support.paths import ROOT
 
-SCENARIOS: dict[str, list[dict[str, Any]]] = yaml.safe_load((ROOT / "tests/rules/alerts.yml").read_text("utf-8"))
+
+def _scenarios() -> dict[str, list[dict[str, Any]]]:
+    """The scenarios of each alert. One may have those of an alert ``like`` it, with other names of series."""
+    content: dict[str, Any] = yaml.safe_load((ROOT / "tests/rules/alerts.yml").read_text("utf-8"))
+
+    def renamed(name: str, instead: Mapping[str, str]) -> str:
+        for old, new in instead.items():
+            name = name.replace(old, new)
+        return name
+
+    for alert, listed in content.items():
+        if "like" in listed:
+            content[alert] = [
+                {**one, "series": {renamed(name, listed["instead"]): text for name, text in one["series"].items()}}
+                for one in content[listed["like"]]
+            ]
+    return content
+
+
+SCENARIOS = _scenarios()
 RECORDING: list[dict[str, Any]] = yaml.safe_load((ROOT / "tests/rules/recording_test.yml").read_text("utf-8"))["tests"]
 """promtool's tests of the recording rules."""
 
