@@ -37,8 +37,10 @@ crash: .venv/.dev ## run the crash lab in its long form (root, Linux); writes bu
 image: .venv/.dev ## build the image and run it as the compose file says, a few minutes (root, Debian)
 	@BUILD_IMAGE=1 REQUIRE_ALL=1 .venv/bin/python -m pytest tests/image $(ARGS)
 
-mutants: .venv/.dev ## remove each rule of the storage from the code: a test must fail (ARGS="gap key")
+# Names of ARGS that only one of the two knows leave nothing to do for the other.
+mutants: .venv/.dev ## change each rule of the storage and of Prometheus: a test must fail (ARGS="gap key StoreGone")
 	@.venv/bin/python -m tests.mutants $(ARGS)
+	@.venv/bin/python -m tests.rule_mutants $(ARGS)
 
 lint: .venv/.dev ## check style, format, types, and that modules import only layers below them
 	.venv/bin/ruff check

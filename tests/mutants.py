@@ -594,6 +594,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="only rules that contain this text")
     names = [name.lower() for name in parser.parse_args().names]
     chosen = [some for some in MUTANTS if not names or any(name in some.rule.lower() for name in names)]
+    if not chosen:
+        print("no mutant has such a name")
+        return 0
     with tempfile.TemporaryDirectory() as directory:
         workers = max((os.cpu_count() or 2) // 2, 1)
         trees: SimpleQueue[Path] = SimpleQueue()
