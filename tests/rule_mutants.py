@@ -1,8 +1,9 @@
 """Changes one thing at a time in Prometheus's rules: a scenario of tests/rules/ must notice it.
 
 ``make mutants`` (or ``python -m tests.rule_mutants [NAME ...]``) derives the mutants from the shipped rules, so a new
-rule has its mutants without an entry here. It exits with 1 when a mutant survives, or when an entry of ``EQUIVALENT``
-describes no mutant any more. A change that no scenario notices is either not tested, or the rule has a needless part.
+rule has its mutants without an entry here. It exits with 1 when a mutant survives, when an entry of ``EQUIVALENT``
+describes no mutant any more, or when a scenario fails without any change. A change that no scenario notices is either
+not tested, or the rule has a needless part.
 """
 
 from __future__ import annotations
@@ -73,6 +74,11 @@ EQUIVALENT = (
         r"instance:savings_(save|commit)_slow:.*",
         r"> => >=, .*",
         "without commits or saves the share is not a number, which is above no limit",
+    ),
+    (
+        r"Watchdog",
+        r"1 => .*",
+        "an alert fires with any value",
     ),
     (
         r"Savings(Save|Commit)Latency.*",
@@ -226,6 +232,19 @@ def result_of(mutant: Mutant, groups: list[dict[str, Any]]) -> str:
     return "survived"
 
 
+def failing_alert(mutants: list[Mutant], groups: list[dict[str, Any]]) -> str:
+    """The first alert that depends on the mutants' rules and whose scenarios fail without any change; empty if none."""
+    changing = [mutant.rule for mutant in mutants]
+    for alert, scenarios in SCENARIOS.items():
+        read = only(alert, groups)
+        if any(rule in changing for group in read for rule in group["rules"]):
+            with tempfile.TemporaryDirectory() as name:
+                files = promtool_files(Path(name), promtool_tests(alert, scenarios), read)
+                if any(promtool("test", "rules", file).returncode for file in files):
+                    return alert
+    return ""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Change each rule of Prometheus: a scenario must notice it.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="only rules whose names contain this text")
@@ -236,13 +255,16 @@ def main() -> int:
     for entry in unused:
         print(f"no mutant is any more what the table of equivalent ones says: {entry[0]}, {entry[1]}")
     chosen = [mutant for mutant in mutants if not names or any(name in mutant.name.lower() for name in names)]
+    if failing := failing_alert(chosen, groups):
+        print(f"the scenarios of {failing} fail without any change")
+        return 1
     results: Counter[str] = Counter()
     for mutant in chosen:
         result = "equivalent" if mutant.is_equivalent else result_of(mutant, groups)
         results[result] += 1
         if result == "survived":
             print(f"survived  {mutant.name}: {mutant.change}", flush=True)
-    print(", ".join(f"{number} {result}" for result, number in sorted(results.items())))
+    print(f"{len(chosen)} mutants of Prometheus's rules:", dict(results))
     return 1 if results["survived"] or unused else 0
 
 

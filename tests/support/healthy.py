@@ -28,7 +28,7 @@ class Target(NamedTuple):
 
     spells: tuple[tuple[str, int], ...]
     """In order: ``up``, ``down`` (the scrape fails) or ``gone`` (there is no target), and for how many scrapes."""
-    instance: str = "a:9478"
+    pod: str = "a"
     restarts: bool = False
     """Whether it is a new process after it was down."""
     clock_ahead: int = 0
@@ -61,7 +61,7 @@ class Target(NamedTuple):
             now += scrapes
             if state != "up" and self.restarts:
                 begin = now
-        own = f'{labels}{"," if labels else ""}job="savings-exporter",instance="{self.instance}"'
+        own = f'{labels}{"," if labels else ""}job="savings-exporter",instance="{self.pod}:9478",pod="{self.pod}"'
         return {"series": f"{name}{{{own}}}", "values": " ".join(parts)}
 
     def _line(self, name: str, labels: str, value: float, now: int, begin: int) -> tuple[float, int]:
@@ -71,7 +71,7 @@ class Target(NamedTuple):
         if name == "process_start_time_seconds":
             return begin * SECONDS - 1 + self.clock_ahead, 0
         if name.endswith("_timestamp_seconds"):
-            return now * SECONDS * self.traffic + self.clock_ahead, SECONDS * self.traffic
+            return 1 + now * SECONDS * self.traffic + self.clock_ahead, SECONDS * self.traffic
         of_process = name.startswith(("savings_http_", "process_"))
         if re.search(r"_(failures|recoveries)_total$", name) or re.search(r'code="[45]', labels):
             return (0 if of_process and begin else value + _OLD_FAILURES), 0
@@ -90,7 +90,7 @@ SITUATIONS = {
     "exporter-restarts": (Target((_HOUR, ("down", 2), _HOUR), restarts=True),),
     "rollout": (
         Target((_HOUR, ("up", 4), ("down", 4), ("gone", _HOUR[1]))),
-        Target((("gone", _HOUR[1]), ("down", 2), ("up", 6 + _HOUR[1])), instance="b:9478"),
+        Target((("gone", _HOUR[1]), ("down", 2), ("up", 6 + _HOUR[1])), pod="b"),
     ),
     "two-scrapes-missed": (Target((_HOUR, ("down", 2), _HOUR)),),
     "new-prometheus": (Target((_HOUR,)),),
