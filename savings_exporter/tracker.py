@@ -58,11 +58,13 @@ class RecordArguments(TypedDict, total=False):
     provider: str | None
     agent: str | None
     project: str | None
+    source: str | None
     cache_read_tokens: int
     cache_write_tokens: int
     uncached_input_tokens: int
     timestamp: datetime | str | None
     savings_usd: float | None
+    cache_savings_usd: float | None
     input_cost_usd: float | None
     idempotency_key: str | None
     wait: bool
@@ -139,11 +141,13 @@ class SavingsTracker:
         provider: str | None = None,
         agent: str | None = None,
         project: str | None = None,
+        source: str | None = None,
         cache_read_tokens: int = 0,
         cache_write_tokens: int = 0,
         uncached_input_tokens: int = 0,
         timestamp: datetime | str | None = None,
         savings_usd: float | None = None,
+        cache_savings_usd: float | None = None,
         input_cost_usd: float | None = None,
         idempotency_key: str | None = None,
         wait: bool = True,
@@ -172,11 +176,13 @@ class SavingsTracker:
             provider=provider,
             agent=agent,
             project=project,
+            source=source,
             cache_read_tokens=cache_read_tokens,
             cache_write_tokens=cache_write_tokens,
             uncached_input_tokens=uncached_input_tokens,
             timestamp=timestamp,  # type: ignore[arg-type]  # a string is parsed, and refused with the field's name
             savings_usd=savings_usd,
+            cache_savings_usd=cache_savings_usd,
             input_cost_usd=input_cost_usd,
         )
         return self._record((record,), idempotency_key, wait=wait)

@@ -21,7 +21,7 @@ _KEPT = "1d"
 def total(metric: str, *by: str, function: str = "") -> str:
     """The sum of a lifetime metric over all stores, or its ``rate``, or its ``gain`` within the panel's time range."""
     kind = metric.split("_")[1]
-    names = kind if kind in ("project", "agent") else "provider, model"
+    names = kind if kind in ("project", "agent", "source") else "provider, model"
     series = of_instances(metric)
     if function == "rate":
         series = f"rate({series}[$__rate_interval])"

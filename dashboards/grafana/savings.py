@@ -1,4 +1,4 @@
-"""The dashboard of the savings: how much was and is saved, and by which models, projects and agents."""
+"""The dashboard of the savings: how much was and is saved, and by which models, projects, agents and sources."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ _ABOUT = (
 
 def build(other: tuple[str, str]) -> Any:
     """The dashboard, with a link to the other one."""
-    description = "Savings in total and by model, project and agent. Only durable records count, across restarts."
-    rows = (_how_much(), _is_it_going_on(), _models(), _named("project"), _named("agent"), _what_else())
+    description = (
+        "Savings in total and by model, project, agent and source. Only durable records count, across restarts."
+    )
+    named = (_named("project"), _named("agent"), _named("source"))
+    rows = (_how_much(), _is_it_going_on(), _models(), *named, _what_else())
     return dashboard_of(TITLE, UID, description, rows, other=other)
 
 
@@ -163,9 +166,11 @@ def _models() -> Row:
 
 
 def _named(label: str) -> Row:
-    """The row of projects or of agents."""
+    """The row of projects, of agents or of sources."""
     tokens, requests = f"savings_{label}_tokens_saved_total", f"savings_{label}_requests_total"
     unnamed = f"Records without {'an' if label == 'agent' else 'a'} {label} are not included."
+    if label == "source":
+        unnamed += " Sources can overlap: what one saved can be the input of another."
     columns = (
         ("Tokens saved", "short", Query(total(tokens, label))),
         ("Requests", "short", Query(total(requests, label))),

@@ -31,6 +31,7 @@ from savings_exporter.tracker import SavingsTracker
 @click.option("--provider", metavar="NAME", help="The provider of the model.")
 @click.option("--agent", metavar="NAME", help="The program that made the request.")
 @click.option("--project", metavar="NAME", help="The project of the request.")
+@click.option("--source", metavar="NAME", help="The layer that saved, such as headroom or rtk.")
 @click.option("--cache-read-tokens", metavar="N", type=int, default=0, help="Input tokens read from a prompt cache.")
 @click.option("--cache-write-tokens", metavar="N", type=int, default=0, help="Input tokens written to a prompt cache.")
 @click.option(
@@ -38,6 +39,7 @@ from savings_exporter.tracker import SavingsTracker
 )
 @click.option("--timestamp", metavar="TIME", help="When, ISO 8601, such as 2026-01-31T23:59:00Z. Default: now.")
 @click.option("--savings-usd", metavar="USD", type=float, help="US dollars saved; may be negative.")
+@click.option("--cache-savings-usd", metavar="USD", type=float, help="US dollars that a prompt cache saved.")
 @click.option("--input-cost-usd", metavar="USD", type=float, help="US dollars paid for input.")
 @click.option(
     "--idempotency-key",

@@ -1,8 +1,8 @@
 """Encodes and decodes ``proxy_savings.json``.
 
 The layout is Headroom's schema 6, so existing readers of ``proxy_savings.json`` continue to work. Our own block,
-``savings_exporter``, adds the totals by provider and model and by agent, how far each writer's journal is counted, the
-idempotency keys, the operation counters, and a checksum over every byte of the document.
+``savings_exporter``, adds the totals by provider and model, by agent and by source, how far each writer's journal is
+counted, the idempotency keys, the operation counters, and a checksum over every byte of the document.
 
 This module reads schemas 2 to 6, and formats 1 and 2 of our own block. It keeps unknown keys.
 """
@@ -217,6 +217,7 @@ def _decode_checked(
         by_model=by_model,
         projects=projects,
         agents={} if is_old else _typed(block["agents"], dict[str, Totals]),
+        sources=_typed(block.get("sources", b"{}"), dict[str, Totals]),
         by_provider_model=dict(map(_read_pair, _items(block["totals"]))),
         history=History.of_lines(_items(members["history"])),
     )
@@ -252,6 +253,7 @@ def _block(document: Document) -> bytes:
         "writers": ascii_json(document.writers),
         "operations": ascii_json(document.operations),
         "agents": _entries(document.ledger.agents, {}),
+        "sources": _entries(document.ledger.sources, {}),
         "totals": _list(_pair(*entry) for entry in document.ledger.by_provider_model.items()),
         "idempotency_keys": ascii_json(document.keys.pack()),
     }

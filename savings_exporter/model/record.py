@@ -34,8 +34,8 @@ _TOKEN_FIELDS = (
 class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What one LLM request saved.
 
-    The field names and their meanings are those of Headroom's ``record_request``. Names of models, providers, agents
-    and projects come from clients of the proxy, so they are cleaned instead of refused: characters that cannot be
+    The field names and their meanings are those of Headroom's ``record_request``, which has no ``source``. Names come
+    from clients of the proxy, so they are cleaned instead of refused: characters that cannot be
     printed are removed, and at most 128 characters are kept.
 
     Attributes:
@@ -49,6 +49,8 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         provider: the provider of the model, such as ``anthropic``; ``unknown`` when it is not given.
         agent: the program that made the request, such as ``claude-code``; ``unknown`` when it is not given.
         project: the project that the request belongs to; None when it belongs to no project.
+        source: the layer that saved, such as ``headroom``, ``rtk`` or ``litellm``; None when it is not given. Layers
+            can overlap: the output of one can be the input of another.
         cache_read_tokens: input tokens that the provider read from its prompt cache.
         cache_write_tokens: input tokens that the provider wrote to its prompt cache.
         uncached_input_tokens: input tokens that were neither read from nor written to the prompt cache.
@@ -56,6 +58,8 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             it is the current time.
         savings_usd: what ``tokens_saved`` would have cost, in US dollars; None when it is unknown. It is negative when
             rewriting the request cost more than it saved, because it invalidated a prompt cache.
+        cache_savings_usd: what reading ``cache_read_tokens`` from the prompt cache saved, in US dollars; None when it
+            is unknown.
         input_cost_usd: what the input cost, in US dollars; None when it is unknown.
 
     Raises:
@@ -73,11 +77,13 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     provider: str | None = None
     agent: str | None = None
     project: str | None = None
+    source: str | None = None
     cache_read_tokens: int = 0
     cache_write_tokens: int = 0
     uncached_input_tokens: int = 0
     timestamp: datetime | None = None
     savings_usd: float | None = None
+    cache_savings_usd: float | None = None
     input_cost_usd: float | None = None
 
     def __post_init__(self) -> None:
@@ -110,6 +116,9 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         project = self.project
         if project is not None and (not are_clean(project) or "%" in project):
             _set_field(self, "project", clean_project(project))
+        source = self.source
+        if source is not None and not are_clean(source):
+            _set_field(self, "source", clean_name("source", source) or None)
         if self.timestamp is None:
             _set_field(self, "timestamp", datetime.now(timezone.utc))
         else:
@@ -117,6 +126,9 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         usd = self.savings_usd
         if usd is not None and not (type(usd) is float and -MAX_USD <= usd <= MAX_USD):
             _set_field(self, "savings_usd", _usd("savings_usd", usd, least=-MAX_USD))
+        usd = self.cache_savings_usd
+        if usd is not None and not (type(usd) is float and 0 <= usd <= MAX_USD):
+            _set_field(self, "cache_savings_usd", _usd("cache_savings_usd", usd, least=0))
         usd = self.input_cost_usd
         if usd is not None and not (type(usd) is float and 0 <= usd <= MAX_USD):
             _set_field(self, "input_cost_usd", _usd("input_cost_usd", usd, least=0))

@@ -73,6 +73,11 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         return self.ledger.agents
 
     @property
+    def sources(self) -> Mapping[str, Totals]:
+        """The totals of each source. Records without a source are not included."""
+        return self.ledger.sources
+
+    @property
     def by_provider_model(self) -> Mapping[Pair, Totals]:
         """The totals of each provider and model."""
         return self.ledger.by_provider_model

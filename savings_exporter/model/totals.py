@@ -45,7 +45,7 @@ OTHER_PAIR: Pair = (OTHER, OTHER)
 
 Name = TypeVar("Name", str, Pair)
 
-_Key = tuple[str, str, str | None, str | None, int]
+_Key = tuple[str, str, str | None, str | None, str | None, int]
 _FEW_COUNTS = len(COUNTS) - 1
 # How many of the last counts are missing in rows of an earlier version.
 _LATER_COUNTS = 4
@@ -60,6 +60,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_models: int = 200
     max_projects: int = 200
     max_agents: int = 50
+    max_sources: int = 50
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=False):
@@ -69,6 +70,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_
         provider, model: as in a record.
         project: None when the records belong to no project.
         agent: None when it is unknown.
+        source: None when it is not given.
         newest: the newest record's timestamp, in UTC. All records are from the same hour.
         requests: how many records there are.
         counts: their counts, in the order of ``COUNTS`` without ``requests``. An earlier version wrote fewer.
@@ -79,6 +81,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_
     model: str
     project: str | None = None
     agent: str | None = None
+    source: str | None = None
     newest: datetime
     requests: int
     counts: tuple[int, ...]
@@ -105,17 +108,17 @@ class Sums:
         self.newest: datetime | None = None
         self._most_rows = most_rows
         self._sums: dict[_Key, _Sum] = {}
-        self._last_folded: dict[tuple[bool, bool], _Key] = {}
+        self._last_folded: dict[tuple[bool, bool, bool], _Key] = {}
 
     def add_all(self, records: Iterable[SavingsRecord]) -> None:
         """Add records."""
-        groups: dict[tuple[str | None, str, str | None, str | None], list[SavingsRecord]] = {}
+        groups: dict[tuple[str | None, str, str | None, str | None, str | None], list[SavingsRecord]] = {}
         for record in records:
             groups.setdefault(_NAMES(record), []).append(record)
-        for (provider, model, project, agent), group in groups.items():
+        for (provider, model, project, agent, source), group in groups.items():
             known_agent = None if agent == UNKNOWN else agent
             for hour, of_hour in _by_hour(group).items():
-                key = (provider or UNKNOWN, model, project, known_agent, hour)
+                key = (provider or UNKNOWN, model, project, known_agent, source, hour)
                 self._add(key, _numbers_of_all(of_hour), max(map(_TIMESTAMP, of_hour)))
 
     def add_rows(self, rows: Iterable[Row]) -> None:
@@ -129,7 +132,7 @@ class Sums:
             if missing not in (0, _LATER_COUNTS) or len(row.units) != len(AMOUNTS):
                 raise ValueError(f"a row with {len(row.counts)} counts and {len(row.units)} amounts")
             newest = row.newest.astimezone(timezone.utc)
-            key = (row.provider, row.model, row.project, row.agent, _hour_of(newest))
+            key = (row.provider, row.model, row.project, row.agent, row.source, _hour_of(newest))
             self._add(key, (row.requests, *row.counts, *(missing * (0,)), *row.units), newest)
 
     def rows(self) -> list[Row]:
@@ -140,18 +143,19 @@ class Sums:
                 model=model,
                 project=project,
                 agent=agent,
+                source=source,
                 newest=part.newest,
                 requests=part.numbers[0],
                 counts=part.numbers[1 : len(COUNTS)],
                 units=part.numbers[len(COUNTS) :],
             )
-            for (provider, model, project, agent, _), part in self._sums.items()
+            for (provider, model, project, agent, source, _), part in self._sums.items()
         ]
 
-    def parts(self) -> Iterator[tuple[Pair, str | None, str | None, Part]]:
-        """The pair of provider and model, the project, the agent and the sums of each row."""
-        for (provider, model, project, agent, _), found in self._sums.items():
-            yield (provider, model), project, agent, Part(found.numbers, iso_utc(found.newest))
+    def parts(self) -> Iterator[tuple[Pair, str | None, str | None, str | None, Part]]:
+        """The pair of provider and model, the project, the agent, the source and the sums of each row."""
+        for (provider, model, project, agent, source, _), found in self._sums.items():
+            yield (provider, model), project, agent, source, Part(found.numbers, iso_utc(found.newest))
 
     def __len__(self) -> int:
         return len(self._sums)
@@ -169,9 +173,9 @@ class Sums:
     def _key_within_limit(self, key: _Key) -> _Key:
         if self._most_rows is None or len(self._sums) < self._most_rows:
             return key
-        _, _, project, agent, hour = key
-        folded = (OTHER, OTHER, project and OTHER, agent and OTHER, hour)
-        kind = (project is None, agent is None)
+        _, _, project, agent, source, hour = key
+        folded = (OTHER, OTHER, project and OTHER, agent and OTHER, source and OTHER, hour)
+        kind = (project is None, agent is None, source is None)
         if len(self._sums) >= 2 * self._most_rows and folded not in self._sums:
             return self._last_folded.setdefault(kind, folded)
         self._last_folded[kind] = folded
@@ -190,7 +194,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
     """All totals of a store. A ledger is immutable: an addition returns a new ledger.
 
     ``by_provider_model`` adds up to ``lifetime``. ``by_model`` does too, except for totals that an older document did
-    not break down by model. ``projects`` and ``agents`` include only records that name a project or an agent.
+    not break down by model. ``projects``, ``agents`` and ``sources`` include only records that name one.
 
     Attributes:
         records: how many records are counted. For another program's document, this is its number of lifetime requests.
@@ -201,6 +205,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
     by_model: Mapping[str, Totals] = {}
     projects: Mapping[str, Totals] = {}
     agents: Mapping[str, Totals] = {}
+    sources: Mapping[str, Totals] = {}
     by_provider_model: Mapping[Pair, Totals] = {}
     history: History = History()
 
@@ -222,16 +227,16 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         models: dict[str, Part] = {}
         projects: dict[str, Part] = {}
         agents: dict[str, Part] = {}
+        sources: dict[str, Part] = {}
         pairs: dict[Pair, Part] = {}
         hours: dict[str, Part] = {}
-        for pair, project, agent, part in sums.parts():
+        for pair, project, agent, source, part in sums.parts():
             _gather(pairs, pair, part)
             _gather(models, pair[1], part)
             _gather(hours, part.newest[:_HOUR], part)
-            if project is not None:
-                _gather(projects, project, part)
-            if agent is not None:
-                _gather(agents, agent, part)
+            for named, name in ((projects, project), (agents, agent), (sources, source)):
+                if name is not None:
+                    _gather(named, name, part)
         lifetime = self.lifetime
         for part in hours.values():
             lifetime = lifetime.plus(*part)
@@ -241,6 +246,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
             by_model=_merged(self.by_model, models, OTHER, limits.max_models),
             projects=_merged(self.projects, projects, OTHER, limits.max_projects),
             agents=_merged(self.agents, agents, OTHER, limits.max_agents),
+            sources=_merged(self.sources, sources, OTHER, limits.max_sources),
             by_provider_model=_merged(self.by_provider_model, pairs, OTHER_PAIR, limits.max_models),
             history=self.history.plus(hours, lifetime, now),
         )
@@ -254,6 +260,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
             by_model=_assumed(self.by_model),
             projects=_assumed(self.projects),
             agents=_assumed(self.agents),
+            sources=_assumed(self.sources),
             by_provider_model=pairs,
         )
 
@@ -267,6 +274,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
             by_model=_largest(self.by_model, OTHER, limits.max_models),
             projects=_largest(self.projects, OTHER, limits.max_projects),
             agents=_largest(self.agents, OTHER, limits.max_agents),
+            sources=_largest(self.sources, OTHER, limits.max_sources),
             by_provider_model=_largest(self.by_provider_model, OTHER_PAIR, limits.max_models),
         )
 
@@ -275,8 +283,8 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
 _HOUR = len("2026-01-01T00")
 
 # Each getter reads several fields in one call. This saves time, because every record is added up.
-_NAMES: Callable[[SavingsRecord], tuple[str | None, str, str | None, str | None]] = operator.attrgetter(
-    "provider", "model", "project", "agent"
+_NAMES: Callable[[SavingsRecord], tuple[str | None, str, str | None, str | None, str | None]] = operator.attrgetter(
+    "provider", "model", "project", "agent", "source"
 )
 _TIMESTAMP: Callable[[SavingsRecord], datetime] = operator.attrgetter("timestamp")
 _TOKENS: Callable[[SavingsRecord], tuple[int, ...]] = operator.attrgetter(
@@ -313,19 +321,20 @@ def _numbers_of_all(records: Sequence[SavingsRecord]) -> Numbers:
     Headroom does the same for a request without a cache breakdown.
     """
     saved = [units_of(record.savings_usd) for record in records if record.savings_usd is not None]
+    cached = [units_of(record.cache_savings_usd) for record in records if record.cache_savings_usd is not None]
     cost = [units_of(record.input_cost_usd) for record in records if record.input_cost_usd is not None]
     compared = sum([record.tokens_saved + record.tool_search_saved for record in records if record.input_tokens])
     tokens = map(sum, zip(*map(_TOKENS, records), strict=True))
-    return (len(records), *tokens, compared, len(saved), len(cost), 0, *_amounts(sum(saved), sum(cost)))
+    return (len(records), *tokens, compared, len(saved), len(cost), 0, *_amounts(sum(saved), sum(cached), sum(cost)))
 
 
-def _amounts(saved: int, cost: int) -> Numbers:
+def _amounts(saved: int, cached: int, cost: int) -> Numbers:
     """The amounts of some records in billionths of a dollar, in the order of ``AMOUNTS``."""
     return (
         saved,  # compression_savings_usd
         saved,  # compression_savings_list_usd
         0,  # tool_schema_savings_usd
-        0,  # cache_savings_usd
+        cached,  # cache_savings_usd
         0,  # output_savings_usd
         cost,  # total_input_cost_usd
         0,  # total_output_cost_usd

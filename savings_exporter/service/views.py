@@ -36,6 +36,7 @@ def as_json(snapshot: Snapshot, health: Health, storage_path: str) -> dict[str, 
         "by_model": {name: _entry(totals) for name, totals in ranked(snapshot.by_model.items())},
         "projects": {name: _entry(totals) for name, totals in ranked(snapshot.projects.items())},
         "agents": {name: _entry(totals) for name, totals in ranked(snapshot.agents.items())},
+        "sources": {name: _entry(totals) for name, totals in ranked(snapshot.sources.items())},
         "by_provider_model": [
             {"provider": provider, "model": model, **_entry(totals)}
             for (provider, model), totals in snapshot.by_provider_model.items()
@@ -59,6 +60,7 @@ def breakdowns(snapshot: Snapshot) -> Iterator[tuple[str, list[tuple[str, Totals
     yield "provider/model", ranked(pairs)
     yield "project", ranked(snapshot.projects.items())
     yield "agent", ranked(snapshot.agents.items())
+    yield "source", ranked(snapshot.sources.items())
 
 
 def ranked(group: Iterable[tuple[str, Totals]]) -> list[tuple[str, Totals]]:

@@ -176,7 +176,8 @@ def totals_families(snapshot: Snapshot) -> Iterator[Metric]:
             if amount is not None:
                 gauge.add_metric(pair, amount)
         yield gauge
-    for label, named in (("project", snapshot.projects), ("agent", snapshot.agents)):
+    by_name = {"project": snapshot.projects, "agent": snapshot.agents, "source": snapshot.sources}
+    for label, named in by_name.items():
         for name, (field, help_text) in _NAMED_COUNTERS.items():
             text = help_text.format(f"{'an' if label == 'agent' else 'a'} {label}")
             family = CounterMetricFamily(f"savings_{label}_{name}", text, labels=[label])

@@ -35,6 +35,7 @@ SAVING: dict[str, Any] = {
     "provider": "anthropic",
     "project": "web",
     "agent": "claude-code",
+    "source": "headroom",
     "tokens_saved": 4096,
     "input_tokens": 12000,
     "savings_usd": 0.0123,

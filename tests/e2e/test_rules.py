@@ -157,7 +157,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
     store_path = tmp_path_factory.mktemp("exported") / "proxy_savings.json"
     shutil.copy(DATA / "headroom" / "v6" / "proxy_savings.json", store_path)
     with running("serve", "--store", str(store_path), "--enable-drill") as service:
-        assert service.post({"model": "m", "provider": "p", "project": "x", "agent": "a", "tokens_saved": 7})[0] == 200
+        saving = {"model": "m", "provider": "p", "project": "x", "agent": "a", "source": "s", "tokens_saved": 7}
+        assert service.post(saving)[0] == 200
         assert service.post({"tokens_saved": "x"})[0] == 422
         assert run_cli("drill", "dir-fsync", "--seconds", "1", "--store", str(store_path)).returncode == 0
         eventually(lambda: service.metrics()['savings_fsync_failures_total{target="directory"}'], "the drill")

@@ -55,6 +55,7 @@ Share of the input: {percent}. US dollars saved: {dollars}. Last saving: {last_r
 {models}
 {projects}
 {agents}
+{sources}
 <p><small>{path} &middot; {saved}read {read_at} &middot; <a href="{metrics}">metrics</a> &middot;
 <a href="{savings}">JSON</a> &middot; <a href="{runbook}">runbook</a></small></p>
 </body>
@@ -76,6 +77,7 @@ def render(snapshot: Snapshot, health: Health, storage_path: str, prefix: str, m
         models=_table("By model", snapshot.by_model),
         projects=_table("By project", snapshot.projects),
         agents=_table("By agent", snapshot.agents),
+        sources=_table("By source", snapshot.sources),
         path=escape(storage_path),
         last_record=moment_and_age(newest, datetime.now(timezone.utc)) if newest else UNKNOWN_FIGURE,
         saved=f"saved {utc(snapshot.saved_at)} &middot; " if snapshot.saved_at else "",

@@ -13,7 +13,7 @@ from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.totals import Ledger, Limits, Sums, iso_utc
 
 NOW = datetime(2026, 6, 15, 12, 30, tzinfo=timezone.utc)
-ROOMY = Limits(max_models=1000, max_projects=1000, max_agents=1000)
+ROOMY = Limits(max_models=1000, max_projects=1000, max_agents=1000, max_sources=1000)
 
 names = st.sampled_from([OTHER, "unknown", *"abcdefgh"])
 tokens = st.integers(0, 10**6)
@@ -25,12 +25,14 @@ records = st.builds(
     provider=st.none() | st.sampled_from([OTHER, "anthropic", "openai"]),
     project=st.none() | names,
     agent=st.none() | names,
+    source=st.none() | names,
     tokens_saved=tokens,
     input_tokens=tokens,
     output_tokens=tokens,
     tool_search_saved=tokens,
     cache_read_tokens=tokens,
     savings_usd=nanodollars.map(lambda number: number / 1e9),
+    cache_savings_usd=nanodollars.map(lambda number: abs(number) / 1e9),
     input_cost_usd=nanodollars.map(lambda number: abs(number) / 1e9),
     timestamp=moments,
 )
@@ -44,11 +46,19 @@ def one(
     at: datetime = NOW,
     project: str | None = None,
     agent: str | None = None,
+    source: str | None = None,
     usd: float | None = None,
 ) -> SavingsRecord:
     """One record."""
     return SavingsRecord(
-        model=model, tokens_saved=saved, timestamp=at, project=project, agent=agent, provider="p", savings_usd=usd
+        model=model,
+        tokens_saved=saved,
+        timestamp=at,
+        project=project,
+        agent=agent,
+        source=source,
+        provider="p",
+        savings_usd=usd,
     )
 
 

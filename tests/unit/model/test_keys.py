@@ -161,10 +161,12 @@ CHANGES: dict[str, Any] = {
     "provider": "q",
     "agent": "a",
     "project": "x",
+    "source": "s",
     "cache_read_tokens": 1,
     "cache_write_tokens": 1,
     "uncached_input_tokens": 1,
     "savings_usd": 0.0,
+    "cache_savings_usd": 0.25,
     "input_cost_usd": 0.5,
 }
 

@@ -55,7 +55,7 @@ def test_wrong_amount_is_named(field: str, value: Any, error: type[Exception]) -
         record(**{field: value})
 
 
-@pytest.mark.parametrize("field", ["model", "provider", "agent", "project"])
+@pytest.mark.parametrize("field", ["model", "provider", "agent", "project", "source"])
 def test_name_is_text(field: str) -> None:
     with pytest.raises(TypeError, match=rf"^{field} must be a string, not int"):
         record(**{field: 5})
@@ -110,8 +110,10 @@ def test_timestamps_in_utc() -> None:
 
 
 def test_missing_names() -> None:
-    nameless = record(model="\x00\u202e\ud800", provider="  ", agent=None, project="\n")
-    assert (nameless.model, nameless.provider, nameless.agent, nameless.project) == ("unknown",) * 3 + (None,)
+    nameless = record(model="\x00\u202e\ud800", provider="  ", agent=None, project="\n", source="\x1b")
+    assert (nameless.model, nameless.provider, nameless.agent) == ("unknown",) * 3
+    assert nameless.project is nameless.source is None
+    assert record(source=" head\x1broom ").source == "headroom"
 
 
 @pytest.mark.parametrize(

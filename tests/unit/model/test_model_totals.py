@@ -37,13 +37,14 @@ def without_history(ledger: Ledger) -> Ledger:
 
 
 def limits_of(limit: int) -> Limits:
-    return Limits(max_models=limit, max_projects=limit, max_agents=limit)
+    return Limits(max_models=limit, max_projects=limit, max_agents=limit, max_sources=limit)
 
 
 def assert_bounded(ledger: Ledger, limits: Limits) -> None:
     assert len(ledger.by_model.keys() - {OTHER}) <= limits.max_models
     assert len(ledger.projects.keys() - {OTHER}) <= limits.max_projects
     assert len(ledger.agents.keys() - {OTHER}) <= limits.max_agents
+    assert len(ledger.sources.keys() - {OTHER}) <= limits.max_sources
     assert len(ledger.by_provider_model.keys() - {OTHER_PAIR}) <= limits.max_models
     assert total_of(ledger.by_model.values()) == ledger.lifetime
     assert total_of(ledger.by_provider_model.values()) == ledger.lifetime
@@ -54,6 +55,7 @@ def assert_nothing_went_back(before: Ledger, after: Ledger) -> None:
         (before.by_model, after.by_model),
         (before.projects, after.projects),
         (before.agents, after.agents),
+        (before.sources, after.sources),
         (before.by_provider_model, after.by_provider_model),
     ]
     for old, new in groups:
@@ -66,6 +68,7 @@ FULL = SavingsRecord(
     provider="p",
     project="x",
     agent="a",
+    source="s",
     tokens_saved=1,
     tool_search_saved=2,
     output_tokens_saved=3,
@@ -75,6 +78,7 @@ FULL = SavingsRecord(
     input_tokens=7,
     output_tokens=8,
     savings_usd=-0.5,
+    cache_savings_usd=0.125,
     input_cost_usd=0.25,
     timestamp=NOW,
 )
@@ -96,6 +100,7 @@ def test_record_in_every_total() -> None:
         costed_requests=1,
         compression_savings_usd=-0.5,
         compression_savings_list_usd=-0.5,
+        cache_savings_usd=0.125,
         total_input_cost_usd=0.25,
         last_activity_at="2026-06-15T12:30:00Z",
     )
@@ -105,12 +110,13 @@ def test_record_in_every_total() -> None:
     assert ledger.by_model == {"m": expected}
     assert ledger.projects == {"x": expected}
     assert ledger.agents == {"a": expected}
+    assert ledger.sources == {"s": expected}
     assert ledger.by_provider_model == {("p", "m"): expected}
 
 
 def test_names_that_are_missing() -> None:
     ledger = counted(Ledger(), [SavingsRecord(model="m", tokens_saved=1), one(agent=UNKNOWN)])
-    assert ledger.projects == ledger.agents == {}
+    assert ledger.projects == ledger.agents == ledger.sources == {}
     assert ledger.by_provider_model.keys() == {(UNKNOWN, "m"), ("p", "m")}
 
 
@@ -214,6 +220,8 @@ def test_names_stay_within_limits(
     by_agents = [record for record in records if record.agent != UNKNOWN]
     assert total_of(ledger.projects.values()) == counted(Ledger(), in_projects).lifetime
     assert total_of(ledger.agents.values()) == counted(Ledger(), by_agents).lifetime
+    by_sources = [record for record in records if record.source]
+    assert total_of(ledger.sources.values()) == counted(Ledger(), by_sources).lifetime
 
 
 def test_agents_beyond_limit() -> None:
@@ -232,6 +240,7 @@ def test_bounded_ledger(records: list[SavingsRecord], limit: int) -> None:
     assert_bounded(cut, limits_of(limit))
     assert total_of(cut.projects.values()) == total_of(whole.projects.values())
     assert total_of(cut.agents.values()) == total_of(whole.agents.values())
+    assert total_of(cut.sources.values()) == total_of(whole.sources.values())
     kept = cut.by_model.keys() - {OTHER}
     dropped = whole.by_model.keys() - kept - {OTHER}
     assert all(cut.by_model[name] == whole.by_model[name] for name in kept)
@@ -259,13 +268,14 @@ def test_sums_with_few_rows(records: list[SavingsRecord], cuts: list[int], most_
     sums = Sums(most_rows)
     for group in split(records, cuts):
         sums.add_all(group)
-    assert len(sums) <= 2 * most_rows + 4
+    assert len(sums) <= 2 * most_rows + 8
     assert sums.requests == len(records)
     ledger, exact = Ledger().plus(sums, ROOMY, NOW), counted(Ledger(), records)
     assert ledger.lifetime == exact.lifetime
     assert total_of(ledger.by_model.values()) == exact.lifetime
     assert total_of(ledger.projects.values()) == total_of(exact.projects.values())
     assert total_of(ledger.agents.values()) == total_of(exact.agents.values())
+    assert total_of(ledger.sources.values()) == total_of(exact.sources.values())
 
 
 def test_folded_rows_keep_their_hour() -> None:
