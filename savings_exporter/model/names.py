@@ -11,11 +11,13 @@ UNKNOWN = "unknown"
 OTHER = "other"
 """The name under which everything beyond a limit is counted."""
 
-MAX_NAME_LENGTH = 128
-"""The maximum length of a name of a model, provider, agent or project, in characters. Headroom's limit is the same."""
+MAX_NAME_BYTES = 128
+"""The maximum length of a name in UTF-8, in bytes, like Prometheus's ``label_value_length_limit``: a longer label value
+makes a whole scrape fail. Headroom's limit is as many characters.
+"""
 
 # A longer name is truncated before it is cleaned, so that the cost of cleaning is bounded.
-_MAX_RAW_NAME_LENGTH = 2 * MAX_NAME_LENGTH
+_MAX_RAW_NAME_LENGTH = 2 * MAX_NAME_BYTES
 
 # Real names are percent-encoded at most twice. Without this limit, decoding a malicious name of 128 characters takes
 # sixty rounds.
@@ -27,15 +29,13 @@ _ENCODED = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
 def are_clean(*values: object) -> bool:
     """Whether each name is not empty and cleaning would not change it. A project may still be percent-encoded."""
     for value in values:
-        if not (
-            type(value) is str and 0 < len(value) <= MAX_NAME_LENGTH and value.isprintable() and value == value.strip()
-        ):
+        if not (type(value) is str and value and _fits(value) and value.isprintable() and value == value.strip()):
             return False
     return True
 
 
 def clean_name(field: str, value: Any) -> str:
-    """Clean a name: remove characters that cannot be printed, strip spaces, and keep at most 128 characters. Returns ""
+    """Clean a name: remove characters that cannot be printed, strip spaces, and keep at most 128 bytes. Returns ""
     when nothing is left.
 
     Cleaning a clean name does not change it, so a name that is read from a document stays the same.
@@ -49,12 +49,13 @@ def clean_name(field: str, value: Any) -> str:
         raise TypeError(f"{field} must be a string, not {type(value).__name__}")
     # msgspec does not encode subclasses of str.
     name: str = value if type(value) is str else str.__str__(value)
-    if len(name) <= MAX_NAME_LENGTH and name.isprintable() and name == name.strip():
+    if _fits(name) and name.isprintable() and name == name.strip():
         return name
     printable = name[:_MAX_RAW_NAME_LENGTH]
     if not printable.isprintable():
         printable = "".join(filter(str.isprintable, printable))
-    return printable.strip()[:MAX_NAME_LENGTH].strip()
+    # What is printable has no halves of surrogate pairs.
+    return printable.strip().encode()[:MAX_NAME_BYTES].decode(errors="ignore").strip()
 
 
 def clean_project(value: Any) -> str | None:
@@ -77,6 +78,12 @@ def clean_project(value: Any) -> str | None:
     if _ENCODED.search(name):
         name = clean_name("project", name.replace("%", ""))
     return name or None
+
+
+def _fits(name: str) -> bool:
+    if len(name) > MAX_NAME_BYTES:
+        return False
+    return name.isascii() or len(name.encode(errors="surrogatepass")) <= MAX_NAME_BYTES
 
 
 def _decoded(run: re.Match[str]) -> str:

@@ -35,8 +35,8 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What one LLM request saved.
 
     The field names and their meanings are those of Headroom's ``record_request``, which has no ``source``. Names come
-    from clients of the proxy, so they are cleaned instead of refused: characters that cannot be
-    printed are removed, and at most 128 characters are kept.
+    from clients of the proxy, so they are cleaned instead of refused: characters that cannot be printed are removed,
+    and at most 128 bytes in UTF-8 are kept.
 
     Attributes:
         model: the model that answered, as the provider names it; ``unknown`` when nothing of the name is left.
