@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from opentelemetry.trace import get_current_span
 
 from savings_exporter.errors import StoreError
+from savings_exporter.model.days import Dated
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Limits
+from savings_exporter.storage.closed_days import read_days
 from savings_exporter.storage.filesystem import LOCAL, FileSystem
 from savings_exporter.storage.observers import Observers
 from savings_exporter.storage.operation import error_symbol
@@ -240,6 +242,16 @@ class SavingsTracker:
                 pending_records=records,
                 pending_tokens=tokens,
             )
+
+    def days(self, first: str = "", last: str = "~") -> Dated:
+        """What was saved from one day to another, both included, such as ``2026-01-31``: by provider, model, project,
+        agent and source.
+
+        Raises:
+            StoreError: the file of closed days cannot be read.
+        """
+        store = self._store
+        return read_days(store.reader.fs, lambda: (store.path, store.refresh()), first, last)
 
     def health(self) -> Health:
         """Whether commits and saves work, and if not, why."""

@@ -8,8 +8,10 @@ import threading
 from datetime import datetime, timezone
 
 from savings_exporter.errors import StoreError
+from savings_exporter.model.days import Dated
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Limits
+from savings_exporter.storage.closed_days import read_days
 from savings_exporter.storage.filesystem import LOCAL, FileSystem, place
 from savings_exporter.storage.lock import LockContent, read_lock
 from savings_exporter.storage.operation import error_symbol
@@ -57,6 +59,19 @@ class WatchedFile:
                 self._reading.release()
         view = self._view
         return self._reader.snapshot(view, view.document.operations, self._read_at, store_id=self._store_id())
+
+    def days(self, first: str = "", last: str = "~") -> Dated:
+        """What was saved from one day to another, both included, such as ``2026-01-31``.
+
+        Raises:
+            StoreError: the file of closed days cannot be read.
+        """
+
+        def view_now() -> tuple[str, View]:
+            self.snapshot()
+            return self._reader.path, self._view
+
+        return read_days(self._fs, view_now, first, last)
 
     def health(self) -> Health:
         """Whether the last attempt to read the document succeeded, and if not, why."""

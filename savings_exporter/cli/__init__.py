@@ -19,7 +19,7 @@ from savings_exporter.errors import SettingsError, StoreError
 from savings_exporter.version import VERSION
 
 _LONGEST_MESSAGE = 1000
-COMMANDS = ("serve", "watch", "record", "show", "verify", "drill", "doctor", "assets")
+COMMANDS = ("serve", "watch", "record", "show", "export", "verify", "drill", "doctor", "assets")
 
 
 class _Commands(click.Group):

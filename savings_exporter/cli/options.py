@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import click
 
 from savings_exporter.cli.errors import WrongUsageError
-from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_PATH, SAVINGS_PATH
+from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, HISTORY_PATH, READY_PATH, SAVINGS_PATH
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _LAST_PORT = 65535
-_OTHER_PATHS = ("/", SAVINGS_PATH, HEALTHY_PATH, READY_PATH)
+_OTHER_PATHS = ("/", SAVINGS_PATH, HISTORY_PATH, HEALTHY_PATH, READY_PATH)
 
 
 def expanded(_context: click.Context, option: click.Parameter, path: str | None) -> str | None:

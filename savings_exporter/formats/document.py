@@ -20,6 +20,7 @@ import msgspec
 
 from savings_exporter.errors import CorruptStoreError, NewerSchemaError, OtherFileError
 from savings_exporter.formats import headroom
+from savings_exporter.formats.days import decode_numbers, decode_open, encode_numbers, encode_open
 from savings_exporter.formats.headroom import (
     BLOCK,
     KNOWN_MEMBERS,
@@ -30,6 +31,7 @@ from savings_exporter.formats.headroom import (
     shown,
     unknown_keys,
 )
+from savings_exporter.model.figures import numbers_of
 from savings_exporter.model.history import History
 from savings_exporter.model.jsontext import any_json, ascii_json
 from savings_exporter.model.keys import MAX_KEYS, KeyTable
@@ -87,6 +89,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
         writers: the writers' entries, by writer id (16 hexadecimal digits).
         keys: the idempotency keys that were counted.
         operations: the operation counters of writers that have ended.
+        days_file: the number of the file of closed days that belongs to this document; 0 without one.
         saved_at: when the document was saved.
         created_at: when the store began to count. In a document that does not contain the time, it is the time of the
             oldest point of the history; None without points.
@@ -100,6 +103,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     writers: Mapping[str, WriterState] = {}
     keys: KeyTable = msgspec.field(default_factory=KeyTable)
     operations: OperationCounts = OperationCounts()
+    days_file: int = 0
     saved_at: datetime | None = None
     created_at: datetime | None = None
     kept: Mapping[str, Any] = {}
@@ -141,6 +145,7 @@ def decode(data: bytes, max_keys: int = MAX_KEYS) -> Document:
     ledger, kept, problems = headroom.read(raw)
     if ledger == Ledger() and not isinstance(raw.get("lifetime"), dict):
         raise _no_savings()
+    ledger = _without_days(ledger)
     return Document(ledger=ledger, created_at=ledger.history.began_at, kept=kept, problems=problems)
 
 
@@ -223,6 +228,15 @@ def _decode_checked(
     )
     if b'"compared_tokens_saved"' not in members["lifetime"]:
         ledger = ledger.with_assumed_records()
+    days_file = 0
+    if "days" in block:
+        days = _members(block["days"])
+        days_file = _typed(days["file"], int)
+        ledger = msgspec.structs.replace(
+            ledger, days=decode_open(days["open"]), undated=decode_numbers(days["undated"])
+        )
+    else:
+        ledger = _without_days(ledger)
     store, writers = _typed(block["store"], str), {} if is_old else _typed(block["writers"], dict[str, WriterState])
     if not all(map(_ID.fullmatch, (store, *writers))):
         raise ValueError("a store or a writer is not named by 16 hexadecimal digits")
@@ -234,11 +248,17 @@ def _decode_checked(
         writers=writers,
         keys=unpacked(_typed(block["idempotency_keys"], str), max_keys),
         operations=OperationCounts() if is_old else _typed(block["operations"], OperationCounts),
+        days_file=days_file,
         saved_at=datetime.fromisoformat(saved_at) if saved_at else None,
         created_at=parse_timestamp(str(created_at)) or ledger.history.began_at,
         kept=kept_of(unknown, unknown_keys(_value(members["lifetime"])), kept_projects, kept_by_model),
         legacy=_typed(block["journal"], LegacyJournal) if is_old else None,
     )
+
+
+def _without_days(ledger: Ledger) -> Ledger:
+    """A ledger from a document without days: everything belongs to no day."""
+    return msgspec.structs.replace(ledger, undated=numbers_of(ledger.lifetime))
 
 
 def _block(document: Document) -> bytes:
@@ -255,6 +275,8 @@ def _block(document: Document) -> bytes:
         "agents": _entries(document.ledger.agents, {}),
         "sources": _entries(document.ledger.sources, {}),
         "totals": _list(_pair(*entry) for entry in document.ledger.by_provider_model.items()),
+        "days": b'{"file": %d, "undated": %s,\n  "open": %s}'
+        % (document.days_file, encode_numbers(document.ledger.undated), encode_open(document.ledger.days)),
         "idempotency_keys": ascii_json(document.keys.pack()),
     }
     return b"{" + b",\n ".join(_joined(members)) + b"}"

@@ -9,9 +9,11 @@ from typing import TypeVar
 
 import msgspec
 
+from savings_exporter.model.days import DayRow, Days, Names, day_of, oldest_kept, with_rows
 from savings_exporter.model.figures import (
     AMOUNTS,
     COUNTS,
+    ZERO,
     Numbers,
     Part,
     Totals,
@@ -198,6 +200,9 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         records: how many records are counted. For another program's document, this is its number of lifetime requests.
+        days: the open days: what was saved on each day and is not in the file of closed days yet.
+        undated: the part of ``lifetime`` that belongs to no day: it is older than the days, or than two years. The
+            lifetime is the sum of this, of the closed days and of the open ones.
     """
 
     records: int = 0
@@ -208,6 +213,8 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
     sources: Mapping[str, Totals] = {}
     by_provider_model: Mapping[Pair, Totals] = {}
     history: History = History()
+    days: Days = {}
+    undated: Numbers = ZERO
 
     @property
     def newest(self) -> str | None:
@@ -220,10 +227,11 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         Args:
             sums: the sums of the records.
             limits: the maximum numbers of different names.
-            now: the current time. In ``history``, records with a later timestamp count at this time.
+            now: the current time. In ``history`` and ``days``, records with a later timestamp count at this time.
         """
         if not sums:
             return self
+        oldest, undated, rows = oldest_kept(now), self.undated, []
         models: dict[str, Part] = {}
         projects: dict[str, Part] = {}
         agents: dict[str, Part] = {}
@@ -234,6 +242,11 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
             _gather(pairs, pair, part)
             _gather(models, pair[1], part)
             _gather(hours, part.newest[:_HOUR], part)
+            day = day_of(part.newest, now)
+            if day < oldest:
+                undated = added(undated, part.numbers)
+            else:
+                rows.append(DayRow(day, Names(*pair, project, agent, source), part.numbers))
             for named, name in ((projects, project), (agents, agent), (sources, source)):
                 if name is not None:
                     _gather(named, name, part)
@@ -249,6 +262,8 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
             sources=_merged(self.sources, sources, OTHER, limits.max_sources),
             by_provider_model=_merged(self.by_provider_model, pairs, OTHER_PAIR, limits.max_models),
             history=self.history.plus(hours, lifetime, now),
+            days=with_rows(self.days, rows),
+            undated=undated,
         )
 
     def with_assumed_records(self) -> Ledger:

@@ -16,16 +16,16 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from savings_exporter.errors import KeyConflictError
-from savings_exporter.service import problems
+from savings_exporter.errors import KeyConflictError, StoreError
+from savings_exporter.service import history, problems
 from savings_exporter.service.auth import BearerToken
 from savings_exporter.service.intake import Intake, IntakeLimits, Posted, refused_key
 from savings_exporter.service.pages import documents
 from savings_exporter.service.pages import status as status_page
-from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_PATH, SAVINGS_PATH
+from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, HISTORY_PATH, READY_PATH, SAVINGS_PATH
 from savings_exporter.service.problems import RefusedError
 from savings_exporter.service.requests import RequestLog, RequestLogging
 from savings_exporter.service.views import as_json
@@ -68,12 +68,13 @@ class Service:
         self._intake = Intake(limits)
         self.stopping = False
         self.requests = RequestLog(
-            self.registry, (telemetry_path, SAVINGS_PATH, HEALTHY_PATH, READY_PATH, DOCUMENTS_PATH, "/")
+            self.registry, (telemetry_path, SAVINGS_PATH, HISTORY_PATH, HEALTHY_PATH, READY_PATH, DOCUMENTS_PATH, "/")
         )
         self.app = Starlette(
             routes=[
                 Route(telemetry_path, self._metrics),
                 Route(SAVINGS_PATH, self._savings, methods=["GET", "POST"]),
+                Route(HISTORY_PATH, self._history),
                 Route(HEALTHY_PATH, self._healthy),
                 Route(READY_PATH, self._ready),
                 Route("/", self._status_page),
@@ -105,6 +106,25 @@ class Service:
             raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, detail, headers={"Allow": "GET, HEAD"})
         snapshot = await run_in_threadpool(source.snapshot)
         return _json_response(as_json(snapshot, source.health(), source.storage_path))
+
+    async def _history(self, request: Request) -> Response:
+        given = request.query_params
+        unknown = sorted(set(given) - {"from", "to", "by", "format"})
+        if unknown:
+            raise _wrong_query(unknown[0], "is not known; the parameters are from, to, by and format")
+        kind = given.get("format", "json")
+        if kind not in ("json", "csv"):
+            raise _wrong_query("format", "must be json or csv")
+        try:
+            query = history.Query(given.get("from", ""), given.get("to", ""), given.get("by", "day,model"))
+        except history.WrongQueryError as error:
+            raise _wrong_query(error.name, error.problem) from None
+        try:
+            dated = await run_in_threadpool(self._source.days, *query.days)
+        except StoreError as error:
+            raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from None
+        pieces = (history.as_csv if kind == "csv" else history.as_json)(query, query.rows(dated))
+        return StreamingResponse(pieces, media_type="text/csv" if kind == "csv" else "application/json")
 
     async def _record(self, request: Request, tracker: SavingsTracker) -> Response:
         # Checked before the body is read: requests that arrived before the stop are still answered.
@@ -175,6 +195,10 @@ async def _recorded(tracker: SavingsTracker, posted: Posted) -> Receipt:
         return await tracker.record_many_async(posted.records, idempotency_key=posted.idempotency_key)
     except KeyConflictError as error:
         raise refused_key(error) from None
+
+
+def _wrong_query(name: str, problem: str) -> RefusedError:
+    return RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, f"{name} {problem}", field=name)
 
 
 def _json_response(content: Any, status: HTTPStatus = HTTPStatus.OK) -> Response:

@@ -32,13 +32,13 @@ def as_json(snapshot: Snapshot, health: Health, storage_path: str) -> dict[str, 
         "read_at": _iso(snapshot.read_at),
         "pending_records": snapshot.pending_records,
         "pending_tokens": snapshot.pending_tokens,
-        "lifetime": _entry(snapshot.lifetime),
-        "by_model": {name: _entry(totals) for name, totals in ranked(snapshot.by_model.items())},
-        "projects": {name: _entry(totals) for name, totals in ranked(snapshot.projects.items())},
-        "agents": {name: _entry(totals) for name, totals in ranked(snapshot.agents.items())},
-        "sources": {name: _entry(totals) for name, totals in ranked(snapshot.sources.items())},
+        "lifetime": figures(snapshot.lifetime),
+        "by_model": {name: figures(totals) for name, totals in ranked(snapshot.by_model.items())},
+        "projects": {name: figures(totals) for name, totals in ranked(snapshot.projects.items())},
+        "agents": {name: figures(totals) for name, totals in ranked(snapshot.agents.items())},
+        "sources": {name: figures(totals) for name, totals in ranked(snapshot.sources.items())},
         "by_provider_model": [
-            {"provider": provider, "model": model, **_entry(totals)}
+            {"provider": provider, "model": model, **figures(totals)}
             for (provider, model), totals in snapshot.by_provider_model.items()
         ],
         "history": [_point(point) for point in snapshot.history],
@@ -47,10 +47,10 @@ def as_json(snapshot: Snapshot, health: Health, storage_path: str) -> dict[str, 
 
 def as_rows(snapshot: Snapshot) -> Iterator[dict[str, Any]]:
     """The snapshot as flat rows, all with the same keys: lifetime, then its breakdowns."""
-    yield {"kind": "lifetime", "name": "", **_entry(snapshot.lifetime)}
+    yield {"kind": "lifetime", "name": "", **figures(snapshot.lifetime)}
     for kind, group in breakdowns(snapshot):
         for name, totals in group:
-            yield {"kind": kind, "name": name, **_entry(totals)}
+            yield {"kind": kind, "name": name, **figures(totals)}
 
 
 def breakdowns(snapshot: Snapshot) -> Iterator[tuple[str, list[tuple[str, Totals]]]]:
@@ -147,8 +147,9 @@ def dollars(amount: float | None) -> str:
     return f"{amount + 0:,.2f}"
 
 
-def _entry(totals: Totals) -> dict[str, Any]:
-    # An unknown amount is null. No record can give some of the amounts: for these, zero means unknown, too.
+def figures(totals: Totals) -> dict[str, Any]:
+    """The figures of totals, under the document's names."""
+    # An unknown amount is null. Some of the amounts are rarely given: for these, zero means unknown, too.
     unknown = {name: getattr(totals, name) or None for name in AMOUNTS}
     return {
         **msgspec.structs.asdict(totals),

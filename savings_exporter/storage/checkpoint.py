@@ -20,6 +20,7 @@ from savings_exporter.errors import StoreError
 from savings_exporter.formats.document import Document, WriterState, encode
 from savings_exporter.formats.frame import next_block
 from savings_exporter.storage.atomic_file import AtomicFile
+from savings_exporter.storage.closed_days import discard_unused, with_closed_days
 from savings_exporter.storage.filesystem import unused_name
 from savings_exporter.storage.journal import segment_path
 from savings_exporter.storage.lock import lock_path
@@ -58,6 +59,9 @@ def save(
     # Determined before the journals are counted: a writer that dies later may have committed more records.
     dead = dead_writers(reader, view, listing)
     view = adopt(reader, file, _refreshed(reader, view), dead, observer)
+    before = view.document.days_file
+    now = datetime.now(timezone.utc)
+    view = with_closed_days(reader.fs, reader.path, view, file.directory, operation, observer, now)
     gone = _gone(reader, view, listing)
     if gone:
         # An earlier save removed their segments. Without this sync, a power loss could restore a segment, and its
@@ -77,6 +81,7 @@ def save(
     saved = msgspec.structs.replace(view, document=document, identity=identity, positions=positions, is_whole=True)
     finished = dead | {own} if own is not None else dead
     _retire(reader, document, document if both else view.document, listing, finished)
+    discard_unused(reader.fs, reader.path, document.days_file, document.days_file if both else before)
     return saved
 
 

@@ -14,6 +14,7 @@ from savings_exporter.formats.document import decode, encode
 from savings_exporter.model.totals import Ledger, Limits
 from savings_exporter.storage.atomic_file import AtomicFile, Directory
 from savings_exporter.storage.checkpoint import dead_writers
+from savings_exporter.storage.closed_days import days_path, problem_of_days, without_closed
 from savings_exporter.storage.filesystem import LOCAL, FileSystem, unused_name
 from savings_exporter.storage.journal import segment_path
 from savings_exporter.storage.lock import StoreLock, read_lock
@@ -31,7 +32,7 @@ from savings_exporter.storage.recovery import (
     remedy_of_conflict,
     salvage,
 )
-from savings_exporter.storage.view import composed
+from savings_exporter.storage.view import View, composed
 from savings_exporter.storage.writers import read_counts, writer_path
 
 
@@ -104,9 +105,12 @@ def repair(path: str, observer: Observer, fs: FileSystem = LOCAL) -> Repaired:
             found = salvage(reader, lock.content())
         if any(reader.is_alive(writer) for writer in reader.listing().writers):
             raise StoreError(f"{path}: another process is writing to it; stop that process first", path=path)
-        if not found.damage and not found.is_lossy() and not _problem_of_previous(reader):
+        days = problem_of_days(fs, path, found.view)
+        if not found.damage and not found.is_lossy() and not _problem_of_previous(reader) and not days:
             return Repaired(f"{path}: there is nothing to repair: it holds {described(found.view)}", leaves_out=False)
         aside = _put_aside(reader, found)
+        if days:
+            found = found._replace(view=_without_damaged_days(reader, found, aside))
         # Written before the document, so that a running process of an earlier version detects that the document is no
         # longer its own.
         lock.write(found.view.store, is_saved=lock.content().is_saved)
@@ -127,7 +131,19 @@ def _problems(reader: Reader, found: Findings) -> list[str]:
         whole = "" if found.is_lossy() else "; nothing is lost: it is written anew when the store is next opened"
         problems.append(f"{path}: {found.damage}{whole}")
     problems += [f"{path}: {described_losses(reading)}. {remedy}" for reading in found.incomplete]
+    if days := problem_of_days(reader.fs, path, found.view):
+        problems.append(
+            f"{days}; the totals are complete, but what was saved on each closed day is not known. To continue with "
+            f"the totals: savings-exporter verify --repair --store {path}"
+        )
     return problems + _problem_of_previous(reader)
+
+
+def _without_damaged_days(reader: Reader, found: Findings, aside: list[str]) -> View:
+    file = days_path(reader.path, found.view.document.days_file)
+    if reader.fs.identity(file) is not None:
+        aside.append(_copied(reader, file, "corrupt"))
+    return without_closed(found.view)
 
 
 def _notes(reader: Reader, found: Findings) -> list[str]:

@@ -63,7 +63,7 @@ _LIKELY_ERRORS = tuple(
 )
 # These, and the errors that another process or program causes.
 _PREPARE_ERRORS = (*_LIKELY_ERRORS, *(errno.errorcode[number] for number in (errno.EAGAIN, errno.ESTALE)))
-_RECOVERY_KINDS = ("corrupt_document", "previous_document", "torn_tail")
+_RECOVERY_KINDS = ("closed_days", "corrupt_document", "previous_document", "torn_tail")
 
 _MODEL_COUNTERS = {
     "tokens_saved": ("tokens_saved", "Tokens that compression saved, over the store's lifetime."),

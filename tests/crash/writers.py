@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
 from itertools import count, cycle, islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,6 +28,9 @@ BATCHES = (*(1, 50, 1, 3, 1, 200, 1, 20) * 4, 1500, 1, 10_000, 1)
 """Records a batch, in turn: large ones, so that whatever the engine fills with records is filled soon, small ones that
 fit where a large one did not, and one that is larger than a segment.
 """
+
+DAYS = 37
+"""The days of a batch's records. With the names of its projects they make more rows than a document keeps open."""
 
 BURST = 8
 """Records that are sent without waiting before their receipts are looked at."""
@@ -217,9 +221,18 @@ def key(name: str, number: int) -> dict[str, Any]:
 
 
 def batch_of(model: str, size: int) -> list[SavingsRecord]:
-    """As many large records, of some 450 bytes each."""
+    """As many large records, of some 500 bytes each, on several days, so that saves close days."""
+    today = datetime.now(timezone.utc)
+    days = [today - timedelta(days=day) for day in range(DAYS)]
     return [
-        SavingsRecord(model=model, tokens_saved=1, project=f"{n % 100:0128}", provider="p" * 128, agent="a" * 128)
+        SavingsRecord(
+            model=model,
+            tokens_saved=1,
+            project=f"{n % 100:0128}",
+            provider="p" * 128,
+            agent="a" * 128,
+            timestamp=days[n % DAYS],
+        )
         for n in range(size)
     ]
 

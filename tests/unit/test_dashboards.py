@@ -42,6 +42,7 @@ def exported(tracker: SavingsTracker) -> list[str]:
         provider="p",
         project="j",
         agent="a",
+        source="s",
         tokens_saved=1,
         input_tokens=1,
         savings_usd=1,

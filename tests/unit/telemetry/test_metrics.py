@@ -90,7 +90,8 @@ def test_known_children_are_zero() -> None:
         assert family(found, f"savings_{what}_failures_total") == labels
     targets = {f'{{target="{target}"}}': 0.0 for target in ("file", "directory", "journal")}
     assert family(found, "savings_fsync_failures_total") == targets
-    kinds = {f'{{kind="{kind}"}}': 0.0 for kind in ("corrupt_document", "previous_document", "torn_tail")}
+    names = ("closed_days", "corrupt_document", "previous_document", "torn_tail")
+    kinds = {f'{{kind="{kind}"}}': 0.0 for kind in names}
     assert family(found, "savings_recoveries_total") == kinds
     drills = ("dir-fsync", "file-fsync", "journal-fsync", "save-latency")
     assert family(found, "savings_drill_active") == {f'{{drill="{drill}"}}': 0.0 for drill in drills}

@@ -1,0 +1,78 @@
+"""``savings-exporter export``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+from rich.text import Text
+
+from savings_exporter.cli.errors import CommandError, WrongUsageError
+from savings_exporter.cli.options import json_option, store_option
+from savings_exporter.cli.tables import stdout_console, table
+from savings_exporter.errors import StoreError
+from savings_exporter.service import history, logs, views
+from savings_exporter.storage.repair import is_begun
+from savings_exporter.tracker import default_path
+from savings_exporter.watched import WatchedFile
+
+_FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tokens saved": lambda row: f"{row['tokens_saved']:,}",
+    "requests": lambda row: f"{row['requests']:,}",
+    "US dollars": lambda row: views.dollars(row["compression_savings_usd"]),
+    "of input": lambda row: views.percent(row["savings_percent"]),
+    "tool tokens": lambda row: views.count(row["tool_tokens_saved"]),
+}
+
+
+@click.command()
+@store_option
+@click.option("--from", "first", metavar="DAY", default="", help="The first day, such as 2026-01-31, in UTC.")
+@click.option("--to", "last", metavar="DAY", default="", help="The last day.")
+@click.option(
+    "--by",
+    metavar="COLUMNS",
+    default="day,model",
+    help="Some of day, provider, model, project, agent and source, with commas.",
+)
+@json_option
+@click.option("--csv", "as_csv", is_flag=True, help="As CSV.")
+def export(store: str | None, first: str, last: str, by: str, as_json: bool, as_csv: bool) -> None:
+    """Print what was saved on each day. Only reads."""
+    logs.be_quiet()
+    if as_json and as_csv:
+        raise WrongUsageError("give --json or --csv, not both")
+    try:
+        query = history.Query(first, last, by)
+    except history.WrongQueryError as error:
+        raise WrongUsageError(f"--{error}") from None
+    path = store if store is not None else default_path()
+    if not is_begun(path):
+        raise CommandError(f"{path}: there are no savings yet; savings-exporter show says how to record the first")
+    try:
+        dated = WatchedFile(path).days(*query.days)
+    except StoreError as error:
+        raise CommandError(str(error)) from None
+    rows = query.rows(dated)
+    if as_json or as_csv:
+        sys.stdout.flush()
+        for piece in (history.as_csv if as_csv else history.as_json)(query, rows):
+            sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+    else:
+        _print_table(query.by, list(rows))
+
+
+def _print_table(by: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    console = stdout_console()
+    shown = table(by[0])
+    for name in by[1:]:
+        shown.add_column(name, overflow="fold")
+    for heading in _FIGURES:
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        names = [row[name] or ("before" if name == "day" else views.UNKNOWN_FIGURE) for name in by]
+        shown.add_row(*map(Text, names), *(Text(figure(row)) for figure in _FIGURES.values()))
+    console.print(shown)
