@@ -46,6 +46,7 @@ SHORTER = (
     (r"\[5m\]", "[10s]"),
     (r"\[2m\]", "[2s]"),
     (r"offset 5m", "offset 10s"),
+    (r"offset 3m", "offset 2s"),
     (r" < 300\b", " < 10"),
     (r" >= 20\b", " >= 1"),
     (r"for: \dm", "for: 1s"),
