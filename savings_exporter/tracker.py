@@ -233,6 +233,7 @@ class SavingsTracker:
                 # This also saves records of other processes that have ended since.
                 self._background.keep_saved(self._close_with_process)
             records, tokens = group.pending()
+            self._background.publish_counts()
             operations = self._store.operations()
             return self._store.reader.snapshot(
                 view,

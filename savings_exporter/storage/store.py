@@ -79,6 +79,8 @@ class Store:
         self._directory = Directory(reader.fs, reader.path)
         self._reading = threading.RLock()
         self._saving = threading.RLock()
+        self._publishing = threading.RLock()
+        self._published = OperationCounts()
         self._keeps_lock = False
         self._others = view.document.operations
 
@@ -256,31 +258,34 @@ class Store:
         return view.is_saved() and own == (state.through if state is not None else 0)
 
     def operations(self) -> OperationCounts:
-        """The operation counters of all writers. This process publishes its own first, so that every worker shows them.
+        """The operation counters of all writers, those of this process as it published them.
 
         While the counters of other writers cannot be read, their last values are used: a counter must not decrease.
         """
         # Only published values are shown: another worker may give the next answer, and that must not be lower.
-        own = self.publish_counts()
+        own = self._published
         with suppress(OSError):
             self._others = self._operations_of_others()
         return self._others.plus(own)
 
-    def publish_counts(self) -> OperationCounts:
+    def has_unpublished_counts(self) -> bool:
+        """Whether operations have been counted since the last publication."""
+        return self._counts() != self._published
+
+    def publish_counts(self) -> None:
         """Write this process's operation counters, so that other processes can read them, even after this process ends.
 
-        Returns:
-            The counters.
+        On a disk that hangs, this hangs. It holds no lock that reading the store needs.
         """
         with suppress(OSError, StoreError):
             if self._counts() != OperationCounts():
                 self.own_journal()
-        with self._reading:
+        with self._publishing:
             counts = self._counts()
             if self.journal is not None:
                 with suppress(OSError):
                     self.journal.writer.publish(counts)
-            return counts
+            self._published = counts
 
     def forked(self, observer: Observer, counts: Callable[[], OperationCounts]) -> Store:
         """The store in a forked child: the same view, a new writer, no lock. Pending records belong to the parent."""
@@ -295,9 +300,15 @@ class Store:
 
     def close(self) -> None:
         """Close all files and release the locks. This does not save the document."""
-        if self.journal is not None:
-            self.journal.close()
-        self._lock.close()
+        # A thread that publishes must not find another file under the descriptor. One that hangs keeps its file.
+        is_free = self._publishing.acquire(timeout=CLOSING_PATIENCE_SECONDS)
+        try:
+            if self.journal is not None and is_free:
+                self.journal.close()
+            self._lock.close()
+        finally:
+            if is_free:
+                self._publishing.release()
 
     def _holds_all(self, found: View) -> bool:
         """Whether a document's view without the journals holds all records that this process knows of."""

@@ -17,11 +17,12 @@ from opentelemetry.trace import Span
 from savings_exporter.storage.store import Failed, Store
 from savings_exporter.tracking.group_commit import GroupCommit, described
 from savings_exporter.tracking.retry import Retry
-from savings_exporter.tracking.worker import Worker
+from savings_exporter.tracking.worker import Publisher, Worker
 
 logger = logging.getLogger(__name__)
 
 _PUBLISH_SECONDS = 1.0
+_PUBLISH_PATIENCE_SECONDS = 1.0
 
 # How often within the save interval to check whether another process's save has ended.
 _LOOKS_IN_INTERVAL = 10
@@ -51,6 +52,7 @@ class Background:
         self.saves = Saves()
         self._committer = Worker("savings-commit", self._commit_due, self._commit)
         self._saver = Worker("savings-save", self._save_due, self._keep_saved)
+        self._publisher = Publisher("savings-counts", store.publish_counts)
         self.group = GroupCommit(store, self._committer.wake, self._note_commit)
         self._store = store
         self._save_interval = save_interval
@@ -73,6 +75,7 @@ class Background:
         if not self._has_started:
             self._saver.start()
             self._committer.start()
+            self._publisher.start()
             started()
             self._has_started = True
 
@@ -87,6 +90,16 @@ class Background:
         """Stop the threads. They do not commit waiting records any more."""
         self._committer.stop()
         self._saver.stop()
+        self._publisher.stop()
+
+    def publish_counts(self) -> None:
+        """Publish the operation counters, and wait at most a second for it: a reader does not wait for a disk that
+        hangs. It then sees the counters that were published before.
+        """
+        if not self._has_started:
+            self._store.publish_counts()
+        elif self._store.has_unpublished_counts():
+            self._publisher.publish(_PUBLISH_PATIENCE_SECONDS)
 
     def save(self, span: Span | None = None, *, closing: bool = False) -> bool:
         """Save the document now. Returns whether this succeeded."""

@@ -67,3 +67,47 @@ class Worker:
                 # For example, no memory is available. If the thread ended, records would stay pending forever.
                 logger.exception("the thread %s failed; it continues", self._name)
                 time.sleep(FIRST_SECONDS)
+
+
+class Publisher:
+    """A thread that calls ``work`` on request, so that a caller can wait for it for a limited time."""
+
+    def __init__(self, name: str, work: Callable[[], None]) -> None:
+        self._name = name
+        self._work = work
+        # Locks rather than events, because a signal handler may ask while its thread asks.
+        self._asked: queue.SimpleQueue[threading.Lock | None] = queue.SimpleQueue()
+        self._is_late = False
+
+    def start(self) -> None:
+        """Start the thread.
+
+        Raises:
+            RuntimeError: the thread cannot be started now.
+        """
+        threading.Thread(target=self._run, name=self._name, daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop the thread after its current work, without waiting for it."""
+        self._asked.put(None)
+
+    def publish(self, patience: float) -> None:
+        """Wait until ``work`` has been called after this request, for at most ``patience`` seconds. While an earlier
+        call is late, this does not wait.
+        """
+        done = threading.Lock()
+        done.acquire()
+        is_late = self._is_late
+        if not is_late or self._asked.empty():
+            self._asked.put(done)
+        if not is_late and not done.acquire(timeout=patience):
+            self._is_late = True
+
+    def _run(self) -> None:
+        while (done := self._asked.get()) is not None:
+            try:
+                self._work()
+                self._is_late = False
+            except Exception:
+                logger.exception("the thread %s failed; it continues", self._name)
+            done.release()
