@@ -352,7 +352,7 @@ class SavingsTracker:
         if not store.is_saved() or (store.journal is not None and store.journal.sequence):
             background.save(get_current_span(), closing=not records)
         background.group.abandon()
-        store.publish_counts()
+        background.end()
         store.close()
         self._is_closed = True
         atexit.unregister(self.close)

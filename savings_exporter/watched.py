@@ -49,12 +49,7 @@ class WatchedFile:
         """The current totals, or the last ones if reading fails or another thread is still reading the store."""
         if self._reading.acquire(blocking=False):
             try:
-                self._view, self._read_at = self._refreshed(), _now()
-                if not self._health.healthy:
-                    logger.info("%s: can be read again", self._reader.path)
-                self._health = Health(healthy=True)
-            except (OSError, StoreError) as error:
-                self._note_unreadable(self._problem(error))
+                self._update()
             finally:
                 self._reading.release()
         view = self._view
@@ -68,14 +63,25 @@ class WatchedFile:
         """
 
         def view_now() -> tuple[str, View]:
-            self.snapshot()
-            return self._reader.path, self._view
+            with self._reading:
+                self._update()
+                return self._reader.path, self._view
 
         return read_days(self._fs, view_now, first, last)
 
     def health(self) -> Health:
         """Whether the last attempt to read the document succeeded, and if not, why."""
         return self._health
+
+    def _update(self) -> None:
+        """Read the store again. The caller holds the lock."""
+        try:
+            self._view, self._read_at = self._refreshed(), _now()
+            if not self._health.healthy:
+                logger.info("%s: can be read again", self._reader.path)
+            self._health = Health(healthy=True)
+        except (OSError, StoreError) as error:
+            self._note_unreadable(self._problem(error))
 
     def _store_id(self) -> str:
         """The store's name in the document, or before the first save in the lock file. Otherwise a name of the path."""

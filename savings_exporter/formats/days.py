@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from savings_exporter.errors import CorruptStoreError
-from savings_exporter.model.days import Day, Days, Names
+from savings_exporter.model.days import Day, Days, Names, rows_of, with_rows
 from savings_exporter.model.figures import AMOUNTS, COUNTS, ZERO, Numbers, added
 
 FORMAT = 1
@@ -67,16 +67,15 @@ class ClosedDays(NamedTuple):
         """These days with others added."""
         lines = dict(self.lines)
         for day, rows in days.items():
-            merged = dict(self.day(day))
-            for names, numbers in rows.items():
-                merged[names] = added(merged[names], numbers) if names in merged else numbers
-            lines[day] = _line(day, merged)
+            lines[day] = _line(day, with_rows({day: self.day(day)}, rows_of({day: rows}))[day])
         return ClosedDays(lines)
 
-    def without(self, before: str) -> tuple[ClosedDays, Numbers]:
-        """These days without those before a day, and the sum of the latter."""
-        kept = {day: line for day, line in self.lines.items() if day >= before}
-        return ClosedDays(kept), total(self.day(day) for day in self.lines if day < before)
+    def newest(self, number: int) -> tuple[ClosedDays, Numbers]:
+        """The newest days, and the sum of all older ones. A clock that is wrong for a while therefore drops no day."""
+        days = sorted(self.lines)
+        first_kept = max(len(days) - number, 0)
+        kept = {day: self.lines[day] for day in days[first_kept:]}
+        return ClosedDays(kept), total(map(self.day, days[:first_kept]))
 
     def sum(self) -> Numbers:
         """The sum of all days."""

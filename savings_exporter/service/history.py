@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from savings_exporter.model.days import COLUMNS, Dated, Group, grouped
-from savings_exporter.model.figures import ZERO, Numbers, Totals
+from savings_exporter.model.figures import ZERO, Totals, added
 from savings_exporter.service.views import figures
 
 _ROWS_AT_ONCE = 500
@@ -55,10 +55,12 @@ class Query:
 
     def rows(self, dated: Dated) -> Iterator[dict[str, Any]]:
         """A row for each group. Without a first day, what belongs to no day is a row whose ``by`` fields are empty."""
-        groups: Iterable[tuple[Group, Numbers]] = grouped(dated.rows, self.by).items()
+        groups = grouped(dated.rows, self.by)
         if not self.first and dated.undated != ZERO:
-            groups = itertools.chain([((None,) * len(self.by), dated.undated)], groups)
-        for group, numbers in groups:
+            none: Group = (None,) * len(self.by)
+            nameless = added(dated.undated, groups.pop(none, ZERO))
+            groups = {none: nameless, **groups}
+        for group, numbers in groups.items():
             totals = Totals().plus(numbers, None)
             yield {**dict(zip(self.by, group, strict=True)), **_figures(totals)}
 

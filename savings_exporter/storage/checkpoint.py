@@ -81,7 +81,7 @@ def save(
     saved = msgspec.structs.replace(view, document=document, identity=identity, positions=positions, is_whole=True)
     finished = dead | {own} if own is not None else dead
     _retire(reader, document, document if both else view.document, listing, finished)
-    discard_unused(reader.fs, reader.path, document.days_file, document.days_file if both else before)
+    discard_unused(reader.fs, reader.path, view.store, document.days_file, document.days_file if both else before)
     return saved
 
 

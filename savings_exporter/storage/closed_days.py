@@ -8,23 +8,25 @@ document names is removed.
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 
 import msgspec
 
 from savings_exporter.errors import CorruptStoreError, StoreError
 from savings_exporter.formats.days import ClosedDays, decode_closed, encode_closed, total
-from savings_exporter.model.days import Dated, DayRow, Days, oldest_kept
-from savings_exporter.model.figures import Numbers, added, iso_utc, numbers_of
+from savings_exporter.model.days import DAYS_KEPT, Dated, DayRow, Days
+from savings_exporter.model.figures import AMOUNTS, COUNTS, Numbers, Totals, added, iso_utc, numbers_of
 from savings_exporter.model.totals import Ledger
 from savings_exporter.storage.atomic_file import Directory
 from savings_exporter.storage.filesystem import FileSystem, unused_name
 from savings_exporter.storage.observers import Observer
 from savings_exporter.storage.operation import FSYNC_DIR, FSYNC_FILE, WRITE, Operation
+from savings_exporter.storage.reader import previous_document
 from savings_exporter.storage.view import View
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ MOST_OPEN_ROWS = 2000
 """When the document holds more rows of closed days, they are moved at the next save, and otherwise once an hour."""
 
 _ATTEMPTS = 5
+_HEADER_BYTES = 200
 _NAME = re.compile(r"\.days\.(\d{8})")
 
 
@@ -67,23 +70,33 @@ def read_closed(fs: FileSystem, path: str, view: View) -> ClosedDays:
 
 
 def problem_of_days(fs: FileSystem, path: str, view: View) -> str:
-    """Why the days of a view are incomplete; empty when they add up to the lifetime totals.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    file = days_path(path, view.document.days_file)
+    """Why the days of a view are incomplete; empty when they add up to the lifetime totals."""
+    file, ledger = days_path(path, view.document.days_file), view.ledger
     try:
         closed = read_closed(fs, path, view).sum()
     except FileNotFoundError:
         return f"{file}: is missing"
     except CorruptStoreError as error:
         return f"{file}: {error}"
-    ledger = view.ledger
+    except OSError as error:
+        return f"{file}: cannot be read: {error.strerror}"
     dated = added(closed, total(ledger.days.values()))
-    if added(ledger.undated, dated) != numbers_of(ledger.lifetime):
+    differences = map(operator.sub, numbers_of(ledger.lifetime), added(ledger.undated, dated))
+    if any(abs(difference) > most for difference, most in zip(differences, _rounding(ledger.lifetime), strict=True)):
         return f"{path}: the days do not add up to the lifetime totals"
     return ""
+
+
+def mended(fs: FileSystem, path: str, view: View) -> View:
+    """The view with days that add up: what is missing from them belongs to no day."""
+    try:
+        closed = read_closed(fs, path, view).sum()
+    except (OSError, CorruptStoreError):
+        return without_closed(view)
+    ledger = view.ledger
+    dated = added(closed, total(ledger.days.values()))
+    undated = tuple(map(operator.sub, numbers_of(ledger.lifetime), dated))
+    return msgspec.structs.replace(view, ledger=msgspec.structs.replace(ledger, undated=undated))
 
 
 def without_closed(view: View) -> View:
@@ -92,6 +105,13 @@ def without_closed(view: View) -> View:
     undated = tuple(map(operator.sub, numbers_of(ledger.lifetime), total(ledger.days.values())))
     document = msgspec.structs.replace(view.document, days_file=0)
     return msgspec.structs.replace(view, document=document, ledger=msgspec.structs.replace(ledger, undated=undated))
+
+
+def _rounding(lifetime: Totals) -> Iterator[float]:
+    """How far each number of the lifetime may be from the exact sum: its amounts are floats, rounded at each record."""
+    yield from (0 for _ in COUNTS)
+    for name in AMOUNTS:
+        yield (lifetime.requests + 1) * math.ulp(getattr(lifetime, name)) * 1e9 + 1
 
 
 def with_closed_days(
@@ -112,23 +132,25 @@ def with_closed_days(
     closing = {day: rows for day, rows in view.ledger.days.items() if day < today}
     if not _is_due(closing, view.document.saved_at, now):
         return view
+    named, lost = view.document.days_file, False
     try:
         closed = read_closed(fs, path, view)
     except (FileNotFoundError, CorruptStoreError):
-        _give_up(fs, path, view, observer)
-        view, closed = without_closed(view), ClosedDays({})
+        _keep_aside(fs, path, view)
+        view, closed, lost = without_closed(view), ClosedDays({}), True
     except OSError as error:
-        # The document keeps the rows, and the next save tries again.
+        # The document keeps the rows until days are closed again.
         logger.warning("%s: cannot be read: %s", days_path(path, view.document.days_file), error.strerror)
         return view
-    closed, dropped = closed.with_days(closing).without(oldest_kept(now))
-    there, named = numbers_beside(fs, path), view.document.days_file
+    closed, dropped = closed.with_days(closing).newest(DAYS_KEPT)
+    there = numbers_beside(fs, path)
     number = max([*there, named]) + 1
-    for unused in there:
-        # Of a save that failed. No document names a file with a higher number than the newest document.
-        if unused > named:
-            fs.discard(days_path(path, unused))
+    previous = previous_document(fs, path)
+    # What saves that failed have left.
+    discard_unused(fs, path, view.store, named, previous.days_file if previous is not None else named)
     _write(fs, days_path(path, number), encode_closed(closed, view.store.hex()), directory, operation)
+    if lost:
+        observer.recovered("closed_days")
     return msgspec.structs.replace(
         view,
         document=msgspec.structs.replace(view.document, days_file=number),
@@ -136,11 +158,21 @@ def with_closed_days(
     )
 
 
-def discard_unused(fs: FileSystem, path: str, *used: int) -> None:
-    """Remove the files of closed days that no document names."""
+def discard_unused(fs: FileSystem, path: str, store: bytes, *used: int) -> None:
+    """Remove the store's files of closed days that no document names. Files of another store are left alone."""
     for number in numbers_beside(fs, path):
-        if number not in used:
+        if number not in used and _is_of(fs, days_path(path, number), store):
             fs.discard(days_path(path, number))
+
+
+def _is_of(fs: FileSystem, file: str, store: bytes) -> bool:
+    """Whether a file belongs to a store, or was never written to its end."""
+    try:
+        with fs.opened(file) as descriptor:
+            start = fs.read_at(descriptor, _HEADER_BYTES, 0)
+    except OSError:
+        return False
+    return b'"store"' not in start or store.hex().encode("ascii") in start
 
 
 def _is_due(closing: Days, saved_at: datetime | None, now: datetime) -> bool:
@@ -175,14 +207,14 @@ def _write(fs: FileSystem, path: str, data: bytes, directory: Directory, operati
         directory.sync(step, path)
 
 
-def _give_up(fs: FileSystem, path: str, view: View, observer: Observer) -> None:
+def _keep_aside(fs: FileSystem, path: str, view: View) -> None:
+    """Keep a copy of a damaged file of closed days under another name, and log it."""
     file = days_path(path, view.document.days_file)
-    kept = "it is missing"
+    kept = "is missing"
     if fs.identity(file) is not None:
         aside = unused_name(file, "corrupt")
         fs.keep_copy(file, aside)
-        kept = f"it is damaged, and kept as {aside}"
-    observer.recovered("closed_days")
+        kept = f"is damaged, and kept as {aside}"
     logger.error("%s: %s; what was saved on closed days is known only in total from now on", file, kept)
 
 

@@ -158,7 +158,7 @@ def remedy_of_conflict(path: str) -> str:
         "Stop every process that uses the store first. To continue with this store's totals: savings-exporter "
         f"verify --repair --store {path} "
         f"(the other document is kept beside it). To continue with the other program's document: move {path}.previous, "
-        f"{path}.lock and all files {path}.journal.* and {path}.writer.* away"
+        f"{path}.lock and all files {path}.journal.*, {path}.writer.* and {path}.days.* away"
     )
 
 
@@ -233,7 +233,8 @@ def _refuse_other_store(reader: Reader, document: Document, lock: LockContent) -
         raise CorruptStoreError(
             f"{reader.path}: belongs to another store than the files beside it{beside}",
             f"To continue with it, move {reader.path}.previous, {reader.path}.lock and all files "
-            f"{reader.path}.journal.* and {reader.path}.writer.* away. To continue with those files: "
+            f"{reader.path}.journal.*, {reader.path}.writer.* and {reader.path}.days.* away. To continue with those "
+            "files: "
             f"savings-exporter verify --repair --store {reader.path}",
             path=reader.path,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from savings_exporter.formats.document import decode, encode
 from savings_exporter.model.totals import Ledger, Limits
 from savings_exporter.storage.atomic_file import AtomicFile, Directory
 from savings_exporter.storage.checkpoint import dead_writers
-from savings_exporter.storage.closed_days import days_path, problem_of_days, without_closed
+from savings_exporter.storage.closed_days import days_path, mended, problem_of_days
 from savings_exporter.storage.filesystem import LOCAL, FileSystem, unused_name
 from savings_exporter.storage.journal import segment_path
 from savings_exporter.storage.lock import StoreLock, read_lock
@@ -71,6 +72,11 @@ def inspect(path: str, fs: FileSystem = LOCAL) -> Inspection:
     reader = Reader(fs, path, Limits())
     try:
         found = examine(reader, read_lock(fs, path))
+        days = problem_of_days(fs, path, found.view)
+        while days and found.view.is_whole and not reader.is_current(found.view):
+            # Another process saved the document, and removed the file that belonged to the earlier one.
+            found = examine(reader, read_lock(fs, path))
+            days = problem_of_days(fs, path, found.view)
     except StoreError as error:
         return Inspection(ledger=None, saved_at=None, problems=(str(error),))
     if not found.exists:
@@ -78,7 +84,7 @@ def inspect(path: str, fs: FileSystem = LOCAL) -> Inspection:
     return Inspection(
         ledger=found.view.ledger,
         saved_at=found.view.document.saved_at,
-        problems=tuple(_problems(reader, found)),
+        problems=tuple(_problems(reader, found, days)),
         notes=tuple(_notes(reader, found)),
     )
 
@@ -110,7 +116,7 @@ def repair(path: str, observer: Observer, fs: FileSystem = LOCAL) -> Repaired:
             return Repaired(f"{path}: there is nothing to repair: it holds {described(found.view)}", leaves_out=False)
         aside = _put_aside(reader, found)
         if days:
-            found = found._replace(view=_without_damaged_days(reader, found, aside))
+            found = found._replace(view=_with_mended_days(reader, found, aside))
         # Written before the document, so that a running process of an earlier version detects that the document is no
         # longer its own.
         lock.write(found.view.store, is_saved=lock.content().is_saved)
@@ -121,7 +127,7 @@ def repair(path: str, observer: Observer, fs: FileSystem = LOCAL) -> Repaired:
     return _report(path, found, aside)
 
 
-def _problems(reader: Reader, found: Findings) -> list[str]:
+def _problems(reader: Reader, found: Findings, days: str) -> list[str]:
     path = reader.path
     remedy = f"To continue with what is left: savings-exporter verify --repair --store {path}"
     problems = [f"{path}: {problem}" for problem in found.view.document.problems]
@@ -131,7 +137,7 @@ def _problems(reader: Reader, found: Findings) -> list[str]:
         whole = "" if found.is_lossy() else "; nothing is lost: it is written anew when the store is next opened"
         problems.append(f"{path}: {found.damage}{whole}")
     problems += [f"{path}: {described_losses(reading)}. {remedy}" for reading in found.incomplete]
-    if days := problem_of_days(reader.fs, path, found.view):
+    if days:
         problems.append(
             f"{days}; the totals are complete, but what was saved on each closed day is not known. To continue with "
             f"the totals: savings-exporter verify --repair --store {path}"
@@ -139,11 +145,13 @@ def _problems(reader: Reader, found: Findings) -> list[str]:
     return problems + _problem_of_previous(reader)
 
 
-def _without_damaged_days(reader: Reader, found: Findings, aside: list[str]) -> View:
+def _with_mended_days(reader: Reader, found: Findings, aside: list[str]) -> View:
+    view = mended(reader.fs, reader.path, found.view)
     file = days_path(reader.path, found.view.document.days_file)
-    if reader.fs.identity(file) is not None:
-        aside.append(_copied(reader, file, "corrupt"))
-    return without_closed(found.view)
+    if view.document.days_file != found.view.document.days_file and reader.fs.identity(file) is not None:
+        with suppress(OSError):  # it may be the disk that cannot read it
+            aside.append(_copied(reader, file, "corrupt"))
+    return view
 
 
 def _notes(reader: Reader, found: Findings) -> list[str]:

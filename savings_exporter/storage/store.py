@@ -79,6 +79,7 @@ class Store:
         self._directory = Directory(reader.fs, reader.path)
         self._reading = threading.RLock()
         self._saving = threading.RLock()
+        self._creating = threading.RLock()
         self._publishing = threading.RLock()
         self._published = OperationCounts()
         self._keeps_lock = False
@@ -170,14 +171,17 @@ class Store:
         if self.journal is not None:
             return self.journal
         self._name_store()
-        with self._reading:
+        # Not under the lock of readers: on a disk that hangs, the file of the writer is never created.
+        with self._creating:
             if self.journal is None:
                 if self._keeps_lock:
                     self._lock.take(0)
                 store, fs = self.view.store, self.reader.fs
                 writer = Writer(fs, self.path, store)
-                self.reader.own = writer
-                self.journal = Journal(fs, self.path, self._directory, store, writer, self._method)
+                journal = Journal(fs, self.path, self._directory, store, writer, self._method)
+                with self._reading:
+                    self.reader.own = writer
+                    self.journal = journal
             return self.journal
 
     def wants_segment(self) -> bool:

@@ -90,6 +90,10 @@ class Background:
         """Stop the threads. They do not commit waiting records any more."""
         self._committer.stop()
         self._saver.stop()
+
+    def end(self) -> None:
+        """Publish the operation counters for the last time."""
+        self.publish_counts()
         self._publisher.stop()
 
     def publish_counts(self) -> None:

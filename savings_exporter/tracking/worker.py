@@ -78,6 +78,7 @@ class Publisher:
         # Locks rather than events, because a signal handler may ask while its thread asks.
         self._asked: queue.SimpleQueue[threading.Lock | None] = queue.SimpleQueue()
         self._is_late = False
+        self._has_started = False
 
     def start(self) -> None:
         """Start the thread.
@@ -85,7 +86,9 @@ class Publisher:
         Raises:
             RuntimeError: the thread cannot be started now.
         """
-        threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        if not self._has_started:
+            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+            self._has_started = True
 
     def stop(self) -> None:
         """Stop the thread after its current work, without waiting for it."""
@@ -111,3 +114,5 @@ class Publisher:
             except Exception:
                 logger.exception("the thread %s failed; it continues", self._name)
             done.release()
+        # Two calls of ``start`` at the same time may have started two threads.
+        self._asked.put(None)

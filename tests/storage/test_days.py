@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from savings_exporter.watched import WatchedFile
 from tests.support.faults import FaultyFileSystem
 from tests.support.paths import DATA
 from tests.support.service import run_cli
+from tests.support.wait import eventually
 
 NOW = datetime.now(timezone.utc)
 ROWS = 2200
@@ -131,9 +134,9 @@ def test_names_of_a_record(store_path: Path) -> None:
 
 def test_older_than_two_years(store_path: Path) -> None:
     with SavingsTracker(store_path) as tracker:
-        for days in (729, 740):
+        for days in (720, 740):
             assert tracker.record_request(model="m", tokens_saved=days, timestamp=past(days)).durable
-    assert_whole(store_path, Counter({past(729)[:10]: 729, "": 740}))
+    assert_whole(store_path, Counter({past(720)[:10]: 720, "": 740}))
 
 
 def test_document_without_days(store_path: Path) -> None:
@@ -278,3 +281,57 @@ def test_damaged_file_name(store_path: Path) -> None:
     with SavingsTracker(store_path) as tracker:
         assert tracker.record_many(records(ROWS)).durable
     assert other.read_text() == "{}"
+
+
+@pytest.mark.parametrize("amount", [9_100_000.0, 123_456_789.01, -5e8])
+def test_large_amounts(store_path: Path, amount: float) -> None:
+    """The lifetime is a float, the days are exact: rounding is no damage."""
+    with SavingsTracker(store_path) as tracker:
+        for number in range(5):
+            usd = amount if not number else 0.012345671
+            assert tracker.record_request(model="m", tokens_saved=1, savings_usd=usd, timestamp=past(number)).durable
+    assert_whole(store_path, Counter({past(number)[:10]: 1 for number in range(5)}))
+
+
+def test_days_that_do_not_add_up(store_path: Path) -> None:
+    """They are reported, and a repair keeps them: only the difference belongs to no day."""
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.record_many(records(ROWS)).durable
+    document = decode(store_path.read_bytes())
+    missing = by_day(records(ROWS)).total() + 77
+    lifetime = msgspec.structs.replace(document.ledger.lifetime, tokens_saved=missing)
+    store_path.write_bytes(
+        encode(msgspec.structs.replace(document, ledger=msgspec.structs.replace(document.ledger, lifetime=lifetime)))
+    )
+    verified = run_cli("verify", "--store", str(store_path))
+    assert (verified.returncode, "the days do not add up" in verified.stdout + verified.stderr) == (1, True)
+    assert run_cli("verify", "--repair", "--store", str(store_path)).returncode == 0
+    assert inspect(str(store_path)).problems == ()
+    assert shown(WatchedFile(store_path).days()) == by_day(records(ROWS)) + Counter({"": 77})
+
+
+def test_file_of_another_store(tmp_path: Path) -> None:
+    """A document that another program rewrote begins a new store. The old one's days are not removed."""
+    store = tmp_path / "proxy_savings.json"
+    with SavingsTracker(store) as tracker:
+        assert tracker.record_many(records(ROWS)).durable
+    (file,) = tmp_path.glob("*.days.*")
+    for leftover in tmp_path.glob("proxy_savings.json.*"):
+        if leftover != file:
+            leftover.unlink()
+    shutil.copy(DATA / "headroom" / "v6" / "proxy_savings.json", store)
+    with SavingsTracker(store) as tracker:
+        assert tracker.record_many(records(ROWS)).durable
+        assert tracker.save()
+    assert file in tmp_path.glob("*.days.*")
+    assert len(files(store)) == 2
+
+
+def test_threads_end(store_path: Path) -> None:
+    """Many trackers, each started by several threads at once, leave no thread."""
+    before = threading.active_count()
+    for number in range(30):
+        with SavingsTracker(store_path) as tracker, ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: tracker.record_request(model="m", tokens_saved=1), range(8)))
+        assert tracker.snapshot().lifetime.requests == 8 * (number + 1)
+    eventually(lambda: threading.active_count() <= before, "the threads to end")

@@ -36,6 +36,22 @@ def test_counters_that_cannot_be_written(store_path: Path, faults: FaultyFileSys
         assert tracker.snapshot().lifetime.tokens_saved == 3
 
 
+def test_writer_that_cannot_be_created(store_path: Path, faults: FaultyFileSystem) -> None:
+    """The first commit of a process hangs. What other processes have recorded is shown, and the process can end."""
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.record_request(model="m", tokens_saved=1).durable
+    tracker = SavingsTracker(store_path, filesystem=faults)
+    faults.hang("watermark")
+    receipt = tracker.record_request(model="m", tokens_saved=2, wait=False)
+    assert faults.reached.wait(WAIT_SECONDS)
+    for _ in range(2):
+        snapshot = tracker.snapshot()
+        assert (snapshot.lifetime.tokens_saved, snapshot.pending_tokens) == (1, 2)
+    faults.mend()
+    assert receipt.wait(WAIT_SECONDS)
+    assert tracker.close()
+
+
 @pytest.mark.needs("linux", "root", "mount", "e2fsprogs")
 def test_file_system_that_is_frozen(tmp_path: Path) -> None:
     """Every write to it hangs. A scrape still shows what is pending, and the totals."""
