@@ -206,7 +206,7 @@ def test_other_program(kept: Kept) -> None:
         f"at most {FOREIGN_TOTAL - sum(SAVED)} tokens saved in {requests - 3} records that this store lacks",
         f"at most {sum(COMMITTED)} tokens saved in 3 records that it lacks",
         f"savings-exporter verify --repair --store {path}",
-        f"move {path}.previous, {path}.lock and all files {path}.journal.* and {path}.writer.* away",
+        f"move {path}.previous, {path}.lock and all files {path}.journal.*, {path}.writer.* and {path}.days.* away",
     ):
         assert text in says
     done = run_cli("verify", "--store", str(path))
