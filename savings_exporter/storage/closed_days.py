@@ -10,17 +10,19 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import datetime
 
 import msgspec
 
 from savings_exporter.errors import CorruptStoreError, StoreError
 from savings_exporter.formats.days import ClosedDays, decode_closed, encode_closed, total
-from savings_exporter.model.days import DAYS_KEPT, Dated, DayRow, Days
-from savings_exporter.model.figures import AMOUNTS, COUNTS, Numbers, Totals, added, iso_utc, numbers_of
+from savings_exporter.model.days import DAYS_KEPT, Dated, Day, DayRow, Days
+from savings_exporter.model.figures import AMOUNTS, COUNTS, ZERO, Numbers, added, iso_utc, numbers_of, units_of, usd_of
 from savings_exporter.model.totals import Ledger
 from savings_exporter.storage.atomic_file import Directory
 from savings_exporter.storage.filesystem import FileSystem, unused_name
@@ -50,7 +52,7 @@ def numbers_beside(fs: FileSystem, document: str) -> list[int]:
     Raises:
         OSError: the directory cannot be read.
     """
-    length = len(document.rpartition("/")[2])
+    length = len(os.path.basename(document))
     names = (name[length:] for name in fs.names_beside(document))
     return [int(found[1]) for name in names if (found := _NAME.fullmatch(name))]
 
@@ -73,16 +75,16 @@ def problem_of_days(fs: FileSystem, path: str, view: View) -> str:
     """Why the days of a view are incomplete; empty when they add up to the lifetime totals."""
     file, ledger = days_path(path, view.document.days_file), view.ledger
     try:
-        closed = read_closed(fs, path, view).sum()
+        closed = read_closed(fs, path, view)
+        days = [*map(closed.day, closed.lines), *ledger.days.values()]
     except FileNotFoundError:
         return f"{file}: is missing"
     except CorruptStoreError as error:
         return f"{file}: {error}"
     except OSError as error:
         return f"{file}: cannot be read: {error.strerror}"
-    dated = added(closed, total(ledger.days.values()))
-    differences = map(operator.sub, numbers_of(ledger.lifetime), added(ledger.undated, dated))
-    if any(abs(difference) > most for difference, most in zip(differences, _rounding(ledger.lifetime), strict=True)):
+    differences = map(operator.sub, numbers_of(ledger.lifetime), added(ledger.undated, total(days)))
+    if any(abs(difference) > most for difference, most in zip(differences, _rounding(ledger, days), strict=True)):
         return f"{path}: the days do not add up to the lifetime totals"
     return ""
 
@@ -90,28 +92,33 @@ def problem_of_days(fs: FileSystem, path: str, view: View) -> str:
 def mended(fs: FileSystem, path: str, view: View) -> View:
     """The view with days that add up: what is missing from them belongs to no day."""
     try:
-        closed = read_closed(fs, path, view).sum()
+        return _with_undated(view, read_closed(fs, path, view).sum())
     except (OSError, CorruptStoreError):
-        return without_closed(view)
+        return _without_closed(view)
+
+
+def _without_closed(view: View) -> View:
+    document = msgspec.structs.replace(view.document, days_file=0)
+    return _with_undated(msgspec.structs.replace(view, document=document), ZERO)
+
+
+def _with_undated(view: View, closed: Numbers) -> View:
+    """The view in which all that is neither in the closed days nor in the open ones belongs to no day."""
     ledger = view.ledger
     dated = added(closed, total(ledger.days.values()))
     undated = tuple(map(operator.sub, numbers_of(ledger.lifetime), dated))
     return msgspec.structs.replace(view, ledger=msgspec.structs.replace(ledger, undated=undated))
 
 
-def without_closed(view: View) -> View:
-    """The view without its file of closed days. What was in it belongs to no day."""
-    ledger = view.ledger
-    undated = tuple(map(operator.sub, numbers_of(ledger.lifetime), total(ledger.days.values())))
-    document = msgspec.structs.replace(view.document, days_file=0)
-    return msgspec.structs.replace(view, document=document, ledger=msgspec.structs.replace(ledger, undated=undated))
-
-
-def _rounding(lifetime: Totals) -> Iterator[float]:
-    """How far each number of the lifetime may be from the exact sum: its amounts are floats, rounded at each record."""
+def _rounding(ledger: Ledger, days: Iterable[Day]) -> Iterator[float]:
+    """How far each number of the lifetime may be from the exact sum. Its amounts are floats, rounded at each addition
+    to the precision that the sum has at that time.
+    """
     yield from (0 for _ in COUNTS)
-    for name in AMOUNTS:
-        yield (lifetime.requests + 1) * math.ulp(getattr(lifetime, name)) * 1e9 + 1
+    rows = [numbers for day in days for numbers in day.values()]
+    for place, name in enumerate(AMOUNTS, len(COUNTS)):
+        largest = abs(getattr(ledger.lifetime, name)) + usd_of(sum(abs(numbers[place]) for numbers in rows))
+        yield units_of((ledger.lifetime.requests + 1) * math.ulp(largest)) + 1
 
 
 def with_closed_days(
@@ -132,24 +139,24 @@ def with_closed_days(
     closing = {day: rows for day, rows in view.ledger.days.items() if day < today}
     if not _is_due(closing, view.document.saved_at, now):
         return view
-    named, lost = view.document.days_file, False
+    named, is_lost = view.document.days_file, False
     try:
-        closed = read_closed(fs, path, view)
+        closed = read_closed(fs, path, view).with_days(closing)
     except (FileNotFoundError, CorruptStoreError):
         _keep_aside(fs, path, view)
-        view, closed, lost = without_closed(view), ClosedDays({}), True
+        view, closed, is_lost = _without_closed(view), ClosedDays({}).with_days(closing), True
     except OSError as error:
         # The document keeps the rows until days are closed again.
         logger.warning("%s: cannot be read: %s", days_path(path, view.document.days_file), error.strerror)
         return view
-    closed, dropped = closed.with_days(closing).newest(DAYS_KEPT)
-    there = numbers_beside(fs, path)
-    number = max([*there, named]) + 1
-    previous = previous_document(fs, path)
-    # What saves that failed have left.
-    discard_unused(fs, path, view.store, named, previous.days_file if previous is not None else named)
-    _write(fs, days_path(path, number), encode_closed(closed, view.store.hex()), directory, operation)
-    if lost:
+    kept, dropped = closed.newest(DAYS_KEPT)
+    number = max([*numbers_beside(fs, path), named]) + 1
+    # What saves that failed have left. Not if it is not known which file the previous document names.
+    with suppress(OSError):
+        previous = previous_document(fs, path)
+        discard_unused(fs, path, view.store, named, previous.days_file if previous is not None else named)
+    _write(fs, days_path(path, number), encode_closed(kept, view.store.hex()), directory, operation)
+    if is_lost:
         observer.recovered("closed_days")
     return msgspec.structs.replace(
         view,

@@ -36,6 +36,8 @@ from savings_exporter.storage.recovery import (
 from savings_exporter.storage.view import View, composed
 from savings_exporter.storage.writers import read_counts, writer_path
 
+_ATTEMPTS = 5
+
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     """The content of a store, as far as it can be determined.
@@ -73,7 +75,9 @@ def inspect(path: str, fs: FileSystem = LOCAL) -> Inspection:
     try:
         found = examine(reader, read_lock(fs, path))
         days = problem_of_days(fs, path, found.view)
-        while days and found.view.is_whole and not reader.is_current(found.view):
+        for _ in range(_ATTEMPTS):
+            if not days or not found.view.is_whole or reader.is_current(found.view):
+                break
             # Another process saved the document, and removed the file that belonged to the earlier one.
             found = examine(reader, read_lock(fs, path))
             days = problem_of_days(fs, path, found.view)

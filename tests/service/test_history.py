@@ -62,6 +62,7 @@ def test_rows(service: Service) -> None:
         ("p", None, "cli"): 40,
     }
     assert tokens(rows(service, "?from=2026-06-02&to=2026-06-02&by=day"), "day") == {("2026-06-02",): 90}
+    assert tokens(rows(service, "?from=2026-06-01&by=day"), "day") == {("2026-06-01",): 10, ("2026-06-02",): 90}
     assert rows(service, "?from=2026-06-04") == []
     first, second, third = rows(service)
     assert (first["compression_savings_usd"], first["savings_percent"]) == (0.5, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import threading
 from collections import Counter
@@ -15,12 +16,17 @@ import msgspec
 import pytest
 
 from savings_exporter import SavingsRecord, SavingsTracker, StoreError
+from savings_exporter.formats.days import ClosedDays, encode_closed
 from savings_exporter.formats.document import decode, encode
-from savings_exporter.model.days import Dated, grouped
+from savings_exporter.model.days import Dated, Names, grouped
+from savings_exporter.model.figures import ZERO, Totals, added
+from savings_exporter.storage.filesystem import FileSystem, Identity
 from savings_exporter.storage.repair import inspect
+from savings_exporter.telemetry.metrics import SavingsCollector
 from savings_exporter.watched import WatchedFile
 from tests.support.faults import FaultyFileSystem
 from tests.support.paths import DATA
+from tests.support.scrape import samples
 from tests.support.service import run_cli
 from tests.support.wait import eventually
 
@@ -247,6 +253,7 @@ def test_damage_noticed_by_a_save(store_path: Path) -> None:
         assert tracker.record_many(second).durable
         assert tracker.save()
         assert shown(tracker.days()) == by_day(second) + Counter({"": by_day(records(ROWS)).total()})
+        assert samples(SavingsCollector(tracker))['savings_recoveries_total{kind="closed_days"}'] == 1
     assert [file.read_bytes() for file in store_path.parent.glob("*.days.*corrupt*")] == [b"damaged"]
     assert_whole(store_path, by_day(second) + Counter({"": by_day(records(ROWS)).total()}))
 
@@ -283,14 +290,14 @@ def test_damaged_file_name(store_path: Path) -> None:
     assert other.read_text() == "{}"
 
 
-@pytest.mark.parametrize("amount", [9_100_000.0, 123_456_789.01, -5e8])
-def test_large_amounts(store_path: Path, amount: float) -> None:
+@pytest.mark.parametrize("amounts", [[9_100_000.0], [123_456_789.01], [-5e8], [5e8, 0.012345671, -5e8]], ids=str)
+def test_large_amounts(store_path: Path, amounts: list[float]) -> None:
     """The lifetime is a float, the days are exact: rounding is no damage."""
+    amounts = [*amounts, *[0.012345671] * 4]
     with SavingsTracker(store_path) as tracker:
-        for number in range(5):
-            usd = amount if not number else 0.012345671
+        for number, usd in enumerate(amounts):
             assert tracker.record_request(model="m", tokens_saved=1, savings_usd=usd, timestamp=past(number)).durable
-    assert_whole(store_path, Counter({past(number)[:10]: 1 for number in range(5)}))
+    assert_whole(store_path, Counter({past(number)[:10]: 1 for number in range(len(amounts))}))
 
 
 def test_days_that_do_not_add_up(store_path: Path) -> None:
@@ -335,3 +342,89 @@ def test_threads_end(store_path: Path) -> None:
             list(pool.map(lambda _: tracker.record_request(model="m", tokens_saved=1), range(8)))
         assert tracker.snapshot().lifetime.requests == 8 * (number + 1)
     eventually(lambda: threading.active_count() <= before, "the threads to end")
+
+
+def with_file(store: Path, closed: ClosedDays) -> None:
+    """Put a file of closed days in place of the store's, and a lifetime that these days add up to."""
+    document = decode(store.read_bytes())
+    ledger = document.ledger
+    (file,) = store.parent.glob("*.days.*")
+    file.write_bytes(encode_closed(closed, document.store))
+    lifetime = Totals().plus(added(ledger.undated, closed.sum()), ledger.newest)
+    ledger = msgspec.structs.replace(ledger, lifetime=lifetime, days={})
+    store.write_bytes(encode(msgspec.structs.replace(document, ledger=ledger)))
+
+
+def test_more_days_than_are_kept(store_path: Path) -> None:
+    """The oldest days of the file belong to no day from then on."""
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.record_many(records(ROWS)).durable
+    names = Names("p", "m", None, None, None)
+    old = [(NOW - timedelta(days=20 + number)).date().isoformat() for number in range(735)]
+    with_file(store_path, ClosedDays({}).with_days({day: {names: (1, 10, *ZERO[2:])} for day in old}))
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.record_many(records(ROWS)).durable
+    expected = by_day(records(ROWS)) + Counter(dict.fromkeys(old[:720], 10)) + Counter({"": 150})
+    assert_whole(store_path, expected)
+
+
+def test_line_that_cannot_be_read(store_path: Path) -> None:
+    """Its checksum matches, so another program wrote it. Saves go on all the same."""
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.record_many(records(ROWS)).durable
+    (file,) = store_path.parent.glob("*.days.*")
+    store = decode(store_path.read_bytes()).store
+    day = past(0)[:10]
+    line = f'{{"day": "{day}", "rows": [["p"]]}}\n'.encode()
+    file.write_bytes(encode_closed(ClosedDays({day: line}), store))
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.record_many(records(ROWS, "n")).durable
+        assert tracker.save()
+    total = by_day(records(ROWS)).total()
+    assert_whole(store_path, by_day(records(ROWS, "n")) + Counter({"": total}))
+
+
+class Unreadable(FileSystem):
+    """The files whose names contain ``part`` cannot be read."""
+
+    part = "none"
+
+    def read(self, path: str) -> tuple[bytes, Identity]:
+        if self.part in path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return super().read(path)
+
+
+@pytest.mark.parametrize("part", [".days.", ".previous"])
+def test_file_that_cannot_be_read(store_path: Path, part: str) -> None:
+    """Saves succeed. The days are closed when the file can be read again."""
+    disk = Unreadable()
+    with SavingsTracker(store_path, filesystem=disk) as tracker:
+        assert tracker.record_many(records(ROWS)).durable
+        assert tracker.save()
+        assert tracker.record_many(records(ROWS, "n")).durable
+        disk.part = part
+        assert tracker.save()
+        closed_at = decode(store_path.read_bytes()).days_file
+        assert closed_at == (1 if part == ".days." else 2)
+        disk.part = "none"
+        assert tracker.record_many(records(ROWS, "o")).durable
+        assert tracker.save()
+        assert decode(store_path.read_bytes()).days_file == closed_at + 1
+    recorded = [*records(ROWS), *records(ROWS, "n"), *records(ROWS, "o")]
+    assert_whole(store_path, by_day(recorded))
+    assert len(files(store_path)) == 1
+
+
+def test_today_stays_open(store_path: Path) -> None:
+    """The last save of a process closes the days before, and leaves one file."""
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.record_many(records(ROWS)).durable
+        assert tracker.save()
+        assert tracker.record_many(records(ROWS, "n")).durable
+        before = datetime.now(timezone.utc).date().isoformat()
+        assert tracker.record_request(model="m", tokens_saved=3).durable
+    document = decode(store_path.read_bytes())
+    assert document.ledger.days.keys() == {before}
+    assert document.days_file == 2
+    assert files(store_path) == ["00000002"]
