@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from opentelemetry.trace import get_current_span
 
 from savings_exporter.errors import StoreError
-from savings_exporter.model.days import Dated
+from savings_exporter.model.days import LAST_DAY, Dated
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Limits
@@ -244,7 +244,7 @@ class SavingsTracker:
                 pending_tokens=tokens,
             )
 
-    def days(self, first: str = "", last: str = "~") -> Dated:
+    def days(self, first: str = "", last: str = LAST_DAY) -> Dated:
         """What was saved from one day to another, both included, such as ``2026-01-31``: by provider, model, project,
         agent and source.
 

@@ -8,7 +8,7 @@ import threading
 from datetime import datetime, timezone
 
 from savings_exporter.errors import StoreError
-from savings_exporter.model.days import Dated
+from savings_exporter.model.days import LAST_DAY, Dated
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Limits
 from savings_exporter.storage.closed_days import read_days
@@ -55,7 +55,7 @@ class WatchedFile:
         view = self._view
         return self._reader.snapshot(view, view.document.operations, self._read_at, store_id=self._store_id())
 
-    def days(self, first: str = "", last: str = "~") -> Dated:
+    def days(self, first: str = "", last: str = LAST_DAY) -> Dated:
         """What was saved from one day to another, both included, such as ``2026-01-31``.
 
         Raises:

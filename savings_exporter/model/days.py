@@ -14,10 +14,13 @@ from savings_exporter.model.figures import Numbers, added, iso_utc
 from savings_exporter.model.names import OTHER
 
 DAYS_KEPT = 731
-"""How many days back the store keeps days: two years."""
+"""How many days the store keeps: two years."""
 
 MOST_ROWS = 200
 """How many different combinations of names a day holds. Further ones count as ``other``."""
+
+LAST_DAY = "9999-12-31"
+"""The last day that there is: a range up to it has no end."""
 
 # The length of a timestamp's prefix up to the day.
 _DAY = len("2026-01-01")

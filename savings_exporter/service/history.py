@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from savings_exporter.model.days import COLUMNS, Dated, Group, grouped
+from savings_exporter.model.days import COLUMNS, LAST_DAY, Dated, Group, grouped
 from savings_exporter.model.figures import ZERO, Totals, added
 from savings_exporter.service.views import figures
 
@@ -51,7 +51,7 @@ class Query:
     @property
     def days(self) -> tuple[str, str]:
         """The first and the last day, as a source of days takes them."""
-        return self.first, self.last or "~"
+        return self.first, self.last or LAST_DAY
 
     def rows(self, dated: Dated) -> Iterator[dict[str, Any]]:
         """A row for each group. Without a first day, what belongs to no day is a row whose ``by`` fields are empty."""

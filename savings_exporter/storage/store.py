@@ -262,11 +262,12 @@ class Store:
         return view.is_saved() and own == (state.through if state is not None else 0)
 
     def operations(self) -> OperationCounts:
-        """The operation counters of all writers, those of this process as it published them.
+        """The operation counters of all writers, those of this process as of its last attempt to publish them.
 
         While the counters of other writers cannot be read, their last values are used: a counter must not decrease.
         """
-        # Only published values are shown: another worker may give the next answer, and that must not be lower.
+        # Newer values are not shown: another worker may give the next answer, and that must not be lower. What could
+        # not be written is shown all the same, because the failures of a full disk are what an alert needs.
         own = self._published
         with suppress(OSError):
             self._others = self._operations_of_others()
