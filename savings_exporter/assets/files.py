@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from savings_exporter import yamlfile
+from savings_exporter import configfile
 from savings_exporter.assets.rules import rule_files
 from savings_exporter.assets.settings import RuleSettings
 from savings_exporter.shipped import shipped
@@ -30,8 +30,8 @@ def read_settings(path: str | None, **changes: str | None) -> RuleSettings:
     Raises:
         SettingsError: the file cannot be read, or a value is wrong.
     """
-    content = yamlfile.read(path) if path is not None else None
-    settings = yamlfile.converted(path or "", content or {}, RuleSettings)
+    content = configfile.read_yaml(path) if path is not None else None
+    settings = configfile.converted(path or "", content or {}, RuleSettings)
     given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
     return msgspec.structs.replace(settings, **given).checked()
 

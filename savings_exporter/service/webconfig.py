@@ -16,7 +16,7 @@ import msgspec
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from savings_exporter import yamlfile
+from savings_exporter import configfile
 from savings_exporter.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _stamp(file: str) -> _Stamp:
 
 def _settings(path: str) -> _Settings:
     """Read and check the file; paths in it are relative to it."""
-    settings = yamlfile.converted(path, _without_gaps(path, yamlfile.read(path)), _Settings)
+    settings = configfile.converted(path, _without_gaps(path, configfile.read_yaml(path)), _Settings)
     directory = os.path.dirname(os.path.abspath(path))
 
     def absolute(part: Any) -> Any:
@@ -229,7 +229,7 @@ def _checked_context(path: str, tls: Tls) -> SSLContext:
 
     for name, file in msgspec.structs.asdict(tls).items():
         try:
-            if "ENCRYPTED" in yamlfile.read_text(file):
+            if "ENCRYPTED" in configfile.read_text(file):
                 raise SettingsError(f"{path}: tls_server_config.{name}: {file} is encrypted; remove its passphrase")
         except (OSError, ValueError) as error:
             raise SettingsError(f"{path}: tls_server_config.{name}: {file} cannot be read: {_why(error)}") from None
@@ -249,7 +249,7 @@ def _checked_context(path: str, tls: Tls) -> SSLContext:
 def _token(authorization: Authorization) -> str:
     path = authorization.credentials_file
     try:
-        token = yamlfile.read_text(path).strip()
+        token = configfile.read_text(path).strip()
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path}: authorization.credentials_file cannot be read: {_why(error)}") from None
     if not token:

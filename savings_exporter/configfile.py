@@ -1,4 +1,4 @@
-"""Reading small files that a person or a program wrote for this one: text, and YAML."""
+"""Reading files of the configuration: YAML, and other small text such as tokens and certificates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_text(path: str) -> str:
     return data.decode()
 
 
-def read(path: str) -> Any:
+def read_yaml(path: str) -> Any:
     """The content of a YAML file; None when it is empty.
 
     Raises:
