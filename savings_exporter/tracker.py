@@ -28,6 +28,7 @@ from savings_exporter.storage.store import Store
 from savings_exporter.telemetry.counters import OperationCounters
 from savings_exporter.telemetry.tracing import StoreTracing
 from savings_exporter.tracking.background import Background
+from savings_exporter.tracking.importing import Importer
 from savings_exporter.tracking.receipt import Receipt
 
 if sys.version_info >= (3, 11):
@@ -253,6 +254,11 @@ class SavingsTracker:
         """
         store = self._store
         return read_days(store.reader.fs, lambda: (store.path, store.refresh()), first, last)
+
+    def importing(self) -> Importer:
+        """Imports from other programs' files, as a context manager. One process at a time can import into a store."""
+        self._background.start(self._close_with_process)
+        return Importer(self._store, self._background)
 
     def health(self) -> Health:
         """Whether commits and saves work, and if not, why."""

@@ -31,6 +31,7 @@ from savings_exporter.formats.headroom import (
     shown,
     unknown_keys,
 )
+from savings_exporter.model.cursors import Cursor, Cursors
 from savings_exporter.model.figures import numbers_of
 from savings_exporter.model.history import History
 from savings_exporter.model.jsontext import any_json, ascii_json
@@ -89,6 +90,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
         writers: the writers' entries, by writer id (16 hexadecimal digits).
         keys: the idempotency keys that were counted.
         operations: the operation counters of writers that have ended.
+        cursors: how far each source has been imported.
         days_file: the number of the file of closed days that belongs to this document; 0 without one.
         saved_at: when the document was saved.
         created_at: when the store began to count. In a document that does not contain the time, it is the time of the
@@ -103,6 +105,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     writers: Mapping[str, WriterState] = {}
     keys: KeyTable = msgspec.field(default_factory=KeyTable)
     operations: OperationCounts = OperationCounts()
+    cursors: Cursors = {}
     days_file: int = 0
     saved_at: datetime | None = None
     created_at: datetime | None = None
@@ -248,6 +251,7 @@ def _decode_checked(
         writers=writers,
         keys=unpacked(_typed(block["idempotency_keys"], str), max_keys),
         operations=OperationCounts() if is_old else _typed(block["operations"], OperationCounts),
+        cursors=_typed(block.get("cursors", b"{}"), dict[str, Cursor]),
         days_file=days_file,
         saved_at=datetime.fromisoformat(saved_at) if saved_at else None,
         created_at=parse_timestamp(str(created_at)) or ledger.history.began_at,
@@ -277,6 +281,7 @@ def _block(document: Document) -> bytes:
         "totals": _list(_pair(*entry) for entry in document.ledger.by_provider_model.items()),
         "days": b'{"file": %d, "undated": %s,\n  "open": %s}'
         % (document.days_file, encode_numbers(document.ledger.undated), encode_open(document.ledger.days)),
+        "cursors": ascii_json(document.cursors),
         "idempotency_keys": ascii_json(document.keys.pack()),
     }
     return b"{" + b",\n ".join(_joined(members)) + b"}"

@@ -3,7 +3,8 @@
 ::
 
     frame   = magic "SXJ2", CRC-32 of the rest of the frame, store, writer, first, count, length of the payload, payload
-    payload = a JSON array of groups; a group holds records, or sums of records, or the records of one idempotency key
+    payload = a JSON array of groups; a group holds records, or sums of records, or the records of one idempotency key,
+              or what was imported from a source
 
 The records of a frame have the writer's sequence numbers ``first`` to ``first + count - 1``. A frame that fits into a
 block of 4 KiB never crosses a block boundary, so that its commit writes only one block. If the frame does not fit into
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import msgspec
 
 from savings_exporter.errors import CorruptStoreError
+from savings_exporter.model.cursors import Cursor
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.totals import Row
 
@@ -48,7 +50,9 @@ class Group(msgspec.Struct, frozen=True, omit_defaults=True):
 
     With a ``key`` (a digest, 32 hexadecimal digits), the records are counted once, no matter how often the key appears.
     ``print`` is the fingerprint of the key's records. ``at`` is the position of the group's last record in its frame,
-    starting at 1. ``sums`` represent records of which only the sums were kept.
+    starting at 1. ``sums`` represent records of which only the sums were kept. ``cursor`` is how far a source has been
+    imported with this group. ``projects`` are sums that count only in the totals by project: another program's document
+    does not contain which model the savings of a project belong to.
     """
 
     records: Sequence[SavingsRecord] = ()
@@ -56,6 +60,13 @@ class Group(msgspec.Struct, frozen=True, omit_defaults=True):
     print: str = ""
     at: int = 0
     sums: Sequence[Row] = ()
+    cursor: Cursor | None = None
+    projects: Sequence[Row] = ()
+
+    @property
+    def count(self) -> int:
+        """How many sequence numbers the group takes."""
+        return _count(self)
 
 
 class ReadGroup(msgspec.Struct, frozen=True, gc=False):
@@ -70,12 +81,28 @@ class ReadGroup(msgspec.Struct, frozen=True, gc=False):
     print: str = ""
     at: int = 0
     sums: tuple[Row, ...] = ()
+    cursor: Cursor | None = None
+    projects: tuple[Row, ...] = ()
 
     @property
     def count(self) -> int:
-        """How many records the group represents."""
-        records = len(self.records)
-        return records + sum(row.requests for row in self.sums) if self.sums else records
+        """How many sequence numbers the group takes."""
+        return _count(self)
+
+    @property
+    def is_special(self) -> bool:
+        """Whether the group holds more than records."""
+        return bool(self.key or self.sums or self.cursor)
+
+
+def _count(group: Group | ReadGroup) -> int:
+    """One for each record that the group represents. A group that only moves a cursor takes a number, too, so that
+    it can be told whether its frame was counted.
+    """
+    records = len(group.records)
+    if group.sums:
+        records += sum(row.requests for row in group.sums)
+    return records or (1 if group.cursor is not None else 0)
 
 
 class Frame(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from savings_exporter.model.cursors import Cursors
 from savings_exporter.model.operations import OperationCounts
 from savings_exporter.model.record import parse_timestamp
 from savings_exporter.model.totals import Ledger, Pair, Totals
@@ -27,6 +28,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         pending_records: how many records are accepted but not yet durable. They are not part of the totals.
         pending_tokens: the ``tokens_saved`` of those records.
         operations: the operation counters of all writers.
+        cursors: how far each source has been imported, by the sources' names.
         writers: how many writers are alive, which is the number of open trackers in all processes.
     """
 
@@ -40,6 +42,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     pending_records: int = 0
     pending_tokens: int = 0
     operations: OperationCounts = OperationCounts()
+    cursors: Cursors = {}
     writers: int = 0
 
     @property

@@ -47,7 +47,7 @@ OTHER_PAIR: Pair = (OTHER, OTHER)
 
 Name = TypeVar("Name", str, Pair)
 
-_Key = tuple[str, str, str | None, str | None, str | None, int]
+_Key = tuple[str, str, str | None, str | None, str | None, int, bool]
 _FEW_COUNTS = len(COUNTS) - 1
 # How many of the last counts are missing in rows of an earlier version.
 _LATER_COUNTS = 4
@@ -74,6 +74,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_
         agent: None when it is unknown.
         source: None when it is not given.
         newest: the newest record's timestamp, in UTC. All records are from the same hour.
+        undated: whether the records are older than ``newest`` and it is not known how much. They belong to no day.
         requests: how many records there are.
         counts: their counts, in the order of ``COUNTS`` without ``requests``. An earlier version wrote fewer.
         units: their amounts in billionths of a dollar, in the order of ``AMOUNTS``.
@@ -85,6 +86,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_
     agent: str | None = None
     source: str | None = None
     newest: datetime
+    undated: bool = False
     requests: int
     counts: tuple[int, ...]
     units: tuple[int, ...]
@@ -110,6 +112,7 @@ class Sums:
         self.newest: datetime | None = None
         self._most_rows = most_rows
         self._sums: dict[_Key, _Sum] = {}
+        self._projects: dict[str, Part] = {}
         self._last_folded: dict[tuple[bool, bool, bool], _Key] = {}
 
     def add_all(self, records: Iterable[SavingsRecord]) -> None:
@@ -120,7 +123,7 @@ class Sums:
         for (provider, model, project, agent, source), group in groups.items():
             known_agent = None if agent == UNKNOWN else agent
             for hour, of_hour in _by_hour(group).items():
-                key = (provider or UNKNOWN, model, project, known_agent, source, hour)
+                key = (provider or UNKNOWN, model, project, known_agent, source, hour, False)
                 self._add(key, _numbers_of_all(of_hour), max(map(_TIMESTAMP, of_hour)))
 
     def add_rows(self, rows: Iterable[Row]) -> None:
@@ -130,12 +133,19 @@ class Sums:
             ValueError: the numbers of counts and amounts in a row do not match ``COUNTS`` and ``AMOUNTS``.
         """
         for row in rows:
-            missing = _FEW_COUNTS - len(row.counts)
-            if missing not in (0, _LATER_COUNTS) or len(row.units) != len(AMOUNTS):
-                raise ValueError(f"a row with {len(row.counts)} counts and {len(row.units)} amounts")
             newest = row.newest.astimezone(timezone.utc)
-            key = (row.provider, row.model, row.project, row.agent, row.source, _hour_of(newest))
-            self._add(key, (row.requests, *row.counts, *(missing * (0,)), *row.units), newest)
+            key = (row.provider, row.model, row.project, row.agent, row.source, _hour_of(newest), row.undated)
+            self._add(key, _numbers_of_row(row), newest)
+
+    def add_projects(self, rows: Iterable[Row]) -> None:
+        """Add sums of records that count only in the totals by project.
+
+        Raises:
+            ValueError: as in ``add_rows``.
+        """
+        for row in rows:
+            if row.project is not None:
+                _gather(self._projects, row.project, Part(_numbers_of_row(row), iso_utc(row.newest)))
 
     def rows(self) -> list[Row]:
         """The sums as rows, one for each combination of names and hour."""
@@ -147,20 +157,26 @@ class Sums:
                 agent=agent,
                 source=source,
                 newest=part.newest,
+                undated=undated,
                 requests=part.numbers[0],
                 counts=part.numbers[1 : len(COUNTS)],
                 units=part.numbers[len(COUNTS) :],
             )
-            for (provider, model, project, agent, source, _), part in self._sums.items()
+            for (provider, model, project, agent, source, _, undated), part in self._sums.items()
         ]
 
-    def parts(self) -> Iterator[tuple[Pair, str | None, str | None, str | None, Part]]:
-        """The pair of provider and model, the project, the agent, the source and the sums of each row."""
-        for (provider, model, project, agent, source, _), found in self._sums.items():
-            yield (provider, model), project, agent, source, Part(found.numbers, iso_utc(found.newest))
+    def parts(self) -> Iterator[tuple[Names, Part, bool]]:
+        """The names and the sums of each row, and whether the row belongs to a day."""
+        for (provider, model, project, agent, source, _, undated), found in self._sums.items():
+            names = Names(provider, model, project, agent, source)
+            yield names, Part(found.numbers, iso_utc(found.newest)), not undated
+
+    def projects(self) -> Mapping[str, Part]:
+        """What was added with ``add_projects``."""
+        return self._projects
 
     def __len__(self) -> int:
-        return len(self._sums)
+        return len(self._sums) + len(self._projects)
 
     def _add(self, key: _Key, numbers: Numbers, newest: datetime) -> None:
         found = self._sums.get(key) or self._sums.get(key := self._key_within_limit(key))
@@ -175,8 +191,8 @@ class Sums:
     def _key_within_limit(self, key: _Key) -> _Key:
         if self._most_rows is None or len(self._sums) < self._most_rows:
             return key
-        _, _, project, agent, source, hour = key
-        folded = (OTHER, OTHER, project and OTHER, agent and OTHER, source and OTHER, hour)
+        _, _, project, agent, source, hour, undated = key
+        folded = (OTHER, OTHER, project and OTHER, agent and OTHER, source and OTHER, hour, undated)
         kind = (project is None, agent is None, source is None)
         if len(self._sums) >= 2 * self._most_rows and folded not in self._sums:
             return self._last_folded.setdefault(kind, folded)
@@ -233,20 +249,21 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
             return self
         oldest, undated, rows = oldest_kept(now), self.undated, []
         models: dict[str, Part] = {}
-        projects: dict[str, Part] = {}
+        projects = dict(sums.projects())
         agents: dict[str, Part] = {}
         sources: dict[str, Part] = {}
         pairs: dict[Pair, Part] = {}
         hours: dict[str, Part] = {}
-        for pair, project, agent, source, part in sums.parts():
+        for names, part, is_dated in sums.parts():
+            pair, project, agent, source = (names.provider, names.model), names.project, names.agent, names.source
             _gather(pairs, pair, part)
             _gather(models, pair[1], part)
             _gather(hours, part.newest[:_HOUR], part)
             day = day_of(part.newest, now)
-            if day < oldest:
+            if day < oldest or not is_dated:
                 undated = added(undated, part.numbers)
             else:
-                rows.append(DayRow(day, Names(*pair, project, agent, source), part.numbers))
+                rows.append(DayRow(day, names, part.numbers))
             for named, name in ((projects, project), (agents, agent), (sources, source)):
                 if name is not None:
                     _gather(named, name, part)
@@ -322,6 +339,13 @@ def _by_hour(records: list[SavingsRecord]) -> dict[int, list[SavingsRecord]]:
     for record in records:
         hours.setdefault(_hour_of(_TIMESTAMP(record)), []).append(record)
     return hours
+
+
+def _numbers_of_row(row: Row) -> Numbers:
+    missing = _FEW_COUNTS - len(row.counts)
+    if missing not in (0, _LATER_COUNTS) or len(row.units) != len(AMOUNTS):
+        raise ValueError(f"a row with {len(row.counts)} counts and {len(row.units)} amounts")
+    return (row.requests, *row.counts, *(missing * (0,)), *row.units)
 
 
 def _hour_of(moment: datetime) -> int:

@@ -175,6 +175,7 @@ def _next_document(
     return msgspec.structs.replace(
         view.document,
         ledger=view.ledger,
+        cursors=view.cursors,
         store=view.store.hex(),
         writers=composed(view, gone, ended, closing),
         operations=operations,

@@ -283,6 +283,7 @@ class Reader:
             pending_records=pending_records,
             pending_tokens=pending_tokens,
             operations=operations,
+            cursors=view.cursors,
             writers=self.living(),
         )
 
@@ -545,7 +546,7 @@ class _Replay:
             raise CorruptStoreError(f"{path}: {error}", "Restore it from a backup") from None
         for frame, groups in zip(frames, decoded, strict=True):
             for group in groups:
-                if group.key or group.sums:
+                if group.is_special:
                     self._specials.append(Special(frame.first, group))
                 else:
                     self._records += group.records

@@ -19,6 +19,7 @@ import msgspec
 
 from savings_exporter.formats.document import Document, WriterState
 from savings_exporter.formats.frame import ReadGroup
+from savings_exporter.model.cursors import Cursors, with_cursors
 from savings_exporter.model.keys import KeyEntry, KeyTable
 from savings_exporter.model.totals import Ledger, Limits, Sums
 from savings_exporter.storage.filesystem import Identity
@@ -33,7 +34,7 @@ class Position(NamedTuple):
 
 
 class Special(NamedTuple):
-    """A group that has a key or sums, and the first sequence number of its frame."""
+    """A group that has a key, sums or a cursor, and the first sequence number of its frame."""
 
     first: int
     group: ReadGroup
@@ -70,7 +71,8 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
     ``identity`` identifies the file at the document's path; None when there is no file. ``store`` is the store's name
     (8 bytes). ``is_whole`` says whether that file is this document. If not, the file is unusable, and ``document`` is
-    another one, such as the previous document. ``ledger`` holds the totals of the document and the journals.
+    another one, such as the previous document. ``ledger`` holds the totals of the document and the journals, and
+    ``cursors`` how far each source has been imported with them.
 
     The keys are those of the document. Each transition claims keys in the same table. Claiming a key twice changes
     nothing, so an interrupt after the claim and before the view is published does no harm.
@@ -81,6 +83,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     store: bytes
     ledger: Ledger
     positions: Mapping[bytes, Position]
+    cursors: Cursors
     is_whole: bool = True
 
     @property
@@ -117,12 +120,19 @@ def view_of(document: Document, identity: Identity | None, store: bytes) -> View
         bytes.fromhex(writer): Position(state.through, state.segment, state.offset)
         for writer, state in document.writers.items()
     }
-    return View(document=document, identity=identity, store=store, ledger=document.ledger, positions=positions)
+    return View(
+        document=document,
+        identity=identity,
+        store=store,
+        ledger=document.ledger,
+        positions=positions,
+        cursors=document.cursors,
+    )
 
 
 def counted(view: View, readings: Iterable[Reading], limits: Limits, now: datetime) -> View:
     """The view with the readings of journals counted."""
-    sums, positions = Sums(), dict(view.positions)
+    sums, positions, cursors = Sums(), dict(view.positions), []
     for reading in readings:
         if reading.adds:
             sums.add_rows(reading.sums.rows())
@@ -130,9 +140,14 @@ def counted(view: View, readings: Iterable[Reading], limits: Limits, now: dateti
                 if not special.group.key or _is_first(special, reading.writer, view.keys):
                     sums.add_all(special.group.records)
                     sums.add_rows(special.group.sums)
+                    sums.add_projects(special.group.projects)
+                    if special.group.cursor is not None:
+                        cursors.append(special.group.cursor)
             positions[reading.writer] = reading.position
     ledger = view.ledger.plus(sums, limits, now) if sums else view.ledger
-    return msgspec.structs.replace(view, ledger=ledger, positions=positions)
+    return msgspec.structs.replace(
+        view, ledger=ledger, positions=positions, cursors=with_cursors(view.cursors, cursors)
+    )
 
 
 def composed(

@@ -32,6 +32,7 @@ class Entry(NamedTuple):
     """Records that one call added. ``last`` is the position of the last record in the batch, starting at 1.
 
     ``key`` and ``fingerprint`` are empty without an idempotency key. ``sums`` represent entries that were folded.
+    ``imported`` is what was imported from a source, in place of records.
     """
 
     last: int
@@ -39,9 +40,17 @@ class Entry(NamedTuple):
     key: bytes = b""
     fingerprint: bytes = b""
     sums: tuple[Row, ...] = ()
+    imported: Group | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the entry must not be folded with others."""
+        return bool(self.key) or self.imported is not None
 
     def group(self) -> Group:
         """The entry as a group of a frame."""
+        if self.imported is not None:
+            return self.imported
         if self.key:
             return Group(records=self.records, key=self.key.hex(), print=self.fingerprint.hex(), at=self.last)
         return Group(records=self.records, sums=self.sums)
@@ -55,7 +64,7 @@ class Batch:
     """
 
     __slots__ = (
-        *("entries", "writer", "first", "frame", "is_over", "links", "is_led", "futures", "has_keys"),
+        *("entries", "writer", "first", "frame", "is_over", "links", "is_led", "futures", "has_groups"),
         *("_followers", "_waiting", "_entered", "_unfolded"),
     )
 
@@ -67,7 +76,7 @@ class Batch:
         self.is_over = False
         self.links: list[SpanContext] = []
         self.is_led = False
-        self.has_keys = False
+        self.has_groups = False
         self.futures: set[asyncio.Future[None]] = set()
         self._followers: deque[threading.Lock] = deque()
         # These are locks rather than an event, because a signal may interrupt a thread that holds the event's own lock.
@@ -84,7 +93,8 @@ class Batch:
     def tokens(self) -> int:
         """How many tokens compression saved in these records."""
         return sum(
-            sum(record.tokens_saved for record in entry.records) + sum(row.counts[0] for row in entry.sums)
+            sum(record.tokens_saved for record in entry.records)
+            + sum(row.counts[0] for row in (entry.imported.sums if entry.imported is not None else entry.sums))
             for entry in self.entries
         )
 
@@ -102,10 +112,17 @@ class Batch:
         entries = self.entries
         last = len(records) + (entries[-1].last if entries else 0)
         if key:
-            self.has_keys = True
+            self.has_groups = True
         else:
             self._unfolded += len(records)
         entries.append(Entry(last, records, key, fingerprint))
+        return last
+
+    def add_imported(self, group: Group) -> int:
+        """Add what was imported from a source. Returns the position of its last record."""
+        last = group.count + self.count
+        self.has_groups = True
+        self.entries.append(Entry(last, (), imported=group))
         return last
 
     def link(self, span: Span) -> None:
@@ -114,9 +131,9 @@ class Batch:
             self.links.append(span.get_span_context())
 
     def groups(self) -> list[Group]:
-        """The groups for the frame. If no entry has a key or sums, all entries form one group."""
+        """The groups for the frame. If all entries hold only records, they form one group."""
         entries = self.entries
-        if self.has_keys or entries[0].sums:
+        if self.has_groups or entries[0].sums:
             return [entry.group() for entry in entries]
         if len(entries) == 1:
             return [Group(records=entries[0].records)]
@@ -126,10 +143,10 @@ class Batch:
         """Replace the oldest records without a key by their sums, so that memory is bounded while a disk fails."""
         if self._unfolded <= most_unfolded:
             return
-        unfolded = sum(len(entry.records) for entry in self.entries if not entry.key)
+        unfolded = sum(len(entry.records) for entry in self.entries if not entry.is_whole)
         sums, kept = Sums(most_rows), []
         for entry in self.entries:
-            if entry.key or unfolded <= most_unfolded - _FOLDED_AT_ONCE:
+            if entry.is_whole or unfolded <= most_unfolded - _FOLDED_AT_ONCE:
                 kept.append(entry)
             else:
                 sums.add_rows(entry.sums)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from opentelemetry.trace import INVALID_SPAN, Span, get_current_span
 
 from savings_exporter.errors import KeyConflictError
+from savings_exporter.formats.frame import Group
 from savings_exporter.model.keys import checked_key, digest_of, fingerprint_of
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.storage.operation import PREPARE, error_symbol
@@ -90,8 +91,8 @@ class GroupCommit:
 
     # Recording.
 
-    def record(self, records: Sequence[SavingsRecord], key: Any, *, wait: bool) -> Receipt:
-        """Accept records. With ``wait``, return when a commit with these records has ended.
+    def record(self, records: Sequence[SavingsRecord] | Group, key: Any, *, wait: bool) -> Receipt:
+        """Accept records, or a group that was imported. With ``wait``, return when a commit with them has ended.
 
         Raises:
             KeyConflictError: the key was recorded with other content.
@@ -100,7 +101,7 @@ class GroupCommit:
         entered = self.entered.lock
         is_nested = is_owned(entered)
         with entered:
-            keyed = None if key is None else self._looked_up(records, key)
+            keyed = None if key is None or isinstance(records, Group) else self._looked_up(records, key)
             span = get_current_span()
             if is_nested:
                 return self._accept_nested(records, keyed, span)
@@ -203,14 +204,16 @@ class GroupCommit:
             # After an interrupt, a nested batch may also be the sealed one.
             return [batch for batch in dict.fromkeys(batches) if batch.count and not batch.durable]
 
-    def _recorded(self, records: Sequence[SavingsRecord], keyed: _Keyed | None, span: Span, *, wait: bool) -> Receipt:
+    def _recorded(
+        self, records: Sequence[SavingsRecord] | Group, keyed: _Keyed | None, span: Span, *, wait: bool
+    ) -> Receipt:
         turn = None
         with self._mutex:
             receipt, batch = self._accept(records, keyed, span)
             if batch is None or not wait or self.failure is not None:
                 self._leave_to_background(batch)
                 return receipt
-            if batch.count > len(records):
+            if len(batch.entries) > 1:
                 turn = batch.follow()
             else:
                 batch.is_led = True
@@ -229,7 +232,7 @@ class GroupCommit:
         return _Keyed(checked, digest, fingerprint_of(records))
 
     def _accept(
-        self, records: Sequence[SavingsRecord], keyed: _Keyed | None, span: Span
+        self, records: Sequence[SavingsRecord] | Group, keyed: _Keyed | None, span: Span
     ) -> tuple[Receipt, Batch | None]:
         """Add records to the open batch. The returned batch is None when there is nothing to wait for."""
         if keyed is not None or self._is_closed:
@@ -237,14 +240,14 @@ class GroupCommit:
             if repeat is not None:
                 return repeat
         batch = self._batches.open
-        place = batch.add(records) if keyed is None else self._add(batch, records, keyed)
+        place = self._add(batch, records, keyed)
         if span is not INVALID_SPAN and span.is_recording():
             batch.link(span)
         if self.failure is not None or self._batches.sealed is not None:
             batch.fold(_MOST_UNFOLDED, _MOST_ROWS)
         return Receipt(batch, place), batch
 
-    def _accept_nested(self, records: Sequence[SavingsRecord], keyed: _Keyed | None, span: Span) -> Receipt:
+    def _accept_nested(self, records: Sequence[SavingsRecord] | Group, keyed: _Keyed | None, span: Span) -> Receipt:
         """Accept records of a signal handler that interrupted a call of the same thread. The committing thread commits
         them.
         """
@@ -259,8 +262,10 @@ class GroupCommit:
         self._wake()
         return Receipt(batch, place)
 
-    def _add(self, batch: Batch, records: Sequence[SavingsRecord], keyed: _Keyed | None) -> int:
+    def _add(self, batch: Batch, records: Sequence[SavingsRecord] | Group, keyed: _Keyed | None) -> int:
         """Add records to a batch. Returns the position of the last one."""
+        if isinstance(records, Group):
+            return batch.add_imported(records)
         if keyed is None:
             return batch.add(records)
         place = batch.add(records, keyed.digest, keyed.fingerprint)
@@ -346,7 +351,7 @@ class GroupCommit:
         was_failing = self.failure is not None
         if was_failing:
             self.failure, self.retry = None, Retry()
-        if batch.has_keys:
+        if batch.has_groups:
             self._store.remember(frame, groups)
             with self._mutex:
                 for entry in batch.entries:

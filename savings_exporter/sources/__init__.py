@@ -1,0 +1,1 @@
+"""Sources of savings: what other programs have recorded."""
