@@ -52,6 +52,7 @@ class StepBuilder:
 
     def __init__(self, state: Mapping[str, Any] | None) -> None:
         self._sums = Sums()
+        self._rows: list[Row] = []
         self._kept_out = kept_out_of(state)
         self._tokens = int((state or {}).get(_TOKENS, 0))
         self._rejected: Counter[str] = Counter()
@@ -66,23 +67,29 @@ class StepBuilder:
             before: how many input tokens the request had before the saving; None when that is not known.
             reason: why a rule of the source keeps it out; empty when it does not.
         """
-        if not reason and before is not None and record.tokens_saved + record.tool_search_saved > before:
-            reason = SAVED_MORE_THAN_INPUT
-        if not reason and self.is_jump(record.tokens_saved):
-            reason = JUMP
-        if not reason:
-            self._sums.add_all((record,))
-            self._tokens += record.tokens_saved
-            return
         alone = Sums()
         alone.add_all((record,))
-        self.keep_out(place, reason, alone.rows())
+        (row,) = alone.rows()
+        self.add_sum(row, place, before=before, reason=reason)
+
+    def add_sum(self, row: Row, place: str, *, before: int | None = None, reason: str = "") -> None:
+        """Add a record that is a row, or keep it out. The arguments are those of ``add``."""
+        saved, tools = row.counts[:2]
+        if not reason and before is not None and saved + tools > before:
+            reason = SAVED_MORE_THAN_INPUT
+        if not reason and self.is_jump(saved):
+            reason = JUMP
+        if reason:
+            self.keep_out(place, reason, [row])
+        else:
+            self._sums.add_rows([row])
+            self._tokens += saved
 
     def add_rows(self, rows: Iterable[Row]) -> None:
-        """Add sums of records that were found plausible."""
-        rows = tuple(rows)
-        self._sums.add_rows(rows)
-        self._tokens += _tokens_of(rows)
+        """Add sums of records that were found plausible. Rows with the same names and hour are not added up again."""
+        added = list(rows)
+        self._rows += added
+        self._tokens += _tokens_of(added)
 
     def is_jump(self, tokens_saved: int) -> bool:
         """Whether savings are far more than the rest of the source."""
@@ -100,13 +107,13 @@ class StepBuilder:
 
     def __len__(self) -> int:
         """How many rows were added, and how many records were rejected."""
-        return len(self._sums) + self._rejected.total()
+        return len(self._sums) + len(self._rows) + self._rejected.total()
 
     def build(self, state: Mapping[str, Any], progress: Progress, projects: Sequence[Row] = ()) -> Step:
         """The step, whose cursor has this state."""
         return Step(
             state=_with_members(state, self._tokens, self._kept_out),
-            rows=self._sums.rows(),
+            rows=[*self._sums.rows(), *self._rows],
             projects=projects,
             rejected=dict(self._rejected),
             problems=self._problems,

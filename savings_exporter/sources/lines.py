@@ -22,7 +22,9 @@ from savings_exporter.storage.filesystem import LOCAL
 if sys.platform != "win32":
     import fcntl
 
-_BLOCK_BYTES = 4 * 1024 * 1024
+# The decoded lines of a larger block do not fit into the processor's cache.
+_BLOCK_BYTES = 512 * 1024
+_LONGEST_LINE_BYTES = 4 * 1024 * 1024
 _DIGEST_BYTES = 12
 
 
@@ -47,7 +49,7 @@ class Block(NamedTuple):
     """Whole lines of a file, at most some megabytes.
 
     Attributes:
-        data: the lines, each with its line break. A line that is longer than a block comes in parts.
+        data: the lines, each with its line break. A line that is longer than four megabytes comes in parts.
         first_line: the number of the first of them in the file, from 1.
         place: where reading continues after them.
         progress: how many bytes of the file have been read.
@@ -117,9 +119,10 @@ class _Reading:
         """The lines after a place; None when there is no whole one."""
         start = self._continued(place)
         is_restart = bool(place.last) and not start.last
-        data = LOCAL.read_at(self._descriptor, _BLOCK_BYTES, start.offset)
+        data, is_last = self._read(start.offset, _BLOCK_BYTES)
+        if not is_last and b"\n" not in data:
+            data, is_last = self._read(start.offset, _LONGEST_LINE_BYTES)
         end = data.rfind(b"\n") + 1
-        is_last = len(data) < _BLOCK_BYTES
         if not data or (is_last and not end and not is_complete):
             return None
         if is_last and is_complete:
@@ -134,6 +137,11 @@ class _Reading:
             last=_digest(last),
         )
         return Block(data, start.lines + 1, following, Progress(following.offset, self._size), is_restart)
+
+    def _read(self, offset: int, size: int) -> tuple[bytes, bool]:
+        """Some bytes, and whether the file ends with them."""
+        data = LOCAL.read_at(self._descriptor, size, offset)
+        return data, len(data) < size
 
     def _continued(self, place: Place) -> Place:
         """The place itself, or the same place in the changed file, or the beginning."""
