@@ -9,9 +9,9 @@ names, as far as they go. What is left belongs to a model, or to no known model.
 from __future__ import annotations
 
 import operator
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import msgspec
@@ -33,18 +33,22 @@ MOST_POINTS = 5000
 """How many points Headroom keeps."""
 
 _MOST_PROJECTS = 200
+_MOST_TOKENS_OF_REQUEST = 2_000_000
+
+# Headroom removes points that are older than 365 days.
+_AGE_OF_POINTS = timedelta(days=364)
 
 _NAMES = (*COUNTS, *AMOUNTS)
 _REQUESTS, _TOKENS = _NAMES.index("requests"), _NAMES.index("tokens_saved")
 _TOOLS = _NAMES.index("tool_tokens_saved")
 # The figures of a row that are not in the document. They are derived from the others.
-_DERIVED = tuple(
-    map(_NAMES.index, ("compared_tokens_saved", "priced_requests", "costed_requests", "untold_tool_requests"))
-)
-_SIGNED = frozenset(map(_NAMES.index, ("compression_savings_usd", "compression_savings_list_usd")))
+_UNTOLD, _PRICED = map(_NAMES.index, ("untold_tool_requests", "priced_requests"))
+_DERIVED = (_UNTOLD, _PRICED, *map(_NAMES.index, ("compared_tokens_saved", "costed_requests")))
+_USD, _LIST_USD = map(_NAMES.index, ("compression_savings_usd", "compression_savings_list_usd"))
+_SIGNED = frozenset((_USD, _LIST_USD))
 
 
-class Event(msgspec.Struct, frozen=True, array_like=True):
+class Event(msgspec.Struct, frozen=True, array_like=True, order=True):
     """A request of the proxy that saved tokens, as the ledger and the history both contain it.
 
     Attributes:
@@ -103,7 +107,7 @@ class Version(NamedTuple):
     ledger: Ledger
     points: Sequence[Point]
 
-    def seen(self, before: Seen) -> Seen:
+    def seen(self, before: Seen = Seen()) -> Seen:  # noqa: B008  # it is immutable
         """What to compare the next version with. Figures of names never become lower."""
         last = self.points[-1] if self.points else None
         return Seen(
@@ -121,14 +125,16 @@ class Change(NamedTuple):
     Attributes:
         rows: its sums.
         projects: sums that count only by project.
-        points: the points that are new.
-        tokens: the tokens that compression saved.
+        events: the events of the points that are new and were not counted before.
+        counted: the events that were counted before, and that the version now contains.
+        seen: what to compare the next version with.
     """
 
     rows: Sequence[Row]
     projects: Sequence[Row]
-    points: Sequence[Point]
-    tokens: int
+    events: Sequence[Event]
+    counted: Sequence[Event]
+    seen: Seen
 
 
 def read(path: str, data: bytes) -> Version:
@@ -170,32 +176,36 @@ def change_of(seen: Seen | None, version: Version, counted: Iterable[Event], now
         counted: events of new points that have been counted already, from the ledger.
         now: the time of savings whose time the document does not contain.
     """
-    base = seen or Seen()
-    new = [point for point in version.points if seen is None or point.stamp > base.stamp]
-    if seen is not None and not _is_continuation(base, version):
-        base, new = _replaced(base, version, new)
+    base, new, before = seen or Seen(), version.points, seen or Seen()
+    if seen is not None and _is_continuation(seen, version):
+        new = _points_after(seen, version)
     elif seen is not None:
-        new = _points_after(base, version)
+        base, new = _replaced(seen, version)
+        before = Seen()
     left = _difference(numbers_of(version.ledger.lifetime), _long(base.lifetime))
     models = {
         name: _difference(numbers_of(totals), _long(base.models.get(name, [])))
         for name, totals in version.ledger.by_model.items()
     }
     splitting = _Splitting(left, models)
-    remaining = Counter(event.kind for event in counted)
+    waiting: defaultdict[tuple[str, int, int], list[Event]] = defaultdict(list)
+    for event in counted:
+        waiting[event.kind].append(event)
+    events, found = [], []
     for point in new:
-        event = point.event
-        if remaining[event.kind]:
-            remaining[event.kind] -= 1
-            splitting.drop(event)
-            splitting.take(point, is_counted=True)
+        known = waiting[point.event.kind]
+        is_counted = bool(known)
+        if is_counted:
+            found.append(known.pop(0))
+            splitting.drop(point.event)
         else:
-            splitting.take(point, is_counted=False)
+            events.append(point.event)
+        splitting.take(point, is_counted=is_counted)
     first = parse_timestamp(version.points[0].stamp) if version.points else None
     last = parse_timestamp(version.ledger.lifetime.last_activity_at or "") or now
     splitting.finish(first or last if seen is None else last, version.points, is_undated=seen is None)
     projects = _project_rows(base.projects, version, now)
-    return Change(splitting.rows, projects, new, sum(row.counts[0] for row in splitting.rows))
+    return Change(splitting.rows, projects, events, found, version.seen(before))
 
 
 class _Splitting:
@@ -222,16 +232,23 @@ class _Splitting:
             wanted[_REQUESTS] = wanted[_TOKENS] = wanted[_TOOLS] = 0
         moment = parse_timestamp(point.stamp)
         assert moment is not None
-        numbers = self._given(_model(point.model), wanted)
+        numbers = self._given(_model(point.model), _with_list_prices(wanted))
         self._add(point.provider, _model(point.model), point.agent, moment, numbers, is_undated=False)
 
     def finish(self, moment: datetime, points: Sequence[Point], *, is_undated: bool) -> None:
         """Rows for what is left, by model, and then for what belongs to no known model."""
         providers = _providers(points)
         for model, left in self._models.items():
-            numbers = self._given(model, left)
+            numbers = self._given(model, _with_list_prices(left))
             self._add(providers.get(model, UNKNOWN), model, None, moment, numbers, is_undated=is_undated)
-        self._add(UNKNOWN, UNKNOWN, None, moment, self._given(UNKNOWN, self._lifetime), is_undated=is_undated)
+        rest = tuple(self._lifetime)
+        if self.rows and not any(rest[: len(COUNTS)]):
+            # The document does not say which model the amount belongs to. It is not worth a row of its own.
+            *others, row = self.rows
+            units = added(row.units, rest[len(COUNTS) :])
+            self.rows = [*others, msgspec.structs.replace(row, units=units)]
+        else:
+            self._add(UNKNOWN, UNKNOWN, None, moment, rest, is_undated=is_undated)
 
     def _given(self, model: str, wanted: Sequence[int]) -> Numbers:
         """What of some wanted figures is left, which is then taken away."""
@@ -300,12 +317,13 @@ def _points_after(base: Seen, version: Version) -> list[Point]:
     return [point for point in version.points if point.stamp > base.stamp]
 
 
-def _replaced(base: Seen, version: Version, new: list[Point]) -> tuple[Seen, list[Point]]:
+def _replaced(seen: Seen, version: Version) -> tuple[Seen, Sequence[Point]]:
     """What to compare with a document that was not made from the one seen before: an older copy, or a new beginning.
 
-    Only what its points show as newer counts. If all points are newer, Headroom has begun again from zero, and the whole
-    document is new.
+    Only what its points show as newer counts. If all points are newer, Headroom has begun again from zero, and the
+    whole document is new.
     """
+    new = [point for point in version.points if point.stamp > seen.stamp]
     if new and len(new) == len(version.points) < MOST_POINTS:
         return Seen(), new
     change = ZERO
@@ -332,6 +350,8 @@ def _project_rows(before: Mapping[str, Sequence[int]], version: Version, now: da
             # Headroom forgets the project that was not used for the longest time. It begins again from zero.
             known = ZERO
         difference = _difference(numbers, known)
+        if totals.untold_tool_requests:
+            difference = (*difference[:_UNTOLD], difference[_REQUESTS], *difference[_UNTOLD + 1 :])
         if any(difference):
             moment = parse_timestamp(totals.last_activity_at or "") or now
             rows.append(_row(difference, moment, UNKNOWN, UNKNOWN, project=name))
@@ -349,9 +369,10 @@ def _row(
     is_undated: bool = False,
 ) -> Row:
     whole = numbers_of(Totals().plus(numbers, None).with_assumed_records())
-    # A project's deferred tool tokens may be unknown. That figure is the document's.
     values = [*whole[: len(COUNTS)], *numbers[len(COUNTS) :]]
-    values[_DERIVED[-1]] = numbers[_DERIVED[-1]]
+    if numbers[_USD] and not values[_PRICED]:
+        # The request was counted before, without the amount.
+        values[_PRICED] = 1
     return Row(
         provider=provider,
         model=model,
@@ -367,12 +388,13 @@ def _row(
 
 
 def _points(ledger: Ledger) -> list[Point]:
-    """The points with their changes. The first one has none: what was before it may have been removed."""
+    """The points with their changes. The first one has none if points before it may have been removed."""
     points: list[Point] = []
+    is_whole = _has_first_point(ledger.history.points)
     for fields in ledger.history.points:
         values = {name: fields.get(key, 0) for name, key in POINT_KEYS.items()}
         total = numbers_of(Totals(**values))
-        before = points[-1].total if points else total
+        before = points[-1].total if points else ZERO if is_whole else total
         agent = clean_name("agent", _text(fields.get("agent")))
         points.append(
             Point(
@@ -385,6 +407,21 @@ def _points(ledger: Ledger) -> list[Point]:
             )
         )
     return points
+
+
+def _has_first_point(points: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the first point is that of the first request that saved something."""
+    if not 0 < len(points) < MOST_POINTS:
+        return False
+    first, last = (parse_timestamp(str(point["timestamp"])) for point in (points[0], points[-1]))
+    saved = points[0].get("total_tokens_saved", 0) + points[0].get("tool_tokens_saved", 0)
+    is_recent = first is not None and last is not None and last - first < _AGE_OF_POINTS
+    return is_recent and saved <= _MOST_TOKENS_OF_REQUEST
+
+
+def _with_list_prices(numbers: Sequence[int]) -> list[int]:
+    """The figures with the savings at list prices, which neither models nor points have, as far as they are known."""
+    return [numbers[_USD] if place == _LIST_USD else number for place, number in enumerate(numbers)]
 
 
 def _providers(points: Sequence[Point]) -> Mapping[str, str]:

@@ -154,20 +154,20 @@ class LedgerReading:
 
     Args:
         state: the state of the last step; None at the beginning.
-        is_wanted: which lines count; None for all.
+        chosen: what of a line counts, or None if nothing does; without this function, all lines count.
     """
 
-    def __init__(self, state: Mapping[str, Any] | None, is_wanted: Callable[[Line], bool] | None = None) -> None:
+    def __init__(self, state: Mapping[str, Any] | None, chosen: Callable[[Line], Line | None] | None = None) -> None:
         self.block: Block | None = None
         self._newest = str((state or {}).get("newest", ""))
         self._builder = StepBuilder(state)
         self._sums = LineSums()
-        self._is_wanted = is_wanted
+        self._chosen = chosen
 
     def add(self, block: Block) -> None:
         """Add the lines of a block."""
         self.block = block
-        lines = _plain_lines(block) if self._is_wanted is None and not block.is_restart else None
+        lines = _plain_lines(block) if self._chosen is None and not block.is_restart else None
         if lines:
             newest = self._sums.add(lines)
             self._newest = max(self._newest, newest[:_SECOND])
@@ -178,8 +178,9 @@ class LedgerReading:
             if block.is_restart and line.second <= before:
                 continue
             self._newest = max(self._newest, line.second)
-            if self._is_wanted is None or self._is_wanted(line):
-                _add(self._builder, number, line)
+            counted = line if self._chosen is None else self._chosen(line)
+            if counted is not None:
+                _add(self._builder, number, counted)
 
     def step(self, state: Mapping[str, Any] | None = None) -> Step:
         """The step with the blocks so far. Its state has further members."""
@@ -315,7 +316,8 @@ def _figures(lines: Sequence[Line]) -> Sequence[int]:
         uncached,
         sum(after),
         tokens if all(after) else sum([line.saved for line in lines if line.after]),
-        len(saved) - saved.count(0),
+        # A model without a price, and a line that lacks the amount, have zero.
+        len(effective) - effective.count(0.0),
         _usd(effective),
         _usd(costs),
     )
