@@ -9,17 +9,31 @@ from __future__ import annotations
 import signal
 import sys
 from importlib import import_module
+from keyword import iskeyword
 from typing import Any, NoReturn
 
 import click
 
 from savings_exporter.cli import standard_output
 from savings_exporter.cli.errors import INTERRUPTED, CommandError
+from savings_exporter.cli.text import plain
 from savings_exporter.errors import SettingsError, StoreError
 from savings_exporter.version import VERSION
 
 _LONGEST_MESSAGE = 1000
-COMMANDS = ("serve", "watch", "record", "show", "export", "verify", "drill", "doctor", "assets")
+COMMANDS = (
+    "serve",
+    "watch",
+    "record",
+    "discover",
+    "import",
+    "show",
+    "export",
+    "verify",
+    "drill",
+    "doctor",
+    "assets",
+)
 
 
 class _Commands(click.Group):
@@ -39,7 +53,8 @@ class _Commands(click.Group):
     def get_command(self, _context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(f"{__name__}.{name}"), name)
+        module = f"{name}_" if iskeyword(name) else name
+        command: click.Command = getattr(import_module(f"{__name__}.{module}"), module)
         return command
 
 
@@ -95,6 +110,5 @@ def _hold_hangup() -> None:
 
 def _exit(status: int, line: str) -> NoReturn:
     # Arguments and names of files can hold control characters.
-    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
-    print(f"savings-exporter: {shown}", file=sys.stderr)
+    print(f"savings-exporter: {plain(line)}", file=sys.stderr)
     sys.exit(status)

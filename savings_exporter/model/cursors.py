@@ -15,6 +15,22 @@ MOST_CURSORS = 1000
 """How many sources a store can import. A cursor is never dropped: its records would be counted again."""
 
 
+DAMAGED = "damaged"
+"""The reason of a record that cannot be read. It cannot be let in."""
+
+SAVED_MORE_THAN_INPUT = "saved_more_than_input"
+"""The reason of a record that saved more than its request had."""
+
+JUMP = "jump"
+"""The reason of a record that saved far more than all others of its source together."""
+
+OVERSIZED = "oversized"
+"""The reason of a record whose input is larger than the program itself counts."""
+
+REASONS = (DAMAGED, JUMP, OVERSIZED, SAVED_MORE_THAN_INPUT)
+"""Why records are kept out of the totals."""
+
+
 class Cursor(msgspec.Struct, frozen=True, omit_defaults=True):
     """The position in one source.
 

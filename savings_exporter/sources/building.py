@@ -12,18 +12,10 @@ from typing import Any
 
 import msgspec
 
+from savings_exporter.model.cursors import DAMAGED, JUMP, SAVED_MORE_THAN_INPUT
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.totals import Row, Sums
 from savings_exporter.sources.source import MOST_KEPT_OUT, MOST_PROBLEMS, Progress, Step
-
-DAMAGED = "damaged"
-"""The reason of a record that cannot be read. It cannot be let in."""
-
-SAVED_MORE_THAN_INPUT = "saved_more_than_input"
-"""The reason of a record that saved more than its request had."""
-
-JUMP = "jump"
-"""The reason of a record that saved far more than all others of its source together."""
 
 MOST_TIMES_THE_REST = 100
 """A record that saved more than this many times the rest of its source is a mistake: one outlier would be the total."""

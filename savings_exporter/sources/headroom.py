@@ -17,10 +17,11 @@ from typing import Any
 
 import msgspec
 
+from savings_exporter.model.cursors import JUMP
 from savings_exporter.model.record import parse_timestamp
 from savings_exporter.model.totals import Row, Sums
 from savings_exporter.sources import headroom_document
-from savings_exporter.sources.building import JUMP, StepBuilder
+from savings_exporter.sources.building import StepBuilder
 from savings_exporter.sources.headroom_document import KIND, Change, Event, Seen
 from savings_exporter.sources.headroom_ledger import PROXY, HeadroomLedger, LedgerReading, Line, ledger_blocks
 from savings_exporter.sources.lines import place_of
@@ -160,14 +161,17 @@ class _LedgerEvents:
         """What of a line counts. The document adds the other figures of the proxy's requests when it contains them."""
         if line.source != PROXY:
             return line
-        if not line.saved or line.second < self._since:
+        if not line.saved:
             return None
         event = Event(line.second, line.model, line.saved - line.saved_tool_schema, line.saved_tool_schema)
         points = self._points[event.kind]
+        earliest = _second(_moment(event.second) - _DELAY)
         for position, point in enumerate(points):
-            if point.second <= event.second:
+            if earliest <= point.second <= event.second:
                 del points[position]
                 return None
+        if event.second < self._since:
+            return None
         self._lines.append(event)
         return msgspec.structs.replace(
             line, before=max(line.before, line.saved), after=0, cost_usd=0.0, cost_effective_usd=None, cache=None

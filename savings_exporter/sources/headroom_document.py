@@ -92,6 +92,7 @@ class Seen(msgspec.Struct, frozen=True, omit_defaults=True):
         lifetime: its lifetime totals.
         models, projects: its totals by name. Names that it no longer has are kept.
         stamp, total: the time and the figures of its last point.
+        newest: the time of the newest point that any version had. Points up to it have been counted.
     """
 
     lifetime: list[int] = []
@@ -99,6 +100,7 @@ class Seen(msgspec.Struct, frozen=True, omit_defaults=True):
     projects: dict[str, list[int]] = {}
     stamp: str = ""
     total: list[int] = []
+    newest: str = ""
 
 
 class Version(NamedTuple):
@@ -107,8 +109,13 @@ class Version(NamedTuple):
     ledger: Ledger
     points: Sequence[Point]
 
-    def seen(self, before: Seen = Seen()) -> Seen:  # noqa: B008  # it is immutable
-        """What to compare the next version with. Figures of names never become lower."""
+    def seen(self, before: Seen, newest: str) -> Seen:
+        """What to compare the next version with.
+
+        Args:
+            before: the version that this one continues. Figures of names never become lower.
+            newest: as in ``Seen``, without this version.
+        """
         last = self.points[-1] if self.points else None
         return Seen(
             lifetime=_short(numbers_of(self.ledger.lifetime)),
@@ -116,6 +123,7 @@ class Version(NamedTuple):
             projects=_newest(before.projects, self.ledger.projects),
             stamp=last.stamp if last is not None else before.stamp,
             total=_short(last.total) if last is not None else before.total,
+            newest=max(last.stamp if last is not None else "", newest),
         )
 
 
@@ -205,7 +213,9 @@ def change_of(seen: Seen | None, version: Version, counted: Iterable[Event], now
     last = parse_timestamp(version.ledger.lifetime.last_activity_at or "") or now
     splitting.finish(first or last if seen is None else last, version.points, is_undated=seen is None)
     projects = _project_rows(base.projects, version, now)
-    return Change(splitting.rows, projects, events, found, version.seen(before))
+    return Change(
+        splitting.rows, projects, events, found, version.seen(before, seen.newest if seen is not None else "")
+    )
 
 
 class _Splitting:
@@ -297,8 +307,10 @@ def _part(wanted: int, left: int, of_model: int) -> int:
 
 def _is_continuation(base: Seen, version: Version) -> bool:
     """Whether a version was made from the one seen before: no count is lower, and it has that one's last point, unless
-    Headroom has removed old points since.
+    Headroom has removed old points since. After an older copy, nothing is a continuation until there are newer points.
     """
+    if base.stamp < base.newest:
+        return False
     lifetime = numbers_of(version.ledger.lifetime)
     if any(map(operator.lt, lifetime[: len(COUNTS)], _long(base.lifetime))):
         return False
@@ -323,7 +335,7 @@ def _replaced(seen: Seen, version: Version) -> tuple[Seen, Sequence[Point]]:
     Only what its points show as newer counts. If all points are newer, Headroom has begun again from zero, and the
     whole document is new.
     """
-    new = [point for point in version.points if point.stamp > seen.stamp]
+    new = [point for point in version.points if point.stamp > seen.newest]
     if new and len(new) == len(version.points) < MOST_POINTS:
         return Seen(), new
     change = ZERO

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from savings_exporter.errors import SavingsError
@@ -26,6 +26,10 @@ class Progress(NamedTuple):
     total: int
 
 
+Note = Callable[[Progress], None]
+"""Called when more of a source has been read."""
+
+
 class Step(NamedTuple):
     """A part of a source, read as a whole.
 
@@ -44,11 +48,6 @@ class Step(NamedTuple):
     rejected: Mapping[str, int] = {}
     problems: Sequence[str] = ()
     progress: Progress = Progress(0, 0)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the step adds nothing, so that only the state changes."""
-        return not (self.rows or self.projects or self.rejected)
 
 
 class Source(Protocol):

@@ -26,7 +26,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 
-from savings_exporter.model.names import UNKNOWN
+from savings_exporter.model.cursors import REASONS, Cursors
+from savings_exporter.model.names import OTHER, UNKNOWN
 from savings_exporter.model.operations import OperationCounts
 from savings_exporter.storage.filesystem import free_space
 from savings_exporter.storage.operation import COMMIT_STEPS, FSYNC_TARGETS, PREPARE, SAVE_STEPS
@@ -97,6 +98,8 @@ _NAMED_COUNTERS = {
     "tokens_saved": ("tokens_saved", "Tokens that compression saved for {}, over the store's lifetime."),
     "requests": ("requests", "Requests recorded for {}, over the store's lifetime."),
 }
+
+_MOST_SOURCES = 50
 
 Labels = tuple[str, ...]
 Bucket = tuple[str, float] | tuple[str, float, Exemplar]
@@ -182,6 +185,7 @@ def totals_families(snapshot: Snapshot) -> Iterator[Metric]:
             text = help_text.format(f"{'an' if label == 'agent' else 'a'} {label}")
             family = CounterMetricFamily(f"savings_{label}_{name}", text, labels=[label])
             yield _filled(family, [((value,), totals) for value, totals in named.items()], field)
+    yield _rejected_family(snapshot.cursors)
     for name, help_text, number in (
         ("tokens_pending", "Tokens saved in records that are accepted and not durable yet.", snapshot.pending_tokens),
         ("records_pending", "Records that are accepted and not durable yet.", snapshot.pending_records),
@@ -203,6 +207,25 @@ def totals_families(snapshot: Snapshot) -> Iterator[Metric]:
     # Two exporters may show one store. This label lets queries count it once.
     yield InfoMetricFamily("savings_store", "The store that the totals are of.", value={"store": snapshot.store_id})
     yield InfoMetricFamily("savings_build", "The exporter that answers.", value=build)
+
+
+def _rejected_family(cursors: Cursors) -> Metric:
+    """The records that were kept out, by the sources that were imported and the reasons that there can be."""
+    found: dict[Labels, float] = {}
+    names = sorted({cursor.source for cursor in cursors.values()})
+    kept = {name: name if position < _MOST_SOURCES else OTHER for position, name in enumerate(names)}
+    for cursor in cursors.values():
+        for reason in dict.fromkeys((*REASONS, *cursor.rejected)):
+            labels: Labels = (kept[cursor.source], reason)
+            found[labels] = found.get(labels, 0.0) + cursor.rejected.get(reason, 0)
+    metric = CounterMetricFamily(
+        "savings_rejected_records",
+        "Records of imported sources that were kept out of the totals, by reason.",
+        labels=["source", "reason"],
+    )
+    for labels, number in found.items():
+        metric.add_metric(labels, number)
+    return metric
 
 
 def operation_families(operations: OperationCounts, exemplars: Mapping[str, Exemplar]) -> Iterator[Metric]:

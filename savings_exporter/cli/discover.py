@@ -1,0 +1,64 @@
+"""``savings-exporter discover``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import click
+
+from savings_exporter.cli.errors import CommandError
+from savings_exporter.cli.import_ import cursors_of
+from savings_exporter.cli.options import log_format_option, log_level_option, store_option, sync_method_option
+from savings_exporter.cli.output import announce
+from savings_exporter.cli.sources import print_summaries
+from savings_exporter.service import logs
+from savings_exporter.sources.discovery import usual_sources
+from savings_exporter.sources.importing import Following, Summary, preview
+from savings_exporter.sources.source import SourceError
+from savings_exporter.storage.segment import SyncMethod
+from savings_exporter.tracker import SavingsTracker
+
+
+@click.command()
+@store_option
+@sync_method_option
+@click.option("--watch", is_flag=True, help="Import what is found, and follow it until Ctrl-C.")
+@log_level_option
+@log_format_option
+def discover(store: str | None, sync_method: SyncMethod, watch: bool, log_level: str, log_format: str) -> None:
+    """Look for savings of other programs in their usual places, and say what an import would add.
+
+    It looks for Headroom.
+    """
+    if watch:
+        logs.configure(log_level, log_format)
+        _watch(store, sync_method)
+        return
+    logs.be_quiet()
+    sources = usual_sources(os.environ)
+    if not sources:
+        raise CommandError("no savings of another program are in the usual places; import PATH takes a file elsewhere")
+    cursors, done = cursors_of(store), []
+    for source in sources:
+        try:
+            done.append((source, preview(source, cursors)))
+        except SourceError as error:
+            summary = Summary()
+            summary.problems.append(str(error))
+            done.append((source, summary))
+    print_summaries(done, "to add")
+
+
+def _watch(store: str | None, sync_method: SyncMethod) -> None:
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: ended.set())
+    with SavingsTracker(store, sync_method=sync_method) as tracker:
+        with Following(tracker, lambda: usual_sources(os.environ)):
+            announce(f"savings-exporter follows other programs' savings for {tracker.storage_path}; Ctrl-C ends it")
+            ended.wait()
+        is_saved = tracker.close()
+    if not is_saved:
+        raise CommandError(f"stopped, but {tracker.health().reason}")

@@ -1,0 +1,59 @@
+"""Finds sources: in the usual places of this user, and by what a file contains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from savings_exporter.sources.headroom import DOCUMENT_NAME, LEDGER_NAME, Headroom, HeadroomLedger
+from savings_exporter.sources.source import Source, SourceError
+from savings_exporter.storage.filesystem import LOCAL
+
+_FIRST_BYTES = 4096
+_HEADROOM_DIRECTORY = os.path.join("~", ".headroom")
+
+
+def usual_sources(environ: Mapping[str, str]) -> Sequence[Source]:
+    """The sources of this user that exist.
+
+    Args:
+        environ: the environment, whose variables of the other programs change the places.
+    """
+    found: list[Source] = []
+    document, ledger = _headroom_paths(environ)
+    if os.path.isfile(document):
+        found.append(Headroom(document, ledger))
+    return found
+
+
+def source_of(path: str) -> Source:
+    """The source that a file is, by its content.
+
+    Raises:
+        SourceError: the file cannot be read, or is not known.
+    """
+    try:
+        with LOCAL.opened(path) as descriptor:
+            start = LOCAL.read_at(descriptor, _FIRST_BYTES, 0)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}", path=path) from None
+    directory = os.path.dirname(path)
+    if start.lstrip().startswith(b"{") and b'"saved"' in start.partition(b"\n")[0]:
+        document = os.path.join(directory, DOCUMENT_NAME)
+        is_beside = os.path.basename(path) == LEDGER_NAME and os.path.isfile(document)
+        return Headroom(document, path) if is_beside else HeadroomLedger(path)
+    if start.lstrip().startswith(b"{"):
+        return Headroom(path)
+    raise SourceError(f"{path}: is not a file that is known; name its columns with --map", path=path)
+
+
+def _headroom_paths(environ: Mapping[str, str]) -> tuple[str, str]:
+    """Where Headroom 0.42 keeps its document and its ledger."""
+    workspace = _path(environ, "HEADROOM_WORKSPACE_DIR") or os.path.expanduser(_HEADROOM_DIRECTORY)
+    document = _path(environ, "HEADROOM_SAVINGS_PATH") or os.path.join(workspace, DOCUMENT_NAME)
+    ledger = _path(environ, "HEADROOM_SAVINGS_EVENTS_PATH") or os.path.join(workspace, LEDGER_NAME)
+    return document, ledger
+
+
+def _path(environ: Mapping[str, str], variable: str) -> str:
+    return os.path.expanduser(environ.get(variable, "").strip())
