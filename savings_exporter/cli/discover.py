@@ -15,7 +15,8 @@ from savings_exporter.cli.output import announce
 from savings_exporter.cli.sources import print_summaries
 from savings_exporter.service import logs
 from savings_exporter.sources.discovery import usual_sources
-from savings_exporter.sources.importing import Following, Summary, preview
+from savings_exporter.sources.following import Following
+from savings_exporter.sources.importing import Summary, preview
 from savings_exporter.sources.source import SourceError
 from savings_exporter.storage.segment import SyncMethod
 from savings_exporter.tracker import SavingsTracker

@@ -30,6 +30,8 @@ from savings_exporter.service.demo import DemoTraffic
 from savings_exporter.service.drill import taking_drills
 from savings_exporter.service.paths import SAVINGS_PATH
 from savings_exporter.service.webconfig import WebConfig
+from savings_exporter.sources.discovery import usual_sources
+from savings_exporter.sources.following import Following, FollowingCollector
 from savings_exporter.storage.segment import SyncMethod
 from savings_exporter.telemetry.export import Export
 from savings_exporter.telemetry.metrics import SavingsCollector
@@ -44,6 +46,13 @@ from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker
 @web_config_file_option
 @log_level_option
 @log_format_option
+@option(
+    "--discover",
+    "follows_sources",
+    is_flag=True,
+    variable="DISCOVER",
+    help="Also follow the savings of other programs in their usual places.",
+)
 @click.option("--demo", is_flag=True, help="Record made-up traffic; without --store, in a temporary store.")
 @option(
     "--enable-drill",
@@ -59,6 +68,7 @@ def serve(
     web_config_file: str | None,
     log_level: str,
     log_format: str,
+    follows_sources: bool,
     demo: bool,
     enable_drill: bool,
 ) -> None:
@@ -80,6 +90,7 @@ def serve(
             stack.enter_context(taking_drills(tracker))
         if demo:
             stack.enter_context(DemoTraffic(tracker))
+        following = stack.enter_context(_following(tracker)) if follows_sources else None
         service = Service(
             tracker,
             SavingsCollector(tracker),
@@ -87,6 +98,8 @@ def serve(
             web_config=web_config,
             tracer_provider=export.tracer_provider,
         )
+        if following is not None:
+            service.registry.register(FollowingCollector(following))
         what = "keeps made-up savings in" if demo else "keeps savings in"
         more = f"record one: {_first_saving(url, web_config)}", f"metrics: {url}{telemetry_path}"
         lines = announcement(what, tracker.storage_path, url, *more)
@@ -95,11 +108,17 @@ def serve(
         tracker.snapshot()
         try:
             server.run(service, listener, web_config, started=lambda: announce(lines))
+            if following is not None:
+                following.stop()
             is_saved = tracker.close()
         except KeyboardInterrupt:
             _end_at_once(tracker)
         if not is_saved:
             raise CommandError(f"stopped, but {tracker.health().reason}")
+
+
+def _following(tracker: SavingsTracker) -> Following:
+    return Following(tracker, lambda: usual_sources(os.environ))
 
 
 def _first_saving(url: str, web_config: WebConfig) -> str:
