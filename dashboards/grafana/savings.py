@@ -18,6 +18,7 @@ _CACHE = "savings_cache_read_tokens_total"
 _COST_SAVED = "savings_cost_saved_usd"
 _INPUT_COST = "savings_input_cost_usd"
 _CACHE_COST = "savings_cache_cost_saved_usd"
+_REJECTED = "savings_rejected_records_total"
 
 _PAIR = ("provider", "model")
 _NO_PRICE = "not known"
@@ -201,7 +202,21 @@ def _named(label: str) -> Row:
             names={label: label.capitalize()},
         ),
     )
-    return Row(f"Which {label}s?", [panel.no_value(f"no {label} recorded") for panel in panels])
+    shown = [panel.no_value(f"no {label} recorded") for panel in panels]
+    if label == "source":
+        shown.append(_kept_out())
+    return Row(f"Which {label}s?", shown)
+
+
+def _kept_out() -> Any:
+    return listing(
+        "Records kept out",
+        "Records of imported sources that are damaged or not plausible. They are not included in any total.",
+        (("Records", "short", Query(f"{total(_REJECTED, 'source', 'reason')} > 0")),),
+        width=24,
+        height=5,
+        names={"source": "Source", "reason": "Reason"},
+    ).no_value("none")
 
 
 def _what_else() -> Row:

@@ -57,7 +57,8 @@ def groups(settings: RuleSettings) -> list[dict[str, Any]]:
         "expr": f"max by (store, drill) (\n{indented(drills)}\n)",
     }
     alerts = (*_syncs(metrics), *_store(metrics, settings), *_latency(metrics, settings), *_totals(metrics))
-    exporters = (*_exporters(metrics, settings), *_space(metrics, settings), *_watched(metrics, settings))
+    files = (*_watched(metrics, settings), *_sources(metrics))
+    exporters = (*_exporters(metrics, settings), *_space(metrics, settings), *files)
     return [
         {"name": "savings-alerts", "rules": [recorded, *(alert.rule(settings) for alert in alerts)]},
         {"name": "savings-exporters", "rules": [alert.rule(settings) for alert in exporters]},
@@ -364,6 +365,18 @@ def _watched(metrics: Metrics, settings: RuleSettings) -> Iterator[Alert]:
         "The file that {{ $labels.instance }} watches has no new savings for {{ $value | humanizeDuration }}.",
         "The file can be read, and its newest record is old. The program that writes it may have stopped, or may write "
         "another file.",
+    )
+
+
+def _sources(metrics: Metrics) -> Iterator[Alert]:
+    yield Alert(
+        "SavingsSourceUnreadable",
+        f"max_over_time({metrics.of('savings_source_readable', window='2m')}) == 0",
+        WARNING,
+        "{{ $labels.instance }} cannot read the savings of {{ $labels.source }}.",
+        "A file of the other program is damaged or may not be read, or another process imports into the store. What "
+        "was imported before stays counted, and what the other program saves is missing from the totals.",
+        hold="10m",
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from savings_exporter.service.drill import KINDS
+from tests.support.headroom_files import HeadroomFiles
 from tests.support.healthy import MONITORING, SECONDS, SITUATIONS
 from tests.support.paths import DATA, ROOT
 from tests.support.rules import (
@@ -156,11 +157,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The metrics of a service with traffic, on a document of Headroom, because only Headroom records some amounts."""
     store_path = tmp_path_factory.mktemp("exported") / "proxy_savings.json"
     shutil.copy(DATA / "headroom" / "v6" / "proxy_savings.json", store_path)
-    with running("serve", "--store", str(store_path), "--enable-drill") as service:
+    HeadroomFiles(store_path.parent).flush()
+    headroom = {"HEADROOM_WORKSPACE_DIR": str(store_path.parent / ".headroom")}
+    with running("serve", "--store", str(store_path), "--enable-drill", "--discover", env=headroom) as service:
         saving = {"model": "m", "provider": "p", "project": "x", "agent": "a", "source": "s", "tokens_saved": 7}
         assert service.post(saving)[0] == 200
         assert service.post({"tokens_saved": "x"})[0] == 422
         assert run_cli("drill", "dir-fsync", "--seconds", "1", "--store", str(store_path)).returncode == 0
+        eventually(lambda: 'savings_source_readable{source="headroom"}' in service.metrics(), "the source")
         eventually(lambda: service.metrics()['savings_fsync_failures_total{target="directory"}'], "the drill")
         status, text = service.get("/metrics")
     assert status == 200
@@ -190,8 +194,8 @@ def test_the_page_of_metrics_has_what_the_exporter_has_and_nothing_else(exported
 def test_docs_name_only_metrics_that_the_exporter_has(exported: str) -> None:
     there = set(re.findall(r"^# TYPE (\w+)", exported, re.M))
     recorded = {rule["record"] for rule in all_rules() if "record" in rule}
-    # The package, a field of a record, and one of the totals.
-    others = {"savings_exporter", "savings_usd", "savings_percent"}
+    # The package, a field of a record, one of the totals, and a file of Headroom.
+    others = {"savings_exporter", "savings_usd", "savings_percent", "savings_events"}
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
         text = path.read_text(encoding="utf-8")
         assert set(re.findall(r"[a-z_]+:savings_[a-z0-9_:]+", text)) <= recorded, path

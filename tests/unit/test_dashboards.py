@@ -14,10 +14,12 @@ from prometheus_client import CollectorRegistry
 
 from savings_exporter import SavingsTracker
 from savings_exporter.service.requests import RequestLog
+from savings_exporter.sources.discovery import source_of
 from savings_exporter.telemetry.metrics import SavingsCollector
 from tests.support.grafana import DASHBOARDS, panel_queries, panels
-from tests.support.paths import ROOT
+from tests.support.paths import DATA, ROOT
 from tests.support.scrape import samples
+from tests.support.sources import imported
 
 FRAMED = [
     pytest.param(panel, id=f"{path.stem}: {panel['title']}")
@@ -48,6 +50,7 @@ def exported(tracker: SavingsTracker) -> list[str]:
         savings_usd=1,
         input_cost_usd=1,
     )
+    imported(tracker, source_of(str(DATA / "headroom" / "savings_events.jsonl")))
     collector = SavingsCollector(tracker)
     requests = CollectorRegistry()
     RequestLog(requests, []).note("POST", "/", 422, 0.1, "")
