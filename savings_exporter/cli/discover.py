@@ -10,9 +10,14 @@ import click
 
 from savings_exporter.cli.errors import CommandError
 from savings_exporter.cli.import_ import cursors_of
-from savings_exporter.cli.options import log_format_option, log_level_option, store_option, sync_method_option
+from savings_exporter.cli.options import (
+    log_format_option,
+    log_level_option,
+    store_option,
+    sync_method_option,
+)
 from savings_exporter.cli.output import announce
-from savings_exporter.cli.sources import print_summaries
+from savings_exporter.cli.sources import most_rtk_tokens_option, print_summaries
 from savings_exporter.service import logs
 from savings_exporter.sources.discovery import usual_sources
 from savings_exporter.sources.following import Following
@@ -25,20 +30,23 @@ from savings_exporter.tracker import SavingsTracker
 @click.command()
 @store_option
 @sync_method_option
+@most_rtk_tokens_option
 @click.option("--watch", is_flag=True, help="Import what is found, and follow it until Ctrl-C.")
 @log_level_option
 @log_format_option
-def discover(store: str | None, sync_method: SyncMethod, watch: bool, log_level: str, log_format: str) -> None:
+def discover(
+    store: str | None, sync_method: SyncMethod, most_rtk_tokens: int, watch: bool, log_level: str, log_format: str
+) -> None:
     """Look for savings of other programs in their usual places, and say what an import would add.
 
-    It looks for Headroom.
+    It looks for Headroom and RTK.
     """
     if watch:
         logs.configure(log_level, log_format)
-        _watch(store, sync_method)
+        _watch(store, sync_method, most_rtk_tokens)
         return
     logs.be_quiet()
-    sources = usual_sources(os.environ)
+    sources = usual_sources(os.environ, most_rtk_tokens=most_rtk_tokens)
     if not sources:
         raise CommandError("no savings of another program are in the usual places; import PATH takes a file elsewhere")
     cursors, done = cursors_of(store), []
@@ -52,12 +60,12 @@ def discover(store: str | None, sync_method: SyncMethod, watch: bool, log_level:
     print_summaries(done, "to add")
 
 
-def _watch(store: str | None, sync_method: SyncMethod) -> None:
+def _watch(store: str | None, sync_method: SyncMethod, most_rtk_tokens: int) -> None:
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: ended.set())
     with SavingsTracker(store, sync_method=sync_method) as tracker:
-        with Following(tracker, lambda: usual_sources(os.environ)):
+        with Following(tracker, lambda: usual_sources(os.environ, most_rtk_tokens=most_rtk_tokens)):
             announce(f"savings-exporter follows other programs' savings for {tracker.storage_path}; Ctrl-C ends it")
             ended.wait()
         is_saved = tracker.close()

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from savings_exporter.cli.errors import CommandError
 from savings_exporter.cli.options import store_option, sync_method_option
-from savings_exporter.cli.sources import print_summaries
+from savings_exporter.cli.sources import most_rtk_tokens_option, print_summaries
 from savings_exporter.cli.text import plain
 from savings_exporter.model.cursors import Cursors
 from savings_exporter.service import logs
@@ -32,6 +32,7 @@ from savings_exporter.watched import WatchedFile
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
 @store_option
 @sync_method_option
+@most_rtk_tokens_option
 @click.option("--dry-run", is_flag=True, help="Say what an import would add, and change nothing.")
 @click.option(
     "--let-in",
@@ -41,14 +42,20 @@ from savings_exporter.watched import WatchedFile
     help="Count records that were kept out: a reason, such as jump, or the name of one record. Can be repeated.",
 )
 def import_(
-    paths: Sequence[str], store: str | None, sync_method: SyncMethod, dry_run: bool, let_in_names: Sequence[str]
+    paths: Sequence[str],
+    store: str | None,
+    sync_method: SyncMethod,
+    most_rtk_tokens: int,
+    dry_run: bool,
+    let_in_names: Sequence[str],
 ) -> None:
     """Import what other programs have saved.
 
-    PATH is Headroom's proxy_savings.json or savings_events.jsonl. What was imported before is not imported again.
+    PATH is Headroom's proxy_savings.json or savings_events.jsonl, or RTK's history.db. What was imported before is not
+    imported again.
     """
     logs.be_quiet()
-    sources = [_source(path) for path in paths]
+    sources = [_source(path, most_rtk_tokens) for path in paths]
     if dry_run:
         cursors = cursors_of(store)
         print_summaries([(each, _previewed(each, cursors)) for each in sources], "would add")
@@ -68,9 +75,9 @@ def cursors_of(store: str | None) -> Cursors:
     return WatchedFile(path).snapshot().cursors if is_begun(path) else {}
 
 
-def _source(path: str) -> Source:
+def _source(path: str, most_rtk_tokens: int) -> Source:
     try:
-        return source_of(os.path.expanduser(path))
+        return source_of(os.path.expanduser(path), most_rtk_tokens=most_rtk_tokens)
     except SourceError as error:
         raise CommandError(str(error)) from None
 

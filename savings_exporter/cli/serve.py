@@ -24,6 +24,7 @@ from savings_exporter.cli.options import (
     web_config_file_option,
 )
 from savings_exporter.cli.output import announce, announcement
+from savings_exporter.cli.sources import most_rtk_tokens_option
 from savings_exporter.service import logs, server
 from savings_exporter.service.app import Service
 from savings_exporter.service.demo import DemoTraffic
@@ -53,6 +54,7 @@ from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker
     variable="DISCOVER",
     help="Also follow the savings of other programs in their usual places.",
 )
+@most_rtk_tokens_option
 @click.option("--demo", is_flag=True, help="Record made-up traffic; without --store, in a temporary store.")
 @option(
     "--enable-drill",
@@ -69,6 +71,7 @@ def serve(
     log_level: str,
     log_format: str,
     follows_sources: bool,
+    most_rtk_tokens: int,
     demo: bool,
     enable_drill: bool,
 ) -> None:
@@ -90,7 +93,7 @@ def serve(
             stack.enter_context(taking_drills(tracker))
         if demo:
             stack.enter_context(DemoTraffic(tracker))
-        following = stack.enter_context(_following(tracker)) if follows_sources else None
+        following = stack.enter_context(_following(tracker, most_rtk_tokens)) if follows_sources else None
         service = Service(
             tracker,
             SavingsCollector(tracker),
@@ -117,8 +120,8 @@ def serve(
             raise CommandError(f"stopped, but {tracker.health().reason}")
 
 
-def _following(tracker: SavingsTracker) -> Following:
-    return Following(tracker, lambda: usual_sources(os.environ))
+def _following(tracker: SavingsTracker, most_rtk_tokens: int) -> Following:
+    return Following(tracker, lambda: usual_sources(os.environ, most_rtk_tokens=most_rtk_tokens))
 
 
 def _first_saving(url: str, web_config: WebConfig) -> str:

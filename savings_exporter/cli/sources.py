@@ -1,18 +1,31 @@
-"""What ``import`` and ``discover`` print about sources."""
+"""What commands that read sources share: an option, and what they print."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
+import click
 from rich.text import Text
 
+from savings_exporter.cli.options import option
 from savings_exporter.cli.tables import stdout_console, table
 from savings_exporter.cli.text import plain
 from savings_exporter.model.totals import Totals
 from savings_exporter.service import views
 from savings_exporter.sources.importing import Summary
+from savings_exporter.sources.rtk import MOST_INPUT_TOKENS
 from savings_exporter.sources.source import Source
+
+most_rtk_tokens_option = option(
+    "--rtk.most-input-tokens",
+    "most_rtk_tokens",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=MOST_INPUT_TOKENS,
+    variable="RTK_MOST_INPUT_TOKENS",
+    help="Commands of RTK with more input tokens are kept out.",
+)
 
 
 def print_summaries(summaries: Sequence[tuple[Source, Summary]], what: str) -> None:

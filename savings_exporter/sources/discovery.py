@@ -5,29 +5,38 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
+from savings_exporter.sources import rtk
 from savings_exporter.sources.headroom import DOCUMENT_NAME, LEDGER_NAME, Headroom, HeadroomLedger
+from savings_exporter.sources.rtk import MOST_INPUT_TOKENS, RtkDatabase
 from savings_exporter.sources.source import Source, SourceError
 from savings_exporter.storage.filesystem import LOCAL
 
 _FIRST_BYTES = 4096
+_SQLITE = b"SQLite format 3\0"
 _HEADROOM_DIRECTORY = os.path.join("~", ".headroom")
 
 
-def usual_sources(environ: Mapping[str, str]) -> Sequence[Source]:
+def usual_sources(environ: Mapping[str, str], *, most_rtk_tokens: int = MOST_INPUT_TOKENS) -> Sequence[Source]:
     """The sources of this user that exist.
 
     Args:
         environ: the environment, whose variables of the other programs change the places.
+        most_rtk_tokens: commands of RTK with more input tokens are kept out.
     """
     found: list[Source] = []
     document, ledger = _headroom_paths(environ)
     if os.path.isfile(document):
         found.append(Headroom(document, ledger))
+    found += [RtkDatabase(path, most_rtk_tokens) for path in rtk.usual_paths(environ) if os.path.isfile(path)]
     return found
 
 
-def source_of(path: str) -> Source:
+def source_of(path: str, *, most_rtk_tokens: int = MOST_INPUT_TOKENS) -> Source:
     """The source that a file is, by its content.
+
+    Args:
+        path: the file.
+        most_rtk_tokens: as in ``usual_sources``.
 
     Raises:
         SourceError: the file cannot be read, or is not known.
@@ -37,6 +46,8 @@ def source_of(path: str) -> Source:
             start = LOCAL.read_at(descriptor, _FIRST_BYTES, 0)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}", path=path) from None
+    if start.startswith(_SQLITE):
+        return RtkDatabase(path, most_rtk_tokens)
     directory = os.path.dirname(path)
     if start.lstrip().startswith(b"{") and b'"saved"' in start.partition(b"\n")[0]:
         document = os.path.join(directory, DOCUMENT_NAME)
