@@ -8,7 +8,7 @@ ARGS ?=
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast crash image mutants bench lint format dashboards rules frameworks headroom unstable clean
+.PHONY: help run test test-fast crash image mutants bench lint format dashboards rules frameworks headroom litellm unstable clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -62,10 +62,12 @@ frameworks: .venv/.frameworks ## install the web frameworks that the examples of
 
 headroom: .venv-headroom/.installed ## install Headroom for the interop tests, in an environment of its own
 
+litellm: .venv-litellm/.installed ## install LiteLLM for the interop tests, in an environment of its own
+
 unstable: .unstable/.unpacked ## unpack newer Prometheus, Alertmanager and docker-compose (on Debian)
 
 clean: ## remove environments, caches and builds
-	rm -rf .venv .venv-headroom .unstable .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .venv-headroom .venv-litellm .unstable .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp file is created last, so an interrupted installation is repeated, starting from an empty environment.
@@ -96,6 +98,13 @@ clean: ## remove environments, caches and builds
 	@echo "installing headroom-ai into .venv-headroom"
 	@$(PYTHON) -m venv --clear .venv-headroom
 	@.venv-headroom/$(PIP_INSTALL) headroom-ai==0.42.0
+	@touch $@
+
+# LiteLLM's response cache imports fastapi, orjson and soundfile, which only its extra for the proxy requires.
+.venv-litellm/.installed: Makefile
+	@echo "installing litellm into .venv-litellm"
+	@$(PYTHON) -m venv --clear .venv-litellm
+	@.venv-litellm/$(PIP_INSTALL) litellm==1.110.2 fastapi orjson soundfile --editable .
 	@touch $@
 
 .unstable/.unpacked: .ci/unstable-programs

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from tests.support.mounts import can_make_user_namespaces, can_mount, can_mount_fuse
-from tests.support.paths import HEADROOM_PYTHON, UNSTABLE
+from tests.support.paths import HEADROOM_PYTHON, LITELLM_PYTHON, UNSTABLE
 from tests.support.segments import has_direct_io
 
 
@@ -74,5 +74,10 @@ NEEDS = {
         HEADROOM_PYTHON.exists,
         f"headroom-ai is not installed in {HEADROOM_PYTHON.parent.parent.name} (make headroom)",
         target="headroom",
+    ),
+    "litellm": Need(
+        LITELLM_PYTHON.exists,
+        f"litellm is not installed in {LITELLM_PYTHON.parent.parent.name} (make litellm)",
+        target="litellm",
     ),
 }

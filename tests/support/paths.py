@@ -7,5 +7,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
 HEADROOM_PYTHON = ROOT / ".venv-headroom" / "bin" / "python"
+LITELLM_PYTHON = ROOT / ".venv-litellm" / "bin" / "python"
 UNSTABLE = ROOT / ".unstable" / "usr"
 """The programs of Debian unstable (make unstable)."""

@@ -23,10 +23,13 @@ else:
     # The standard library's does not know typing_extensions.Required.
     from typing_extensions import get_type_hints
 
+OF_EXTRAS = {"savings_exporter.sources.litellm"}
+"""Modules that import what only an extra installs."""
+
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(savings_exporter.__path__, "savings_exporter.")
-    if not module.name.endswith("__main__")
+    if not module.name.endswith("__main__") and module.name not in OF_EXTRAS
 )
 
 
