@@ -97,7 +97,7 @@ clean: ## remove environments, caches and builds
 .venv-headroom/.installed: Makefile
 	@echo "installing headroom-ai into .venv-headroom"
 	@$(PYTHON) -m venv --clear .venv-headroom
-	@.venv-headroom/$(PIP_INSTALL) headroom-ai==0.42.0
+	@.venv-headroom/$(PIP_INSTALL) 'headroom-ai[proxy]==0.42.0' --editable .
 	@touch $@
 
 # LiteLLM's response cache imports fastapi, orjson and soundfile, which only its extra for the proxy requires.
