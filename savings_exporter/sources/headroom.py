@@ -72,7 +72,8 @@ class Headroom:
         self.name = f"headroom:{os.path.realpath(document)}"
         self._ledger = ledger or os.path.join(os.path.dirname(document), LEDGER_NAME)
         self._identity: Identity | None = None
-        self._read_identity: Identity | None = None
+        # The document, and what was seen of it, when it had nothing new.
+        self._unchanged: tuple[Identity | None, Any] | None = None
 
     def steps(self, state: Mapping[str, Any] | None, *, is_complete: bool) -> Iterator[Step]:
         """What the document and the ledger have more than before.
@@ -84,9 +85,10 @@ class Headroom:
         try:
             step = self._document_step(state)
             if step is not None:
+                identity = self._identity
                 yield step
-                # Only now the step is durable, and the file need not be read again.
-                state, self._identity = step.state, self._read_identity
+                state = step.state
+                self._unchanged = identity, state["seen"]
         except SourceError as error:
             problem = error
         if state is not None and os.path.exists(self._ledger):
@@ -100,9 +102,9 @@ class Headroom:
             if identity is None and state is not None:
                 # Headroom has not begun again yet.
                 return None
-            if identity == self._identity and state is not None:
+            if state is not None and (identity, state["seen"]) == self._unchanged:
                 return None
-            data, self._read_identity = LOCAL.read(self.path)
+            data, self._identity = LOCAL.read(self.path)
         except OSError as error:
             raise SourceError(f"{self.path}: cannot be read: {error.strerror}", path=self.path) from None
         version = headroom_document.read(self.path, data)
@@ -110,7 +112,7 @@ class Headroom:
         waiting = _waiting(state)
         change = headroom_document.change_of(seen, version, waiting.lines, datetime.now(timezone.utc))
         if state is not None and change.seen == seen and not change.rows and not change.projects:
-            self._identity = self._read_identity
+            self._unchanged = self._identity, state["seen"]
             return None
         builder = StepBuilder(state)
         rows = _merged(change.rows)

@@ -117,7 +117,8 @@ class RtkDatabase:
         self.path = path
         self.name = f"rtk:{os.path.realpath(path)}"
         self._most_input_tokens = most_input_tokens
-        self._seen: tuple[Identity | None, ...] = ()
+        # The files and the place at which nothing was new.
+        self._seen: tuple[tuple[Identity | None, ...], _Place] | None = None
 
     def steps(self, state: Mapping[str, Any] | None, *, is_complete: bool) -> Iterator[Step]:
         """The commands that follow a state. Whether the file is complete makes no difference.
@@ -127,12 +128,12 @@ class RtkDatabase:
         """
         del is_complete
         while True:
-            files = self._files()
-            if state is not None and files == self._seen:
+            seen = self._files(), _place(state)
+            if state is not None and seen == self._seen:
                 return
-            rows, place, total = self._read(state)
+            rows, place, total = self._read(seen[1])
             if not rows:
-                self._seen = files
+                self._seen = seen
                 return
             builder = StepBuilder(state)
             for row in rows:
@@ -144,9 +145,8 @@ class RtkDatabase:
             yield step
             state = step.state
 
-    def _read(self, state: Mapping[str, Any] | None) -> tuple[Sequence[_Row], _Place, int]:
+    def _read(self, place: _Place) -> tuple[Sequence[_Row], _Place, int]:
         """The next rows, the place that they follow, and the last id."""
-        place = msgspec.convert((state or {}).get("place", {}), _Place)
         for attempt in range(_ATTEMPTS, 0, -1):
             try:
                 with self._opened() as connection:
@@ -259,6 +259,10 @@ def usual_paths(environ: Mapping[str, str]) -> Sequence[str]:
     config = os.path.join(platformdirs.user_config_dir(roaming=True), "rtk", "config.toml")
     default = os.path.join(platformdirs.user_data_dir(), "rtk", "history.db")
     return [_configured_path(config) or default]
+
+
+def _place(state: Mapping[str, Any] | None) -> _Place:
+    return msgspec.convert((state or {}).get("place", {}), _Place)
 
 
 def _configured_path(config: str) -> str:
