@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -24,17 +23,8 @@ from savings_exporter.sources.discovery import source_of, usual_sources
 from savings_exporter.sources.importing import Importing
 from savings_exporter.sources.rtk import RtkDatabase
 from savings_exporter.sources.source import SourceError
+from tests.support.rtk_files import INSERT, Rtk
 from tests.support.sources import imported
-
-_SCHEMA = """
-CREATE TABLE commands (id INTEGER PRIMARY KEY, timestamp TEXT NOT NULL, original_cmd TEXT NOT NULL,
-  rtk_cmd TEXT NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, saved_tokens INTEGER NOT NULL,
-  savings_pct REAL NOT NULL, exec_time_ms INTEGER DEFAULT 0, project_path TEXT DEFAULT '');
-"""
-_INSERT = (
-    "INSERT INTO commands (timestamp, original_cmd, rtk_cmd, input_tokens, output_tokens, saved_tokens, savings_pct,"
-    " project_path) VALUES (?, 'ls', 'rtk ls', ?, ?, ?, 0.0, ?)"
-)
 
 # RTK's own process, which is killed with a row in the write-ahead log.
 _KILLED = """
@@ -45,29 +35,6 @@ db.execute(sys.argv[2], ("2026-11-02T00:00:00.123456789+00:00", 500, 100, 400, "
 db.commit()
 os.kill(os.getpid(), signal.SIGKILL)
 """
-
-
-class Rtk:
-    """An RTK that writes a database. ``saved`` is what it has saved in truth."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.now = datetime(2026, 11, 1, tzinfo=timezone.utc)
-        self.saved = 0
-        with closing(sqlite3.connect(path)) as db:
-            db.executescript(_SCHEMA)
-            db.execute("PRAGMA journal_mode=WAL")
-
-    def command(self, read: int, written: int, project: str = "/home/ana/billing-api") -> None:
-        self.now += timedelta(seconds=1)
-        self.saved += max(read - written, 0)
-        stamp = self.now.strftime("%Y-%m-%dT%H:%M:%S.%f") + "123+00:00"
-        self.change(_INSERT, stamp, read, written, read - written, project)
-
-    def change(self, statement: str, *values: object) -> None:
-        with closing(sqlite3.connect(self.path)) as db:
-            db.execute(statement, values)
-            db.commit()
 
 
 @pytest.fixture
@@ -162,7 +129,7 @@ def test_older_copy_comes_back(history: Rtk, tracker: SavingsTracker) -> None:
 def test_more_rows_than_a_step_has(history: Rtk, tracker: SavingsTracker) -> None:
     with closing(sqlite3.connect(history.path)) as db:
         for number in range(5000):
-            db.execute(_INSERT, (f"2026-11-01T{number // 250:02}:00:00.5+00:00", 1000 + number % 7, 100, 900, ""))
+            db.execute(INSERT, (f"2026-11-01T{number // 250:02}:00:00.5+00:00", 1000 + number % 7, 100, 900, ""))
         db.commit()
     source = RtkDatabase(str(history.path))
     steps = list(source.steps(None, is_complete=True))
@@ -203,7 +170,7 @@ def test_read_while_rtk_has_it_open(history: Rtk, tracker: SavingsTracker) -> No
 
 @pytest.mark.parametrize("without_shm", [False, True])
 def test_killed_rtk_left_its_log(history: Rtk, tracker: SavingsTracker, without_shm: bool) -> None:
-    ran = subprocess.run([sys.executable, "-c", _KILLED, str(history.path), _INSERT], check=False)
+    ran = subprocess.run([sys.executable, "-c", _KILLED, str(history.path), INSERT], check=False)
     assert ran.returncode == -signal.SIGKILL
     shm = history.path.with_name("history.db-shm")
     assert shm.exists()
@@ -268,9 +235,9 @@ def test_damaged_database_keeps_what_was_imported(history: Rtk, tracker: Savings
 
 
 def test_rows_without_sense(history: Rtk, tracker: SavingsTracker) -> None:
-    history.change(_INSERT, "yesterday", 10, 1, 9, "")
-    history.change(_INSERT, "2026-11-01T00:00:00Z", "many", 1, 9, "")
-    history.change(_INSERT, "2026-11-01T00:00:00Z", 100, 1, 99, "\x1b[31m\x00/new\nline")
+    history.change(INSERT, "yesterday", 10, 1, 9, "")
+    history.change(INSERT, "2026-11-01T00:00:00Z", "many", 1, 9, "")
+    history.change(INSERT, "2026-11-01T00:00:00Z", 100, 1, 99, "\x1b[31m\x00/new\nline")
     summary = imported(tracker, RtkDatabase(str(history.path)))
     assert summary.rejected == {DAMAGED: 2}
     assert [problem.partition(":")[0] for problem in summary.problems] == ["row 1", "row 2"]
