@@ -14,7 +14,8 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -27,6 +28,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 
 from savings_exporter.model.cursors import REASONS, Cursors
+from savings_exporter.model.figures import Totals
 from savings_exporter.model.names import OTHER, UNKNOWN
 from savings_exporter.model.operations import OperationCounts
 from savings_exporter.storage.filesystem import free_space
@@ -53,7 +55,6 @@ from savings_exporter.version import VERSION
 
 if TYPE_CHECKING:
     from savings_exporter.model.snapshot import Health, Snapshot
-    from savings_exporter.model.totals import Totals
 
 DRILLS = ("dir-fsync", "file-fsync", "journal-fsync", "save-latency")
 """What a drill can simulate."""
@@ -65,6 +66,9 @@ _LIKELY_ERRORS = tuple(
 # These, and the errors that another process or program causes.
 _PREPARE_ERRORS = (*_LIKELY_ERRORS, *(errno.errorcode[number] for number in (errno.EAGAIN, errno.ESTALE)))
 _RECOVERY_KINDS = ("closed_days", "corrupt_document", "previous_document", "torn_tail")
+
+STORE_INFO = "savings_store"
+STORE_INFO_HELP = "The store that the totals are of."
 
 _MODEL_COUNTERS = {
     "tokens_saved": ("tokens_saved", "Tokens that compression saved, over the store's lifetime."),
@@ -102,6 +106,44 @@ _NAMED_COUNTERS = {
 _MOST_SOURCES = 50
 
 Labels = tuple[str, ...]
+
+
+class TotalsFamily(NamedTuple):
+    """A family that shows one figure of the lifetime totals, with a sample for each name.
+
+    Attributes:
+        name: the family's name, without the suffix ``_total`` of a counter's samples.
+        help_text: what the family shows.
+        is_counter: whether it is a counter. Otherwise it is a gauge.
+        labels: the labels. Rows of days have columns of the same names.
+        value_of: the value that it shows of some totals; None when there is no sample.
+    """
+
+    name: str
+    help_text: str
+    is_counter: bool
+    labels: Labels
+    value_of: Callable[[Totals], float | None]
+
+
+_PAIR = ("provider", "model")
+TOTALS_FAMILIES = (
+    *(
+        TotalsFamily(f"savings_{name}", help_text, True, _PAIR, attrgetter(field))
+        for name, (field, help_text) in _MODEL_COUNTERS.items()
+    ),
+    *(
+        TotalsFamily(f"savings_{name}", help_text, False, _PAIR, amount_of)
+        for name, (amount_of, help_text) in _MODEL_GAUGES.items()
+    ),
+    *(
+        TotalsFamily(f"savings_{label}_{name}", help_text.format(whose), True, (label,), attrgetter(field))
+        for label, whose in (("project", "a project"), ("agent", "an agent"), ("source", "a source"))
+        for name, (field, help_text) in _NAMED_COUNTERS.items()
+    ),
+)
+"""The families of the lifetime totals, in the order in which they are exported."""
+
 Bucket = tuple[str, float] | tuple[str, float, Exemplar]
 
 
@@ -168,23 +210,14 @@ class WatchCollector(Collector):
 
 def totals_families(snapshot: Snapshot) -> Iterator[Metric]:
     """The families that show what a store holds."""
-    # This series is always there, so that a sum over models has data for an empty store, too.
-    pairs = {(UNKNOWN, UNKNOWN): None, **snapshot.by_provider_model}.items()
-    for name, (field, help_text) in _MODEL_COUNTERS.items():
-        yield _filled(CounterMetricFamily(f"savings_{name}", help_text, labels=["provider", "model"]), pairs, field)
-    for name, (amount_of, help_text) in _MODEL_GAUGES.items():
-        gauge = GaugeMetricFamily(f"savings_{name}", help_text, labels=["provider", "model"])
-        for pair, totals in snapshot.by_provider_model.items():
-            amount = amount_of(totals)
-            if amount is not None:
-                gauge.add_metric(pair, amount)
-        yield gauge
-    by_name = {"project": snapshot.projects, "agent": snapshot.agents, "source": snapshot.sources}
-    for label, named in by_name.items():
-        for name, (field, help_text) in _NAMED_COUNTERS.items():
-            text = help_text.format(f"{'an' if label == 'agent' else 'a'} {label}")
-            family = CounterMetricFamily(f"savings_{label}_{name}", text, labels=[label])
-            yield _filled(family, [((value,), totals) for value, totals in named.items()], field)
+    for family in TOTALS_FAMILIES:
+        kind = CounterMetricFamily if family.is_counter else GaugeMetricFamily
+        metric = kind(family.name, family.help_text, labels=family.labels)
+        for labels, totals in totals_by(family.labels, snapshot).items():
+            value = family.value_of(totals)
+            if value is not None:
+                metric.add_metric(labels, value)
+        yield metric
     yield _rejected_family(snapshot.cursors)
     for name, help_text, number in (
         ("tokens_pending", "Tokens saved in records that are accepted and not durable yet.", snapshot.pending_tokens),
@@ -205,8 +238,17 @@ def totals_families(snapshot: Snapshot) -> Iterator[Metric]:
         yield _gauge(f"savings_{name}", help_text, number)
     build = {"version": VERSION, "python_version": platform.python_version()}
     # Two exporters may show one store. This label lets queries count it once.
-    yield InfoMetricFamily("savings_store", "The store that the totals are of.", value={"store": snapshot.store_id})
+    yield InfoMetricFamily(STORE_INFO, STORE_INFO_HELP, value={"store": snapshot.store_id})
     yield InfoMetricFamily("savings_build", "The exporter that answers.", value=build)
+
+
+def totals_by(labels: Labels, snapshot: Snapshot) -> Mapping[Labels, Totals]:
+    """The lifetime totals by the values of a family's labels."""
+    if labels == _PAIR:
+        # This series is always there, so that a sum over models has data for an empty store, too.
+        return dict([((UNKNOWN, UNKNOWN), Totals()), *snapshot.by_provider_model.items()])
+    by_name = {"project": snapshot.projects, "agent": snapshot.agents, "source": snapshot.sources}
+    return {(name,): totals for name, totals in by_name[labels[0]].items()}
 
 
 def _rejected_family(cursors: Cursors) -> Metric:
@@ -370,9 +412,3 @@ class _Counts:
 
 def _gauge(name: str, help_text: str, value: float) -> Metric:
     return GaugeMetricFamily(name, help_text, value=float(value))
-
-
-def _filled(family: CounterMetricFamily, labelled: Iterable[tuple[Labels, Totals | None]], field: str) -> Metric:
-    for labels, totals in labelled:
-        family.add_metric(labels, getattr(totals, field) if totals is not None else 0)
-    return family
