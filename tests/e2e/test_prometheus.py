@@ -2,75 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.support.prometheus import prometheus
 from tests.support.service import Service, free_port, running
-from tests.support.wait import eventually
 
 pytestmark = pytest.mark.needs("prometheus")
 
-CONFIG = """
-global: {{scrape_interval: 200ms, scrape_timeout: 200ms}}
-scrape_configs:
-  - job_name: savings-exporter
-    static_configs: [{{targets: ["{target}"]}}]
-"""
 LIFETIME = 'savings_tokens_saved_total{model="claude-sonnet-4-5"}'
-
-
-class Prometheus:
-    """A running Prometheus."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def query(self, query: str, **parameters: float) -> tuple[float, float] | None:
-        """An instant query's time and value, None for no data."""
-        arguments = urllib.parse.urlencode({"query": query, **parameters})
-        with urllib.request.urlopen(f"{self.url}/api/v1/query?{arguments}", timeout=30) as response:
-            result: list[dict[str, Any]] = json.load(response)["data"]["result"]
-        return (float(result[0]["value"][0]), float(result[0]["value"][1])) if result else None
-
-    def becomes(self, query: str, expected: float) -> float:
-        """Wait until a query gives a value; when it did, by Prometheus's clock."""
-        return float(eventually(lambda: self._when(query, expected), f"{query} to be {expected}: {self.query(query)}"))
-
-    def _when(self, query: str, expected: float) -> float | None:
-        answer = self.query(query)
-        return answer[0] if answer and answer[1] == expected else None
-
-
-@contextmanager
-def prometheus(directory: Path, target: str) -> Iterator[Prometheus]:
-    """Prometheus on a free port, scraping one address."""
-    config, port = directory / "prometheus.yml", free_port()
-    config.write_text(CONFIG.format(target=target))
-    command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={directory / 'tsdb'}"]
-    command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"]
-    with (directory / "prometheus.log").open("wb") as log, subprocess.Popen(command, stderr=log) as process:
-        try:
-            server = Prometheus(f"http://127.0.0.1:{port}")
-            eventually(lambda: _answers(f"{server.url}/-/ready"), "Prometheus to be ready")
-            yield server
-        finally:
-            process.terminate()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
 
 
 def post(service: Service, tokens: int, model: str = "claude-sonnet-4-5") -> None:
