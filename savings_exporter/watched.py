@@ -11,7 +11,7 @@ from savings_exporter.errors import StoreError
 from savings_exporter.model.days import LAST_DAY, Dated
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Limits
-from savings_exporter.storage.closed_days import read_days
+from savings_exporter.storage.closed_days import read_with_days
 from savings_exporter.storage.filesystem import LOCAL, FileSystem, place
 from savings_exporter.storage.lock import LockContent, read_lock
 from savings_exporter.storage.operation import error_symbol
@@ -52,8 +52,7 @@ class WatchedFile:
                 self._update()
             finally:
                 self._reading.release()
-        view = self._view
-        return self._reader.snapshot(view, view.document.operations, self._read_at, store_id=self._store_id())
+        return self._snapshot_of(self._view)
 
     def days(self, first: str = "", last: str = LAST_DAY) -> Dated:
         """What was saved from one day to another, both included, such as ``2026-01-31``.
@@ -61,17 +60,28 @@ class WatchedFile:
         Raises:
             StoreError: the file of closed days cannot be read.
         """
+        return read_with_days(self._fs, self._view_now, first, last)[1]
 
-        def view_now() -> tuple[str, View]:
-            with self._reading:
-                self._update()
-                return self._reader.path, self._view
+    def snapshot_and_days(self) -> tuple[Snapshot, Dated]:
+        """The totals, and what was saved on all days up to the same record.
 
-        return read_days(self._fs, view_now, first, last)
+        Raises:
+            StoreError: the file of closed days cannot be read.
+        """
+        view, dated = read_with_days(self._fs, self._view_now, "", LAST_DAY)
+        return self._snapshot_of(view), dated
 
     def health(self) -> Health:
         """Whether the last attempt to read the document succeeded, and if not, why."""
         return self._health
+
+    def _view_now(self) -> tuple[str, View]:
+        with self._reading:
+            self._update()
+            return self._reader.path, self._view
+
+    def _snapshot_of(self, view: View) -> Snapshot:
+        return self._reader.snapshot(view, view.document.operations, self._read_at, store_id=self._store_id())
 
     def _update(self) -> None:
         """Read the store again. The caller holds the lock."""

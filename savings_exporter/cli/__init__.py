@@ -29,6 +29,7 @@ COMMANDS = (
     "import",
     "show",
     "export",
+    "backfill",
     "verify",
     "drill",
     "doctor",

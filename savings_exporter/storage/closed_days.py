@@ -248,11 +248,18 @@ def read_days(fs: FileSystem, view_now: Callable[[], tuple[str, View]], first: s
     Raises:
         StoreError: the file of closed days is missing or damaged, or cannot be read.
     """
+    return read_with_days(fs, view_now, first, last)[1]
+
+
+def read_with_days(
+    fs: FileSystem, view_now: Callable[[], tuple[str, View]], first: str, last: str
+) -> tuple[View, Dated]:
+    """The same, and the view that the rows belong to."""
     for attempt in range(_ATTEMPTS, 0, -1):
         path, view = view_now()
         file = days_path(path, view.document.days_file)
         try:
-            return Dated(dated_rows(fs, path, view, first, last), view.ledger.undated)
+            return view, Dated(dated_rows(fs, path, view, first, last), view.ledger.undated)
         except FileNotFoundError:
             if attempt == 1:
                 raise _unreadable(path, file, "is missing") from None

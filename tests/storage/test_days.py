@@ -281,6 +281,24 @@ def test_reader_of_replaced_files(store_path: Path) -> None:
         assert shown(WatchedFile(store_path, Reading()).days()) == by_day(recorded)
 
 
+def test_totals_and_days_up_to_the_same_record(store_path: Path) -> None:
+    """Although a record is counted while the days are read."""
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.record_many(records(ROWS)).durable
+        assert tracker.save()
+
+        class Reading(FaultyFileSystem):
+            def read(self, path: str) -> tuple[bytes, object]:  # type: ignore[override]
+                if ".days." in path:
+                    assert tracker.record_request(model="m", tokens_saved=1).durable
+                return super().read(path)
+
+        watched = WatchedFile(store_path, Reading())
+        for _ in range(2):
+            snapshot, dated = watched.snapshot_and_days()
+            assert snapshot.lifetime.tokens_saved == shown(dated).total()
+
+
 def test_damaged_file_name(store_path: Path) -> None:
     """Files of another store whose name begins with this one's are left alone."""
     other = store_path.with_name(f"{store_path.name}.days.00000001.json")
