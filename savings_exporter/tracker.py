@@ -19,6 +19,7 @@ from savings_exporter.model.days import LAST_DAY, Dated
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Limits
+from savings_exporter.prices import Prices
 from savings_exporter.storage.closed_days import read_days
 from savings_exporter.storage.filesystem import LOCAL, FileSystem
 from savings_exporter.storage.observers import Observers
@@ -87,6 +88,8 @@ class SavingsTracker:
         tracer_provider: the OpenTelemetry provider for spans; by default the global provider.
         sync_method: how the journal is written: ``direct`` (direct, synchronous writes), ``fdatasync``, or ``auto``,
             which is ``direct`` if the file system supports it. ``savings-exporter doctor`` measures both.
+        prices: the prices for records without ``savings_usd``, from ``load_prices``; by default such records have no
+            price. They do not change amounts that are recorded already.
         filesystem: the file system object, by default that of the platform. For tests.
 
     Raises:
@@ -104,6 +107,7 @@ class SavingsTracker:
         max_projects: int = 200,
         tracer_provider: TracerProvider | None = None,
         sync_method: SyncMethod = "auto",
+        prices: Prices | None = None,
         filesystem: FileSystem | None = None,
     ) -> None:
         for name, limit in (("max_models", max_models), ("max_projects", max_projects)):
@@ -118,6 +122,7 @@ class SavingsTracker:
         fs = filesystem if filesystem is not None else LOCAL
         self._path = os.path.expanduser(path) if path is not None else _made_default_path(fs)
         self._save_interval = save_interval
+        self._prices = prices
         self._tracing = StoreTracing(tracer_provider)
         self._counters = OperationCounters(self._publish_failure)
         self._is_closed = False
@@ -126,7 +131,7 @@ class SavingsTracker:
         observers = Observers([self._tracing, self._counters])
         store = Store.open(os.fspath(self._path), fs, limits, observers, self._counters.counts, sync_method)
         self._store = store
-        self._background = Background(store, save_interval)
+        self._background = Background(store, save_interval, prices)
         if not store.view.is_whole:
             self._background.save()
         atexit.register(self.close)
@@ -395,7 +400,7 @@ class SavingsTracker:
         self._closing = threading.RLock()
         self._background.group.leave_to_parent()
         self._store = self._store.forked(observers, self._counters.counts)
-        self._background = Background(self._store, self._save_interval)
+        self._background = Background(self._store, self._save_interval, self._prices)
 
 
 _trackers: weakref.WeakSet[SavingsTracker] = weakref.WeakSet()

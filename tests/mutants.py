@@ -31,6 +31,7 @@ RETIRING = "tests/storage/test_retiring.py"
 COMMIT = "tests/storage/test_commit.py"
 RECOVERY = "tests/storage/test_recovery.py"
 LOST = "tests/storage/test_lost_document.py"
+PRICES = "tests/storage/test_prices.py"
 UNREADABLE = "tests/storage/test_unreadable_files.py"
 
 _TREE = ("savings_exporter", "tests", "pyproject.toml", "dashboards")
@@ -530,6 +531,32 @@ MUTANTS = [
         "        observers = Observers([self._tracing, self._counters])\n        store = Store.open",
         "        observers = Observers([self._counters, self._tracing])\n        store = Store.open",
         f"{RULES}::test_order_of_observers",
+    ),
+    # Prices.
+    mutant(
+        "A retry after a change of prices has the same content",
+        "tracking/group_commit.py",
+        "            keyed = None if key is None or isinstance(records, Group) else self._looked_up(records, key)\n"
+        "            if self._prices is not None and not isinstance(records, Group):\n"
+        "                records = self._prices.priced(records)\n",
+        "            if self._prices is not None and not isinstance(records, Group):\n"
+        "                records = self._prices.priced(records)\n"
+        "            keyed = None if key is None or isinstance(records, Group) else self._looked_up(records, key)\n",
+        f"{PRICES}::test_retry_after_a_change_of_prices",
+    ),
+    mutant(
+        "The prices that were used are durable with the records",
+        "storage/view.py",
+        "            sums.add_bases(reading.sums.bases)\n",
+        "",
+        f"{PRICES}::test_killed_processes",
+    ),
+    mutant(
+        "A save keeps the prices that were used",
+        "formats/document.py",
+        '        "prices": ascii_json(document.ledger.bases),\n',
+        "",
+        f"{PRICES}::test_change_of_prices",
     ),
 ]
 

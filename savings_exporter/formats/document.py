@@ -1,8 +1,9 @@
 """Encodes and decodes ``proxy_savings.json``.
 
 The layout is Headroom's schema 6, so existing readers of ``proxy_savings.json`` continue to work. Our own block,
-``savings_exporter``, adds the totals by provider and model, by agent and by source, how far each writer's journal is
-counted, the idempotency keys, the operation counters, and a checksum over every byte of the document.
+``savings_exporter``, adds the totals by provider and model, by agent and by source, the prices that were used, how far
+each writer's journal is counted, the idempotency keys, the operation counters, and a checksum over every byte of the
+document.
 
 This module reads schemas 2 to 6, and formats 1 and 2 of our own block. It keeps unknown keys.
 """
@@ -38,6 +39,7 @@ from savings_exporter.model.jsontext import any_json, ascii_json
 from savings_exporter.model.keys import MAX_KEYS, KeyTable
 from savings_exporter.model.names import UNKNOWN
 from savings_exporter.model.operations import OperationCounts
+from savings_exporter.model.pricing import PriceBasis
 from savings_exporter.model.record import parse_timestamp
 from savings_exporter.model.totals import Ledger, Pair, Totals
 
@@ -228,6 +230,7 @@ def _decode_checked(
         sources=_typed(block.get("sources", b"{}"), dict[str, Totals]),
         by_provider_model=dict(map(_read_pair, _items(block["totals"]))),
         history=History.of_lines(_items(members["history"])),
+        bases=_typed(block.get("prices", b"[]"), tuple[PriceBasis, ...]),
     )
     if b'"compared_tokens_saved"' not in members["lifetime"]:
         ledger = ledger.with_assumed_records()
@@ -282,6 +285,7 @@ def _block(document: Document) -> bytes:
         "days": b'{"file": %d, "undated": %s,\n  "open": %s}'
         % (document.days_file, encode_numbers(document.ledger.undated), encode_open(document.ledger.days)),
         "cursors": ascii_json(document.cursors),
+        "prices": ascii_json(document.ledger.bases),
         "idempotency_keys": ascii_json(document.keys.pack()),
     }
     return b"{" + b",\n ".join(_joined(members)) + b"}"

@@ -23,6 +23,7 @@ import msgspec
 
 from savings_exporter.errors import CorruptStoreError
 from savings_exporter.model.cursors import Cursor
+from savings_exporter.model.pricing import PriceBasis
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.totals import Row
 
@@ -52,7 +53,8 @@ class Group(msgspec.Struct, frozen=True, omit_defaults=True):
     ``print`` is the fingerprint of the key's records. ``at`` is the position of the group's last record in its frame,
     starting at 1. ``sums`` represent records of which only the sums were kept. ``cursor`` is how far a source has been
     imported with this group. ``projects`` are sums that count only in the totals by project: another program's document
-    does not contain which model the savings of a project belong to.
+    does not contain which model the savings of a project belong to. The first group of a frame has the ``prices`` that
+    were used for the frame, if there were any.
     """
 
     records: Sequence[SavingsRecord] = ()
@@ -62,6 +64,7 @@ class Group(msgspec.Struct, frozen=True, omit_defaults=True):
     sums: Sequence[Row] = ()
     cursor: Cursor | None = None
     projects: Sequence[Row] = ()
+    prices: PriceBasis | None = None
 
     @property
     def count(self) -> int:
@@ -83,6 +86,7 @@ class ReadGroup(msgspec.Struct, frozen=True, gc=False):
     sums: tuple[Row, ...] = ()
     cursor: Cursor | None = None
     projects: tuple[Row, ...] = ()
+    prices: PriceBasis | None = None
 
     @property
     def count(self) -> int:

@@ -36,6 +36,7 @@ class Totals(msgspec.Struct, frozen=True):
         costed_requests: how many records have ``input_cost_usd``.
         untold_tool_requests: how many requests come from another program's document that does not state their share of
             ``tool_tokens_saved``.
+        unpriced_requests: how many records saved input tokens and have no ``savings_usd``.
         compression_savings_usd: what compression saved, in US dollars, at the prices that were paid; can be negative.
         compression_savings_list_usd: the same at list prices.
         tool_schema_savings_usd, cache_savings_usd, output_savings_usd: US dollars saved in the other ways.
@@ -56,6 +57,7 @@ class Totals(msgspec.Struct, frozen=True):
     priced_requests: int = 0
     costed_requests: int = 0
     untold_tool_requests: int = 0
+    unpriced_requests: int = 0
     compression_savings_usd: float = 0.0
     compression_savings_list_usd: float = 0.0
     tool_schema_savings_usd: float = 0.0
@@ -119,20 +121,22 @@ class Totals(msgspec.Struct, frozen=True):
         return None if 0 < self.requests <= self.untold_tool_requests else self.tool_tokens_saved
 
     def with_records_of(self, parts: Totals) -> Totals:
-        """These totals with ``compared_tokens_saved`` and the numbers of priced and costed records from ``parts``, the
-        sum of their parts.
+        """These totals with ``compared_tokens_saved`` and the numbers of priced, unpriced and costed records from
+        ``parts``, the sum of their parts.
         """
         return msgspec.structs.replace(
             self,
             compared_tokens_saved=parts.compared_tokens_saved,
             priced_requests=parts.priced_requests,
             costed_requests=parts.costed_requests,
+            unpriced_requests=parts.unpriced_requests,
         )
 
     def with_assumed_records(self) -> Totals:
-        """These totals with assumed numbers of priced and costed records, for a document that does not contain these
-        numbers. If a figure is zero, it is assumed that no record has it, otherwise that all records have it. An amount
-        without requests and without saved tokens is a rounding difference, so no record is assumed for it.
+        """These totals with assumed numbers of priced, unpriced and costed records, for a document that does not
+        contain these numbers. If a figure is zero, it is assumed that no record has it, otherwise that all records have
+        it. An amount without requests and without saved tokens is a rounding difference, so no record is assumed for
+        it.
         """
         records = self.requests or (1 if self.headline_tokens_saved else 0)
         return msgspec.structs.replace(
@@ -140,6 +144,7 @@ class Totals(msgspec.Struct, frozen=True):
             compared_tokens_saved=self.headline_tokens_saved if self.total_input_tokens else 0,
             priced_requests=records if self.compression_savings_usd else 0,
             costed_requests=records if self.total_input_cost_usd else 0,
+            unpriced_requests=records if self.headline_tokens_saved and not self.compression_savings_usd else 0,
         )
 
 

@@ -56,8 +56,8 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         uncached_input_tokens: input tokens that were neither read from nor written to the prompt cache.
         timestamp: when the request was made, in UTC. A time without a zone is interpreted as UTC. If no time is given,
             it is the current time.
-        savings_usd: what ``tokens_saved`` would have cost, in US dollars; None when it is unknown. It is negative when
-            rewriting the request cost more than it saved, because it invalidated a prompt cache.
+        savings_usd: what the saved input tokens would have cost, in US dollars; None when it is unknown. It is negative
+            when rewriting the request cost more than it saved, because it invalidated a prompt cache.
         cache_savings_usd: what reading ``cache_read_tokens`` from the prompt cache saved, in US dollars; None when it
             is unknown.
         input_cost_usd: what the input cost, in US dollars; None when it is unknown.

@@ -10,6 +10,7 @@ import msgspec
 
 from savings_exporter.model.cursors import Cursors
 from savings_exporter.model.operations import OperationCounts
+from savings_exporter.model.pricing import PriceBasis
 from savings_exporter.model.record import parse_timestamp
 from savings_exporter.model.totals import Ledger, Pair, Totals
 
@@ -84,6 +85,11 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     def by_provider_model(self) -> Mapping[Pair, Totals]:
         """The totals of each provider and model."""
         return self.ledger.by_provider_model
+
+    @property
+    def price_bases(self) -> tuple[PriceBasis, ...]:
+        """The prices that were used for records without ``savings_usd``, in the order in which they came into use."""
+        return self.ledger.bases
 
     @property
     def history(self) -> tuple[Mapping[str, Any], ...]:

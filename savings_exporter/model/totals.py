@@ -24,6 +24,7 @@ from savings_exporter.model.figures import (
 )
 from savings_exporter.model.history import History
 from savings_exporter.model.names import OTHER, UNKNOWN
+from savings_exporter.model.pricing import PriceBasis, merged_bases
 from savings_exporter.model.record import SavingsRecord
 
 __all__ = [
@@ -49,8 +50,8 @@ Name = TypeVar("Name", str, Pair)
 
 _Key = tuple[str, str, str | None, str | None, str | None, int, bool]
 _FEW_COUNTS = len(COUNTS) - 1
-# How many of the last counts are missing in rows of an earlier version.
-_LATER_COUNTS = 4
+# How many of the last counts are missing in rows of earlier versions.
+_LATER_COUNTS = (1, 5)
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,12 +105,14 @@ class Sums:
         requests: how many records there are.
         tokens_saved: how many tokens compression saved in them.
         newest: the newest record's timestamp; None without records.
+        bases: the prices that were used for the records.
     """
 
     def __init__(self, most_rows: int | None = None) -> None:
         self.requests = 0
         self.tokens_saved = 0
         self.newest: datetime | None = None
+        self.bases: tuple[PriceBasis, ...] = ()
         self._most_rows = most_rows
         self._sums: dict[_Key, _Sum] = {}
         self._projects: dict[str, Part] = {}
@@ -146,6 +149,13 @@ class Sums:
         for row in rows:
             if row.project is not None:
                 _gather(self._projects, row.project, Part(_numbers_of_row(row), iso_utc(row.newest)))
+
+    def add_bases(self, bases: Iterable[PriceBasis]) -> None:
+        """Add prices that were used for the records."""
+        # Nearly every frame of a journal has those of the frame before.
+        new = [basis for basis in bases if basis not in self.bases]
+        if new:
+            self.bases = merged_bases(self.bases, new)
 
     def rows(self) -> list[Row]:
         """The sums as rows, one for each combination of names and hour."""
@@ -219,6 +229,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         days: the open days: what was saved on each day and is not in the file of closed days yet.
         undated: the part of ``lifetime`` that belongs to no day: it is older than the days, or than two years. The
             lifetime is the sum of this, of the closed days and of the open ones.
+        bases: the prices that were used for records without ``savings_usd``.
     """
 
     records: int = 0
@@ -231,6 +242,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
     history: History = History()
     days: Days = {}
     undated: Numbers = ZERO
+    bases: tuple[PriceBasis, ...] = ()
 
     @property
     def newest(self) -> str | None:
@@ -281,10 +293,11 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
             history=self.history.plus(hours, lifetime, now),
             days=with_rows(self.days, rows),
             undated=undated,
+            bases=merged_bases(self.bases, sums.bases) if sums.bases else self.bases,
         )
 
     def with_assumed_records(self) -> Ledger:
-        """This ledger with assumed numbers of priced and costed records (see ``Totals.with_assumed_records``)."""
+        """This ledger with assumed numbers of records that have a figure (see ``Totals.with_assumed_records``)."""
         pairs = _assumed(self.by_provider_model)
         return msgspec.structs.replace(
             self,
@@ -343,7 +356,7 @@ def _by_hour(records: list[SavingsRecord]) -> dict[int, list[SavingsRecord]]:
 
 def _numbers_of_row(row: Row) -> Numbers:
     missing = _FEW_COUNTS - len(row.counts)
-    if missing not in (0, _LATER_COUNTS) or len(row.units) != len(AMOUNTS):
+    if missing not in (0, *_LATER_COUNTS) or len(row.units) != len(AMOUNTS):
         raise ValueError(f"a row with {len(row.counts)} counts and {len(row.units)} amounts")
     return (row.requests, *row.counts, *(missing * (0,)), *row.units)
 
@@ -363,8 +376,11 @@ def _numbers_of_all(records: Sequence[SavingsRecord]) -> Numbers:
     cached = [units_of(record.cache_savings_usd) for record in records if record.cache_savings_usd is not None]
     cost = [units_of(record.input_cost_usd) for record in records if record.input_cost_usd is not None]
     compared = sum([record.tokens_saved + record.tool_search_saved for record in records if record.input_tokens])
+    without = [record for record in records if record.savings_usd is None]
+    unpriced = sum([1 for record in without if record.tokens_saved or record.tool_search_saved])
     tokens = map(sum, zip(*map(_TOKENS, records), strict=True))
-    return (len(records), *tokens, compared, len(saved), len(cost), 0, *_amounts(sum(saved), sum(cached), sum(cost)))
+    counts = (len(records), *tokens, compared, len(saved), len(cost), 0, unpriced)
+    return (*counts, *_amounts(sum(saved), sum(cached), sum(cost)))
 
 
 def _amounts(saved: int, cached: int, cost: int) -> Numbers:

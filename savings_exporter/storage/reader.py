@@ -546,6 +546,8 @@ class _Replay:
             raise CorruptStoreError(f"{path}: {error}", "Restore it from a backup") from None
         for frame, groups in zip(frames, decoded, strict=True):
             for group in groups:
+                if group.prices is not None:
+                    self._sums.add_bases([group.prices])
                 if group.is_special:
                     self._specials.append(Special(frame.first, group))
                 else:

@@ -136,6 +136,7 @@ def counted(view: View, readings: Iterable[Reading], limits: Limits, now: dateti
     for reading in readings:
         if reading.adds:
             sums.add_rows(reading.sums.rows())
+            sums.add_bases(reading.sums.bases)
             for special in reading.specials:
                 if not special.group.key or _is_first(special, reading.writer, view.keys):
                     sums.add_all(special.group.records)

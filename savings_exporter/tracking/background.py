@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from opentelemetry.trace import Span
 
+from savings_exporter.prices import Prices
 from savings_exporter.storage.store import Failed, Store
 from savings_exporter.tracking.group_commit import GroupCommit, described
 from savings_exporter.tracking.retry import Retry
@@ -48,12 +49,12 @@ class Background:
     must not wait for that.
     """
 
-    def __init__(self, store: Store, save_interval: float) -> None:
+    def __init__(self, store: Store, save_interval: float, prices: Prices | None) -> None:
         self.saves = Saves()
         self._committer = Worker("savings-commit", self._commit_due, self._commit)
         self._saver = Worker("savings-save", self._save_due, self._keep_saved)
         self._publisher = Publisher("savings-counts", store.publish_counts)
-        self.group = GroupCommit(store, self._committer.wake, self._note_commit)
+        self.group = GroupCommit(store, self._committer.wake, self._note_commit, prices)
         self._store = store
         self._save_interval = save_interval
         self._segments = Retry()

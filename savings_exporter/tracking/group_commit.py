@@ -15,12 +15,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 from opentelemetry.trace import INVALID_SPAN, Span, get_current_span
 
 from savings_exporter.errors import KeyConflictError
 from savings_exporter.formats.frame import Group
 from savings_exporter.model.keys import checked_key, digest_of, fingerprint_of
 from savings_exporter.model.record import SavingsRecord
+from savings_exporter.prices import Prices
 from savings_exporter.storage.operation import PREPARE, error_symbol
 from savings_exporter.storage.store import Committed, Failed, Store
 from savings_exporter.tracking.batch import Batch, finish
@@ -67,16 +69,19 @@ class GroupCommit:
 
     ``failure`` is why the last commit failed, or None when it did not fail. ``retry`` says when the next attempt is
     due. ``wake`` wakes the committing thread. ``committed`` is called after each successful commit. ``entered`` says
-    whether the current thread is in a call of the tracker.
+    whether the current thread is in a call of the tracker. ``prices`` are for records without ``savings_usd``.
     """
 
-    def __init__(self, store: Store, wake: Callable[[], None], committed: Callable[[], None]) -> None:
+    def __init__(
+        self, store: Store, wake: Callable[[], None], committed: Callable[[], None], prices: Prices | None
+    ) -> None:
         self.failure: Failed | None = None
         self.retry = Retry()
         self.entered = Entered()
         self._store = store
         self._wake = wake
         self._committed = committed
+        self._prices = prices
         # Held while batches change, but never during disk I/O.
         self._mutex = threading.RLock()
         # Held by the thread that commits.
@@ -102,6 +107,8 @@ class GroupCommit:
         is_nested = is_owned(entered)
         with entered:
             keyed = None if key is None or isinstance(records, Group) else self._looked_up(records, key)
+            if self._prices is not None and not isinstance(records, Group):
+                records = self._prices.priced(records)
             span = get_current_span()
             if is_nested:
                 return self._accept_nested(records, keyed, span)
@@ -116,6 +123,8 @@ class GroupCommit:
         is_nested = self.entered.is_here()
         with self.entered.lock:
             keyed = None if key is None else self._looked_up(records, key)
+            if self._prices is not None:
+                records = self._prices.priced(records)
             if is_nested:
                 receipt, batch = self._accept_nested(records, keyed, get_current_span()), None
             else:
@@ -224,7 +233,10 @@ class GroupCommit:
         return receipt
 
     def _looked_up(self, records: Sequence[SavingsRecord], key: Any) -> _Keyed:
-        """Validate a key and compute the fingerprint of its records. Also reads what other processes have recorded."""
+        """Validate a key and compute the fingerprint of its records. Also reads what other processes have recorded.
+
+        The fingerprint is that of the records without prices, because prices may have changed before a retry.
+        """
         checked = checked_key(key)
         assert checked is not None
         digest = digest_of(checked)
@@ -340,6 +352,8 @@ class GroupCommit:
     def _attempt(self, batch: Batch, span: Span | None) -> Committed | Failed:
         if batch.frame is None:
             groups = batch.groups()
+            if self._prices is not None:
+                groups[0] = msgspec.structs.replace(groups[0], prices=self._prices.basis)
             journal = self._store.journal or self._store.own_journal()
             batch.writer = journal.writer.name
             batch.frame = journal.seal(batch.count, groups), groups

@@ -316,7 +316,7 @@ def test_not_broken_down_is_unknown() -> None:
     ledger = decode(document_of(lifetime={"requests": 9, "tokens_saved": 90}, by_model={"a": {"requests": 2}})).ledger
     assert ledger.by_provider_model == {
         ("unknown", "a"): Totals(requests=2),
-        ("unknown", "unknown"): Totals(requests=7, tokens_saved=90),
+        ("unknown", "unknown"): Totals(requests=7, tokens_saved=90, unpriced_requests=7),
     }
 
 

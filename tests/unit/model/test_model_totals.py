@@ -139,16 +139,26 @@ def test_dollars_that_no_record_gave() -> None:
     assert (lifetime.savings_usd, lifetime.input_cost_usd) == (0.0, None)
 
 
-def test_rows_of_an_earlier_version() -> None:
+@pytest.mark.parametrize("missing", [1, 5])
+def test_rows_of_an_earlier_version(missing: int) -> None:
     sums = Sums()
     sums.add_all([FULL])
     (row,) = sums.rows()
-    earlier, again = msgspec.structs.replace(row, counts=row.counts[:-4]), Sums()
+    earlier, again = msgspec.structs.replace(row, counts=row.counts[:-missing]), Sums()
     again.add_rows([earlier])
     (read,) = again.rows()
-    assert read == msgspec.structs.replace(row, counts=(*row.counts[:-4], 0, 0, 0, 0))
+    assert read == msgspec.structs.replace(row, counts=(*row.counts[:-missing], *(0,) * missing))
     with pytest.raises(ValueError, match="counts"):
-        again.add_rows([msgspec.structs.replace(row, counts=row.counts[:-1])])
+        again.add_rows([msgspec.structs.replace(row, counts=row.counts[: -missing - 1])])
+
+
+def test_requests_without_a_price() -> None:
+    """Those that saved input tokens. The others have nothing to price."""
+    nothing = SavingsRecord(model="m", tokens_saved=0, output_tokens_saved=3)
+    by_tools = SavingsRecord(model="m", tokens_saved=0, tool_search_saved=5)
+    ledger = counted(Ledger(), [FULL, nothing, by_tools, one(), one(usd=0.0), one(model="other")])
+    assert ledger.lifetime.unpriced_requests == 3
+    assert {name: totals.unpriced_requests for name, totals in ledger.by_model.items()} == {"m": 2, "other": 1}
 
 
 @given(many_records, cuts, st.randoms(use_true_random=False))
@@ -177,7 +187,7 @@ def test_rows_hold_everything(records: list[SavingsRecord], cuts: list[int]) -> 
 
 def test_row_of_other_length_is_refused() -> None:
     row = sums_of([FULL]).rows()[0]
-    for wrong in ({"counts": row.counts[1:]}, {"units": (*row.units, 0)}):
+    for wrong in ({"counts": row.counts[2:]}, {"units": (*row.units, 0)}):
         with pytest.raises(ValueError, match="row"):
             Sums().add_rows([msgspec.structs.replace(row, **wrong)])
 
