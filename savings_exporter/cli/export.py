@@ -21,7 +21,7 @@ from savings_exporter.watched import WatchedFile
 _FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens saved": lambda row: f"{row['tokens_saved']:,}",
     "requests": lambda row: f"{row['requests']:,}",
-    "US dollars": lambda row: views.dollars(row["compression_savings_usd"]),
+    "US dollars": lambda row: views.dollars_saved(row["compression_savings_usd"], row["unpriced_requests"]),
     "of input": lambda row: views.percent(row["savings_percent"]),
     "tool tokens": lambda row: views.count(row["tool_tokens_saved"]),
 }

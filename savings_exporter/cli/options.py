@@ -92,6 +92,12 @@ sync_method_option = option(
     variable="SYNC_METHOD",
     help="How the journal is written; doctor measures both.",
 )
+prices_option = option(
+    "--prices",
+    metavar="FILE",
+    variable="PRICES",
+    help="YAML with your own prices, for requests without --savings-usd or savings_usd.",
+)
 log_level_option = option(
     "--log.level",
     "log_level",

@@ -9,9 +9,10 @@ import click
 
 from savings_exporter.cli import standard_output
 from savings_exporter.cli.errors import CommandError, WrongUsageError
-from savings_exporter.cli.options import store_option, sync_method_option
+from savings_exporter.cli.options import prices_option, store_option, sync_method_option
 from savings_exporter.errors import KeyConflictError
 from savings_exporter.model.record import SavingsRecord
+from savings_exporter.prices import load_prices
 from savings_exporter.service import logs
 from savings_exporter.service.views import tokens
 from savings_exporter.storage.segment import SyncMethod
@@ -48,7 +49,10 @@ from savings_exporter.tracker import SavingsTracker
 )
 @store_option
 @sync_method_option
-def record(store: str | None, sync_method: SyncMethod, idempotency_key: str | None, **fields: Any) -> None:
+@prices_option
+def record(
+    store: str | None, sync_method: SyncMethod, prices: str | None, idempotency_key: str | None, **fields: Any
+) -> None:
     """Record one saving, also beside a running service."""
     logs.be_quiet()
     try:
@@ -56,8 +60,12 @@ def record(store: str | None, sync_method: SyncMethod, idempotency_key: str | No
     except (TypeError, ValueError) as error:
         field, _, problem = str(error).partition(" ")
         raise WrongUsageError(f"--{field.replace('_', '-')} {problem}") from None
+    # Loading the library takes a tenth of a second.
+    loaded = load_prices(prices) if saving.savings_usd is None else None
     with Export() as export:
-        with SavingsTracker(store, tracer_provider=export.tracer_provider, sync_method=sync_method) as tracker:
+        with SavingsTracker(
+            store, tracer_provider=export.tracer_provider, sync_method=sync_method, prices=loaded
+        ) as tracker:
             try:
                 receipt = tracker.record_many([saving], idempotency_key=idempotency_key)
             except ValueError as error:

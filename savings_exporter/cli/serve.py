@@ -18,6 +18,7 @@ from savings_exporter.cli.options import (
     log_format_option,
     log_level_option,
     option,
+    prices_option,
     store_option,
     sync_method_option,
     telemetry_path_option,
@@ -25,6 +26,7 @@ from savings_exporter.cli.options import (
 )
 from savings_exporter.cli.output import announce, announcement
 from savings_exporter.cli.sources import most_rtk_tokens_option
+from savings_exporter.prices import Prices, load_prices
 from savings_exporter.service import logs, server
 from savings_exporter.service.app import Service
 from savings_exporter.service.demo import DemoTraffic
@@ -45,6 +47,7 @@ from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker
 @listen_address_option
 @telemetry_path_option
 @web_config_file_option
+@prices_option
 @log_level_option
 @log_format_option
 @option(
@@ -68,6 +71,7 @@ def serve(
     listen_address: tuple[str, int],
     telemetry_path: str,
     web_config_file: str | None,
+    prices: str | None,
     log_level: str,
     log_format: str,
     follows_sources: bool,
@@ -78,6 +82,7 @@ def serve(
     """Take savings over HTTP, and serve metrics and totals."""
     logs.configure(log_level, log_format)
     web_config = WebConfig(web_config_file)
+    loaded = load_prices(prices)
     with ExitStack() as stack:
         listener = stack.enter_context(server.listen(*listen_address))
         url = server.url_of(listener, tls=web_config.tls is not None)
@@ -87,7 +92,7 @@ def serve(
         elif demo and store is not None and os.path.isfile(store):
             # Checked before the tracker opens the store, because opening saves it.
             raise WrongUsageError(f"{store} exists already: --demo would add made-up savings to its totals.")
-        tracker = SavingsTracker(store, tracer_provider=export.tracer_provider, sync_method=sync_method)
+        tracker = SavingsTracker(store, tracer_provider=export.tracer_provider, sync_method=sync_method, prices=loaded)
         stack.callback(tracker.close)
         if enable_drill:
             stack.enter_context(taking_drills(tracker))
@@ -104,7 +109,7 @@ def serve(
         if following is not None:
             service.registry.register(FollowingCollector(following))
         what = "keeps made-up savings in" if demo else "keeps savings in"
-        more = f"record one: {_first_saving(url, web_config)}", f"metrics: {url}{telemetry_path}"
+        more = _prices_line(loaded), f"record one: {_first_saving(url, web_config)}", f"metrics: {url}{telemetry_path}"
         lines = announcement(what, tracker.storage_path, url, *more)
         export.push_metrics(service.registry.collect, tracker.snapshot)
         # Schedules a save of what a killed process left in its journal, so that a copy of the document holds it.
@@ -122,6 +127,12 @@ def serve(
 
 def _following(tracker: SavingsTracker, most_rtk_tokens: int) -> Following:
     return Following(tracker, lambda: usual_sources(os.environ, most_rtk_tokens=most_rtk_tokens))
+
+
+def _prices_line(prices: Prices | None) -> str:
+    if prices is None:
+        return "prices: none; install savings-exporter[prices] or give --prices FILE, to have US dollars calculated"
+    return f"prices: {prices.basis.prices}"
 
 
 def _first_saving(url: str, web_config: WebConfig) -> str:

@@ -85,12 +85,14 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
             f"{views.tokens(lifetime.tokens_saved)} saved in {views.requests(lifetime)}, "
             f"{lifetime.tool_tokens_saved:,} more by deferred tool schemas. "
             f"Share of the input: {views.percent(lifetime.savings_percent)}. "
-            f"US dollars saved: {views.dollars(lifetime.savings_usd)}"
+            f"US dollars saved: {views.dollars_saved(lifetime.savings_usd, lifetime.unpriced_requests)}"
         )
     )
     newest = snapshot.last_record_at
     last = views.moment_and_age(newest, snapshot.read_at) if newest else views.UNKNOWN_FIGURE
     console.print(Text(f"Last saving: {last}"))
+    if lifetime.unpriced_requests:
+        console.print(Text(f"Requests without a price: {lifetime.unpriced_requests:,}"))
     for kind, rows in _tables_of(snapshot):
         shown = table(kind)
         columns = _columns(rows, ascii_only=console.options.ascii_only)
@@ -117,7 +119,7 @@ def _columns(rows: list[tuple[str, Totals]], *, ascii_only: bool) -> dict[str, l
     return {
         "tokens saved": [f"{totals.tokens_saved:,}" for totals in every],
         "requests": [f"{totals.requests:,}" for totals in every],
-        "US dollars": [views.dollars(totals.savings_usd) for totals in every],
+        "US dollars": [views.dollars_saved(totals.savings_usd, totals.unpriced_requests) for totals in every],
         "of input": [views.percent(totals.savings_percent) for totals in every],
         "tool tokens": [views.count(totals.known_tool_tokens_saved) for totals in every],
         "": ["#" * len(bar) if ascii_only else bar for bar in bars],

@@ -32,6 +32,7 @@ def as_json(snapshot: Snapshot, health: Health, storage_path: str) -> dict[str, 
         "read_at": _iso(snapshot.read_at),
         "pending_records": snapshot.pending_records,
         "pending_tokens": snapshot.pending_tokens,
+        "prices": [msgspec.structs.asdict(basis) for basis in snapshot.price_bases],
         "lifetime": figures(snapshot.lifetime),
         "by_model": {name: figures(totals) for name, totals in ranked(snapshot.by_model.items())},
         "projects": {name: figures(totals) for name, totals in ranked(snapshot.projects.items())},
@@ -145,6 +146,11 @@ def dollars(amount: float | None) -> str:
     if 0 < abs(amount) < 0.005:  # which is not zero
         return "< 0.01" if amount > 0 else "> -0.01"
     return f"{amount + 0:,.2f}"
+
+
+def dollars_saved(amount: float | None, unpriced_requests: int) -> str:
+    """US dollars saved as people read them. Requests without a price make the amount incomplete."""
+    return f"{dollars(amount)} + ?" if unpriced_requests and amount is not None else dollars(amount)
 
 
 def figures(totals: Totals) -> dict[str, Any]:

@@ -187,6 +187,7 @@ class SavingsCollector(Collector):
         exemplars = counters.exemplars()
         snapshot, health = self._tracker.snapshot(), self._tracker.health()
         yield from totals_families(snapshot)
+        yield _unpriced_family(snapshot)
         yield _gauge(
             "savings_store_healthy", "Whether savings can be kept: 0 if commits or saves fail.", health.healthy
         )
@@ -268,6 +269,17 @@ def _rejected_family(cursors: Cursors) -> Metric:
     for labels, number in found.items():
         metric.add_metric(labels, number)
     return metric
+
+
+def _unpriced_family(snapshot: Snapshot) -> Metric:
+    """Not for the file of another program: it does not say which requests have no price."""
+    family = CounterMetricFamily(
+        "savings_unpriced_requests",
+        "Requests that saved input tokens and have no price, over the store's lifetime.",
+        labels=["model"],
+    )
+    models = {UNKNOWN: None, **snapshot.by_model}.items()
+    return _filled(family, [((model,), totals) for model, totals in models], "unpriced_requests")
 
 
 def operation_families(operations: OperationCounts, exemplars: Mapping[str, Exemplar]) -> Iterator[Metric]:

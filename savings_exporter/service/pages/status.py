@@ -13,7 +13,7 @@ from savings_exporter.service.views import (
     UNKNOWN_FIGURE,
     bar,
     count,
-    dollars,
+    dollars_saved,
     moment_and_age,
     percent,
     ranked,
@@ -51,7 +51,7 @@ tr + tr {{ border-top: 1px solid #8884; }}
 {trouble}
 <p class="total">{tokens}</p>
 <p>tokens saved by compression in {requests}, {tools} more by deferred tool schemas.
-Share of the input: {percent}. US dollars saved: {dollars}. Last saving: {last_record}. {pending}</p>
+Share of the input: {percent}. US dollars saved: {dollars}.{unpriced} Last saving: {last_record}. {pending}</p>
 {models}
 {projects}
 {agents}
@@ -71,7 +71,8 @@ def render(snapshot: Snapshot, health: Health, storage_path: str, prefix: str, m
         requests=requests(lifetime),
         tools=f"{lifetime.tool_tokens_saved:,}",
         percent=percent(lifetime.savings_percent),
-        dollars=escape(dollars(lifetime.savings_usd)),
+        dollars=escape(dollars_saved(lifetime.savings_usd, lifetime.unpriced_requests)),
+        unpriced=f" Requests without a price: {lifetime.unpriced_requests:,}." if lifetime.unpriced_requests else "",
         pending=f"{snapshot.pending_records:,} records are not durable yet." if snapshot.pending_records else "",
         trouble="" if health.healthy else f'<p class="bad" role="alert">{escape(health.reason or "")}</p>',
         models=_table("By model", snapshot.by_model),
@@ -96,7 +97,7 @@ def _table(caption: str, group: Mapping[str, Totals]) -> str:
     cells = "".join(
         f"<tr><td>{escape(name)}</td><td>{totals.tokens_saved:,}</td><td>{count(totals.known_tool_tokens_saved)}</td>"
         f"<td>{percent(totals.savings_percent)}</td><td>{totals.requests:,}</td>"
-        f"<td>{escape(dollars(totals.savings_usd))}</td>"
+        f"<td>{escape(dollars_saved(totals.savings_usd, totals.unpriced_requests))}</td>"
         f'<td class="bar">{bar(totals.tokens_saved, largest, 20)}</td></tr>'
         for name, totals in rows[:_MOST_ROWS]
     )
