@@ -19,6 +19,7 @@ _COST_SAVED = "savings_cost_saved_usd"
 _INPUT_COST = "savings_input_cost_usd"
 _CACHE_COST = "savings_cache_cost_saved_usd"
 _REJECTED = "savings_rejected_records_total"
+_UNPRICED = "savings_unpriced_requests_total"
 
 _PAIR = ("provider", "model")
 _NO_PRICE = "not known"
@@ -244,7 +245,7 @@ def _what_else() -> Row:
                 "Tokens saved now by each method, compared with the input that is sent.",
                 "short",
                 *(Query(total(metric, function="rate"), name) for metric, name in kinds),
-                width=12,
+                width=8,
             ),
             graph(
                 "Cost saved and input cost",
@@ -253,7 +254,15 @@ def _what_else() -> Row:
                 Query(total(_COST_SAVED), "saved"),
                 Query(total(_CACHE_COST), "saved by caches"),
                 Query(total(_INPUT_COST), "paid for input"),
-                width=12,
+                width=8,
+            ),
+            largest(
+                "Requests without a price",
+                "Lifetime requests that saved input tokens and have no price, by model. The US dollars of all panels "
+                "do not include what they saved. Add these models to the file of --prices.",
+                "short",
+                Query(f"topk(20, {total(_UNPRICED, 'model')})", "{{model}}"),
+                width=8,
             ),
         ),
     )
