@@ -22,6 +22,7 @@ from savings_exporter.telemetry.metrics import (
     STORE_INFO,
     STORE_INFO_HELP,
     TOTALS_FAMILIES,
+    UNPRICED_FAMILY,
     Labels,
     totals_by,
 )
@@ -68,7 +69,7 @@ class Backfill:
         self.samples = 0
         labels: Labels = ()
         pasts: dict[Name, Past] = {}
-        for family in TOTALS_FAMILIES:
+        for family in (*TOTALS_FAMILIES, UNPRICED_FAMILY):
             if family.labels != labels:
                 labels = family.labels
                 pasts = past_by(labels, totals_by(labels, self._snapshot), self._rows)

@@ -144,6 +144,15 @@ TOTALS_FAMILIES = (
 )
 """The families of the lifetime totals, in the order in which they are exported."""
 
+UNPRICED_FAMILY = TotalsFamily(
+    "savings_unpriced_requests",
+    "Requests that saved input tokens and have no price, over the store's lifetime.",
+    True,
+    ("model",),
+    attrgetter("unpriced_requests"),
+)
+"""Not for the file of another program: it does not say which requests have no price."""
+
 Bucket = tuple[str, float] | tuple[str, float, Exemplar]
 
 
@@ -187,7 +196,7 @@ class SavingsCollector(Collector):
         exemplars = counters.exemplars()
         snapshot, health = self._tracker.snapshot(), self._tracker.health()
         yield from totals_families(snapshot)
-        yield _unpriced_family(snapshot)
+        yield _totals_family(UNPRICED_FAMILY, snapshot)
         yield _gauge(
             "savings_store_healthy", "Whether savings can be kept: 0 if commits or saves fail.", health.healthy
         )
@@ -212,13 +221,7 @@ class WatchCollector(Collector):
 def totals_families(snapshot: Snapshot) -> Iterator[Metric]:
     """The families that show what a store holds."""
     for family in TOTALS_FAMILIES:
-        kind = CounterMetricFamily if family.is_counter else GaugeMetricFamily
-        metric = kind(family.name, family.help_text, labels=family.labels)
-        for labels, totals in totals_by(family.labels, snapshot).items():
-            value = family.value_of(totals)
-            if value is not None:
-                metric.add_metric(labels, value)
-        yield metric
+        yield _totals_family(family, snapshot)
     yield _rejected_family(snapshot.cursors)
     for name, help_text, number in (
         ("tokens_pending", "Tokens saved in records that are accepted and not durable yet.", snapshot.pending_tokens),
@@ -243,11 +246,23 @@ def totals_families(snapshot: Snapshot) -> Iterator[Metric]:
     yield InfoMetricFamily("savings_build", "The exporter that answers.", value=build)
 
 
+def _totals_family(family: TotalsFamily, snapshot: Snapshot) -> Metric:
+    kind = CounterMetricFamily if family.is_counter else GaugeMetricFamily
+    metric = kind(family.name, family.help_text, labels=family.labels)
+    for labels, totals in totals_by(family.labels, snapshot).items():
+        value = family.value_of(totals)
+        if value is not None:
+            metric.add_metric(labels, value)
+    return metric
+
+
 def totals_by(labels: Labels, snapshot: Snapshot) -> Mapping[Labels, Totals]:
     """The lifetime totals by the values of a family's labels."""
     if labels == _PAIR:
         # This series is always there, so that a sum over models has data for an empty store, too.
         return dict([((UNKNOWN, UNKNOWN), Totals()), *snapshot.by_provider_model.items()])
+    if labels == UNPRICED_FAMILY.labels:
+        return dict([((UNKNOWN,), Totals()), *(((model,), totals) for model, totals in snapshot.by_model.items())])
     by_name = {"project": snapshot.projects, "agent": snapshot.agents, "source": snapshot.sources}
     return {(name,): totals for name, totals in by_name[labels[0]].items()}
 
@@ -269,17 +284,6 @@ def _rejected_family(cursors: Cursors) -> Metric:
     for labels, number in found.items():
         metric.add_metric(labels, number)
     return metric
-
-
-def _unpriced_family(snapshot: Snapshot) -> Metric:
-    """Not for the file of another program: it does not say which requests have no price."""
-    family = CounterMetricFamily(
-        "savings_unpriced_requests",
-        "Requests that saved input tokens and have no price, over the store's lifetime.",
-        labels=["model"],
-    )
-    models = {UNKNOWN: None, **snapshot.by_model}.items()
-    return _filled(family, [((model,), totals) for model, totals in models], "unpriced_requests")
 
 
 def operation_families(operations: OperationCounts, exemplars: Mapping[str, Exemplar]) -> Iterator[Metric]:
