@@ -16,7 +16,7 @@ from savings_exporter import SavingsRecord, SavingsTracker
 from savings_exporter.model.days import MOST_ROWS
 from savings_exporter.model.history import History
 from savings_exporter.telemetry.backfill import Backfill
-from savings_exporter.telemetry.metrics import TOTALS_FAMILIES, WatchCollector
+from savings_exporter.telemetry.metrics import TOTALS_FAMILIES, UNPRICED_FAMILY, SavingsCollector
 from savings_exporter.watched import WatchedFile
 
 NOW = datetime.now(timezone.utc)
@@ -94,13 +94,15 @@ def test_last_values_are_those_of_a_scrape(store_path: Path) -> None:
     unusual = SavingsRecord(model='\N{SNOWMAN} "quoted" \\', tokens_saved=1)
     backfill = backfill_of(store_path, [unusual, *many_names()], DAY)
     last = {series: points[-1] for series, points in read(backfill).items()}
-    names = {f"{family.name}_total" if family.is_counter else family.name for family in TOTALS_FAMILIES}
-    expected = {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in WatchCollector(WatchedFile(store_path)).collect()
-        for sample in family.samples
-        if sample.name in names | {"savings_store_info"}
-    }
+    families = (*TOTALS_FAMILIES, UNPRICED_FAMILY)
+    names = {f"{family.name}_total" if family.is_counter else family.name for family in families}
+    with SavingsTracker(store_path) as tracker:
+        expected = {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in SavingsCollector(tracker).collect()
+            for sample in family.samples
+            if sample.name in names | {"savings_store_info"}
+        }
     assert {series: value for series, (_, value) in last.items()} == expected
     assert {time for time, _ in last.values()} == {backfill.times[-1]}
 
