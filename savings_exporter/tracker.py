@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -18,7 +18,7 @@ from savings_exporter.errors import StoreError
 from savings_exporter.model.days import LAST_DAY, Dated
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.snapshot import Health, Snapshot
-from savings_exporter.model.totals import Limits
+from savings_exporter.model.totals import Ledger, Limits, Totals
 from savings_exporter.prices import Prices
 from savings_exporter.storage.closed_days import read_days
 from savings_exporter.storage.filesystem import LOCAL, FileSystem
@@ -259,6 +259,52 @@ class SavingsTracker:
         """
         store = self._store
         return read_days(store.reader.fs, lambda: (store.path, store.refresh()), first, last)
+
+    def let_in(self, kind: str, name: str) -> None:
+        """Give a name a place of its own in the totals, even if all places are used. What it has saved so far stays in
+        ``other``.
+
+        Args:
+            kind: ``model``, ``project``, ``agent`` or ``source``.
+            name: the name.
+
+        Raises:
+            ValueError: the name has a place, or too many names were let in.
+            StoreError: the document cannot be saved.
+        """
+        self._change(lambda ledger: ledger.letting_in(kind, name))
+
+    def fold(self, kind: str, name: str) -> Totals:
+        """Move a name's totals to ``other``, from now on and in all processes. Its counters disappear.
+
+        Args:
+            kind: ``model``, ``project``, ``agent`` or ``source``.
+            name: the name.
+
+        Returns:
+            What the name had saved.
+
+        Raises:
+            ValueError: the name has no place, or too many names were folded.
+            StoreError: the document cannot be saved.
+        """
+        moved = Totals()
+
+        def folding(ledger: Ledger) -> Ledger:
+            nonlocal moved
+            moved = ledger.named(kind).get(name, moved)
+            return ledger.folding(kind, name)
+
+        self._change(folding)
+        return moved
+
+    def _change(self, change: Callable[[Ledger], Ledger]) -> None:
+        try:
+            self._store.change_ledger(change)
+        except OSError as error:
+            raise StoreError(
+                f"{self._path}: cannot be saved: {error.strerror or error}; names may not be changed", path=self._path
+            ) from None
 
     def importing(self) -> Importer:
         """Imports from other programs' files, as a context manager. One process at a time can import into a store."""

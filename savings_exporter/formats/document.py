@@ -32,6 +32,7 @@ from savings_exporter.formats.headroom import (
     shown,
     unknown_keys,
 )
+from savings_exporter.model.crowds import Crowd
 from savings_exporter.model.cursors import Cursor, Cursors
 from savings_exporter.model.figures import numbers_of
 from savings_exporter.model.history import History
@@ -231,6 +232,7 @@ def _decode_checked(
         by_provider_model=dict(map(_read_pair, _items(block["totals"]))),
         history=History.of_lines(_items(members["history"])),
         bases=_typed(block.get("prices", b"[]"), tuple[PriceBasis, ...]),
+        crowds=_typed(block.get("crowds", b"{}"), dict[str, Crowd]),
     )
     if b'"compared_tokens_saved"' not in members["lifetime"]:
         ledger = ledger.with_assumed_records()
@@ -286,6 +288,7 @@ def _block(document: Document) -> bytes:
         % (document.days_file, encode_numbers(document.ledger.undated), encode_open(document.ledger.days)),
         "cursors": ascii_json(document.cursors),
         "prices": ascii_json(document.ledger.bases),
+        "crowds": ascii_json(document.ledger.crowds),
         "idempotency_keys": ascii_json(document.keys.pack()),
     }
     return b"{" + b",\n ".join(_joined(members)) + b"}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
+from savings_exporter.model.crowds import AGENT, MODEL, PROJECT, SOURCE, Crowd, Crowds, Outsider, tokens_of
 from savings_exporter.model.days import DayRow, Days, Names, day_of, oldest_kept, with_rows
 from savings_exporter.model.figures import (
     AMOUNTS,
@@ -19,6 +21,7 @@ from savings_exporter.model.figures import (
     Totals,
     added,
     iso_utc,
+    numbers_of,
     total_of,
     units_of,
 )
@@ -230,6 +233,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         undated: the part of ``lifetime`` that belongs to no day: it is older than the days, or than two years. The
             lifetime is the sum of this, of the closed days and of the open ones.
         bases: the prices that were used for records without ``savings_usd``.
+        crowds: which names an operator let in or folded, and the largest names in ``other``.
     """
 
     records: int = 0
@@ -243,6 +247,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
     days: Days = {}
     undated: Numbers = ZERO
     bases: tuple[PriceBasis, ...] = ()
+    crowds: Crowds = {}
 
     @property
     def newest(self) -> str | None:
@@ -250,7 +255,8 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         return self.lifetime.last_activity_at
 
     def plus(self, sums: Sums, limits: Limits, now: datetime) -> Ledger:
-        """This ledger with more records added. Names beyond the limits count under ``other``.
+        """This ledger with more records added. A name that has saved nothing yet, and names beyond the limits, count
+        under ``other``.
 
         Args:
             sums: the sums of the records.
@@ -282,19 +288,60 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         lifetime = self.lifetime
         for part in hours.values():
             lifetime = lifetime.plus(*part)
+        merging = _Merging(self.crowds)
         return Ledger(
             records=self.records + sums.requests,
             lifetime=lifetime,
-            by_model=_merged(self.by_model, models, OTHER, limits.max_models),
-            projects=_merged(self.projects, projects, OTHER, limits.max_projects),
-            agents=_merged(self.agents, agents, OTHER, limits.max_agents),
-            sources=_merged(self.sources, sources, OTHER, limits.max_sources),
-            by_provider_model=_merged(self.by_provider_model, pairs, OTHER_PAIR, limits.max_models),
+            by_model=merging.merged(MODEL, self.by_model, models, limits.max_models),
+            projects=merging.merged(PROJECT, self.projects, projects, limits.max_projects),
+            agents=merging.merged(AGENT, self.agents, agents, limits.max_agents),
+            sources=merging.merged(SOURCE, self.sources, sources, limits.max_sources),
+            by_provider_model=merging.merged_pairs(self.by_provider_model, pairs, limits.max_models),
             history=self.history.plus(hours, lifetime, now),
             days=with_rows(self.days, rows),
             undated=undated,
             bases=merged_bases(self.bases, sums.bases) if sums.bases else self.bases,
+            crowds=merging.crowds,
         )
+
+    def named(self, kind: str) -> Mapping[str, Totals]:
+        """The totals by the names of a kind."""
+        return {MODEL: self.by_model, PROJECT: self.projects, AGENT: self.agents, SOURCE: self.sources}[kind]
+
+    def letting_in(self, kind: str, name: str) -> Ledger:
+        """This ledger with a place for a name. What it has saved so far stays in ``other``.
+
+        Raises:
+            ValueError: the name has a place, or too many names were let in.
+        """
+        if name in self.named(kind):
+            raise ValueError("has a place already")
+        crowd = self.crowds.get(kind, Crowd()).with_place_for(name)
+        return msgspec.structs.replace(self, crowds={**self.crowds, kind: crowd})
+
+    def folding(self, kind: str, name: str) -> Ledger:
+        """This ledger with a name's totals moved to ``other``. The sums stay the same.
+
+        Raises:
+            ValueError: the name has no place, or too many names were folded.
+        """
+        named = self.named(kind)
+        if name not in named or name == OTHER:
+            raise ValueError("has no place that could be given up")
+        crowd = self.crowds.get(kind, Crowd()).without_place_for(name)
+        changes: dict[str, Any] = {_FIELDS[kind]: _folded(named, {name}, OTHER)}
+        if kind == MODEL:
+            pairs = {pair for pair in self.by_provider_model if pair[1] == name}
+            changes["by_provider_model"] = _folded(self.by_provider_model, pairs, OTHER_PAIR)
+        return msgspec.structs.replace(self, crowds={**self.crowds, kind: crowd}, **changes)
+
+    def outsiders(self, kind: str) -> list[Outsider]:
+        """The names in ``other`` that have surely saved more than the least of those with a place, largest first."""
+        named = [tokens_of(numbers_of(totals)) for name, totals in self.named(kind).items() if name != OTHER]
+        least = min(named, default=0)
+        candidates = self.crowds.get(kind, Crowd()).candidates
+        found = [Outsider(name, candidate) for name, candidate in candidates.items() if candidate.least > least]
+        return sorted(found, key=lambda outsider: (-outsider.candidate.least, outsider.name))
 
     def with_assumed_records(self) -> Ledger:
         """This ledger with assumed numbers of records that have a figure (see ``Totals.with_assumed_records``)."""
@@ -404,15 +451,63 @@ def _gather(parts: dict[Name, Part], name: Name, part: Part) -> None:
     parts[name] = parts[name].plus(part) if name in parts else part
 
 
-def _merged(old: Mapping[Name, Totals], parts: Mapping[Name, Part], other: Name, limit: int) -> Mapping[Name, Totals]:
-    if not parts:
-        return old
-    merged = dict(old)
-    for new_name, part in parts.items():
-        is_beyond = new_name not in merged and len(merged) - (other in merged) >= limit
-        name = other if is_beyond else new_name
-        merged[name] = merged.get(name, _NOTHING).plus(*part)
-    return merged
+class _Merging:
+    """Adds parts to totals by name, and finds out which names have a place."""
+
+    def __init__(self, crowds: Crowds) -> None:
+        self.crowds = crowds
+
+    def merged(
+        self, kind: str, old: Mapping[str, Totals], parts: Mapping[str, Part], limit: int
+    ) -> Mapping[str, Totals]:
+        """The totals with the parts added."""
+        if not parts:
+            return old
+        crowd, merged, outside = self.crowds.get(kind, _NO_CROWD), dict(old), {}
+        free = limit - len(merged) + (OTHER in merged) + len(crowd.admitted.intersection(merged))
+        for name, part in parts.items():
+            target = name
+            if name not in merged and name != OTHER and name not in crowd.admitted:
+                tokens = tokens_of(part.numbers)
+                if name in crowd.folded or tokens <= 0:
+                    target = OTHER
+                elif free > 0:
+                    free -= 1
+                else:
+                    target = OTHER
+                    outside[name] = tokens
+            merged[target] = merged.get(target, _NOTHING).plus(*part)
+        if outside:
+            self.crowds = {**self.crowds, kind: crowd.with_saved(outside)}
+        return merged
+
+    def merged_pairs(self, old: Mapping[Pair, Totals], parts: Mapping[Pair, Part], limit: int) -> Mapping[Pair, Totals]:
+        """The totals with the parts added. A pair is let in and folded with its model."""
+        if not parts:
+            return old
+        crowd, merged = self.crowds.get(MODEL, _NO_CROWD), dict(old)
+        admitted = Counter(model for _, model in merged if model in crowd.admitted)
+        free = limit - len(merged) + (OTHER_PAIR in merged) + admitted.total()
+        for pair, part in parts.items():
+            target, model = pair, pair[1]
+            if pair not in merged and pair != OTHER_PAIR:
+                if model in crowd.folded or tokens_of(part.numbers) <= 0:
+                    target = OTHER_PAIR
+                elif model in crowd.admitted and admitted[model] < _MOST_PROVIDERS:
+                    admitted[model] += 1
+                elif free > 0:
+                    free -= 1
+                else:
+                    target = OTHER_PAIR
+            merged[target] = merged.get(target, _NOTHING).plus(*part)
+        return merged
+
+
+def _folded(named: Mapping[Name, Totals], names: set[Name], other: Name) -> Mapping[Name, Totals]:
+    """The totals with those of some names moved to ``other``."""
+    moved = total_of(named[name] for name in names)
+    kept = {name: totals for name, totals in named.items() if name not in names}
+    return {**kept, other: kept.get(other, _NOTHING) + moved}
 
 
 def _largest(totals: Mapping[Name, Totals], other: Name, limit: int) -> Mapping[Name, Totals]:
@@ -425,3 +520,8 @@ def _largest(totals: Mapping[Name, Totals], other: Name, limit: int) -> Mapping[
 
 
 _NOTHING = Totals()
+_NO_CROWD = Crowd()
+_FIELDS = {MODEL: "by_model", PROJECT: "projects", AGENT: "agents", SOURCE: "sources"}
+
+# With how many providers a model that was let in has a place.
+_MOST_PROVIDERS = 10

@@ -12,11 +12,14 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
+import msgspec
+
 from savings_exporter.errors import StoreError
 from savings_exporter.formats.frame import Group
+from savings_exporter.model.crowds import Crowd, Crowds
 from savings_exporter.model.keys import KeyEntry
 from savings_exporter.model.operations import OperationCounts
-from savings_exporter.model.totals import Limits
+from savings_exporter.model.totals import Ledger, Limits
 from savings_exporter.storage import checkpoint
 from savings_exporter.storage.atomic_file import AtomicFile, Directory
 from savings_exporter.storage.filesystem import FileSystem
@@ -226,12 +229,34 @@ class Store:
                 try:
                     self._lock.take(CLOSING_PATIENCE_SECONDS if closing else PATIENCE_SECONDS)
                     self._agree_on_store()
-                    self._checkpoint(operation, closing=closing)
+                    self._checkpoint(operation, self.view, closing=closing)
                 finally:
                     self._let_go()
         except Exception as error:
             return Failed(operation.failed_step or PREPARE, error)
         return None
+
+    def change_ledger(self, change: Callable[[Ledger], Ledger]) -> None:
+        """Change the totals' names, and save the document with them. Other processes take the change from the document.
+
+        The change is applied to everything that is counted, while the store's lock is held. Records that are not in
+        the document yet are counted after it.
+
+        Raises:
+            ValueError: the change cannot be made.
+            OSError: the save failed, or its outcome is unknown.
+            StoreError: the store cannot be used.
+        """
+        operation = Operation(SAVE, self._observer)
+        with operation, self._saving:
+            try:
+                self._lock.take(CLOSING_PATIENCE_SECONDS)
+                self._agree_on_store()
+                view = self.reader.refresh(self.view)
+                changed = msgspec.structs.replace(view, ledger=change(view.ledger))
+                self._checkpoint(operation, changed, closing=False)
+            finally:
+                self._let_go()
 
     def saved_at(self) -> datetime | None:
         """The time of the last save by any process, or None when it is unknown. Does not read the journals."""
@@ -327,7 +352,9 @@ class Store:
     def _publish(self, view: View) -> None:
         """Publish a view, unless a newer view was published in the meantime."""
         if not view.is_older_than(self.view):
-            self.view = view
+            crowds, self.view = self.view.ledger.crowds, view
+            if view.ledger.crowds is not crowds:
+                _log_folded(self.path, crowds, view.ledger.crowds)
 
     def _operations_of_others(self) -> OperationCounts:
         for _ in range(_ATTEMPTS):
@@ -339,11 +366,11 @@ class Store:
             self.refresh()
         return self._others
 
-    def _checkpoint(self, operation: Operation, *, closing: bool) -> None:
+    def _checkpoint(self, operation: Operation, view: View, *, closing: bool) -> None:
         if not self.view.document.is_ours:
             # From here on, another program may read a document of ours and write its own document from it.
             self._lock.write(self.view.store, is_saved=self._lock.content().is_saved, is_begun=True)
-        view = checkpoint.save(self.reader, self._file(), self.view, self._observer, operation, closing=closing)
+        view = checkpoint.save(self.reader, self._file(), view, self._observer, operation, closing=closing)
         with self._reading, suppress(OSError, StoreError):
             self._publish(self.reader.follow(view))
         with suppress(OSError):
@@ -399,6 +426,18 @@ class Store:
     def _let_go(self) -> None:
         if not self._keeps_lock:
             self._lock.release()
+
+
+def _log_folded(path: str, before: Crowds, now: Crowds) -> None:
+    """Log which names an operator has folded."""
+    for kind, crowd in now.items():
+        for name in sorted(crowd.folded - before.get(kind, Crowd()).folded):
+            logger.warning(
+                "%s: the %s %s was folded into other: its counters disappear, and other grows by the same amounts",
+                path,
+                kind,
+                ascii(name),
+            )
 
 
 def _recovered(

@@ -1,0 +1,112 @@
+"""Which names have a place of their own in the totals, and what is known of the others.
+
+A name takes a place when it has saved something, and keeps it. When the places are used up, further names count as
+``other``. The largest of these are known by a sketch of bounded size, the *space-saving* algorithm of Metwally, Agrawal
+and El Abbadi (2005): each counter has an upper bound of what its name has saved and the largest possible error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import msgspec
+
+from savings_exporter.model.figures import Numbers
+
+MODEL, PROJECT, AGENT, SOURCE = "model", "project", "agent", "source"
+KINDS = (MODEL, PROJECT, AGENT, SOURCE)
+"""The kinds of names."""
+
+MOST_CANDIDATES = 50
+"""How many names in ``other`` are known by kind. A name with more than this part of all that is in ``other`` is one."""
+
+MOST_ADMITTED = 100
+"""How many names an operator can let in by kind. They take places beyond the limits."""
+
+MOST_FOLDED = 1000
+"""How many names an operator can fold by kind."""
+
+
+class Candidate(msgspec.Struct, frozen=True, array_like=True):
+    """A counter of the sketch: a name saved at most ``most`` tokens, and at least ``most - error``."""
+
+    most: int
+    error: int
+
+    @property
+    def least(self) -> int:
+        """The tokens that the name saved at least."""
+        return self.most - self.error
+
+
+class Crowd(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is known about the names of one kind, beside the totals.
+
+    Attributes:
+        admitted: names that have a place because an operator let them in.
+        folded: names that count as ``other`` because an operator folded them.
+        candidates: the largest names in ``other``.
+    """
+
+    admitted: frozenset[str] = frozenset()
+    folded: frozenset[str] = frozenset()
+    candidates: Mapping[str, Candidate] = {}
+
+    def with_saved(self, saved: Mapping[str, int]) -> Crowd:
+        """The crowd after names without a place have saved more tokens."""
+        candidates = dict(self.candidates)
+        for name, tokens in saved.items():
+            known = candidates.get(name)
+            if known is not None:
+                candidates[name] = Candidate(known.most + tokens, known.error)
+            elif len(candidates) < MOST_CANDIDATES:
+                candidates[name] = Candidate(tokens, 0)
+            else:
+                smallest = min(candidates, key=lambda each: (candidates[each].most, each))
+                replaced = candidates.pop(smallest).most
+                candidates[name] = Candidate(replaced + tokens, replaced)
+        return msgspec.structs.replace(self, candidates=candidates) if saved else self
+
+    def with_place_for(self, name: str) -> Crowd:
+        """The crowd after an operator let a name in.
+
+        Raises:
+            ValueError: too many names were let in.
+        """
+        if len(self.admitted) >= MOST_ADMITTED:
+            raise ValueError(f"{MOST_ADMITTED} names were let in already; fold one of them first")
+        return Crowd(self.admitted | {name}, self.folded - {name}, _without(self.candidates, name))
+
+    def without_place_for(self, name: str) -> Crowd:
+        """The crowd after an operator folded a name.
+
+        Raises:
+            ValueError: too many names were folded.
+        """
+        if len(self.folded) >= MOST_FOLDED:
+            raise ValueError(f"{MOST_FOLDED} names were folded already; let one of them in first")
+        return Crowd(self.admitted - {name}, self.folded | {name}, _without(self.candidates, name))
+
+
+Crowds = Mapping[str, Crowd]
+"""The crowds by kind."""
+
+
+class Outsider(NamedTuple):
+    """A name in ``other`` that has saved more than the least of those that have a place."""
+
+    name: str
+    candidate: Candidate
+
+
+def tokens_of(numbers: Numbers) -> int:
+    """What a name takes its place by: tokens saved by compression, deferred tool schemas and shorter outputs, and
+    tokens read from prompt caches.
+    """
+    _requests, saved, tools, outputs, cached, *_ = numbers
+    return saved + tools + outputs + cached
+
+
+def _without(candidates: Mapping[str, Candidate], name: str) -> Mapping[str, Candidate]:
+    return {each: candidate for each, candidate in candidates.items() if each != name}
