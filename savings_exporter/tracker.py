@@ -299,6 +299,8 @@ class SavingsTracker:
         return moved
 
     def _change(self, change: Callable[[Ledger], Ledger]) -> None:
+        # What cannot be changed is no failure of the disk.
+        change(self._store.refresh().ledger)
         try:
             self._store.change_ledger(change)
         except OSError as error:

@@ -28,6 +28,7 @@ COMMANDS = (
     "discover",
     "import",
     "show",
+    "names",
     "export",
     "backfill",
     "verify",

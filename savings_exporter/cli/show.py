@@ -15,6 +15,7 @@ from savings_exporter.cli.errors import CommandError, WrongUsageError
 from savings_exporter.cli.options import json_option, store_option
 from savings_exporter.cli.output import print_json, saved
 from savings_exporter.cli.tables import stdout_console, table
+from savings_exporter.model.crowds import KINDS
 from savings_exporter.model.names import UNKNOWN
 from savings_exporter.model.snapshot import Snapshot
 from savings_exporter.model.totals import Totals
@@ -106,6 +107,8 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
             shown.add_row(Text(name), *(Text(cells[position]) for cells in columns.values()))
         console.print()
         console.print(shown)
+        for line in views.outsiders(snapshot, kind) if kind in KINDS else ():
+            console.print(Text(line))
     console.print()
     times = f"{saved(snapshot.saved_at)}, read {views.utc(snapshot.read_at)}"
     console.print(Text(f"{path}{times}", style="dim"), soft_wrap=True)

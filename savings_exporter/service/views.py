@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from savings_exporter.model.crowds import KINDS, Crowd
 from savings_exporter.model.history import LARGEST_NUMBER
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import AMOUNTS, Totals
@@ -42,6 +43,7 @@ def as_json(snapshot: Snapshot, health: Health, storage_path: str) -> dict[str, 
             {"provider": provider, "model": model, **figures(totals)}
             for (provider, model), totals in snapshot.by_provider_model.items()
         ],
+        "in_other": {kind: _names_of(snapshot, kind)["in_other"] for kind in KINDS},
         "history": [_point(point) for point in snapshot.history],
     }
 
@@ -62,6 +64,31 @@ def breakdowns(snapshot: Snapshot) -> Iterator[tuple[str, list[tuple[str, Totals
     yield "project", ranked(snapshot.projects.items())
     yield "agent", ranked(snapshot.agents.items())
     yield "source", ranked(snapshot.sources.items())
+
+
+def outsiders(snapshot: Snapshot, kind: str) -> Iterator[str]:
+    """What is known of the largest names in ``other``, as people read it."""
+    for name, candidate in snapshot.ledger.outsiders(kind):
+        amount = f"{candidate.least:,}" if not candidate.error else f"{candidate.least:,} to {candidate.most:,}"
+        yield f"in other: {name}, which has saved {amount} tokens, more than another {kind} with a place"
+
+
+def names_as_json(snapshot: Snapshot) -> dict[str, Any]:
+    """The names of each kind, ready for any JSON encoder."""
+    return {kind: _names_of(snapshot, kind) for kind in KINDS}
+
+
+def _names_of(snapshot: Snapshot, kind: str) -> dict[str, Any]:
+    crowd = snapshot.ledger.crowds.get(kind, Crowd())
+    return {
+        "named": {name: figures(totals) for name, totals in ranked(snapshot.ledger.named(kind).items())},
+        "let_in": sorted(crowd.admitted),
+        "folded": sorted(crowd.folded),
+        "in_other": [
+            {"name": name, "least": candidate.least, "most": candidate.most}
+            for name, candidate in snapshot.ledger.outsiders(kind)
+        ],
+    }
 
 
 def ranked(group: Iterable[tuple[str, Totals]]) -> list[tuple[str, Totals]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from html import escape
 
+from savings_exporter.model.crowds import AGENT, MODEL, PROJECT, SOURCE
 from savings_exporter.model.snapshot import Health, Snapshot
-from savings_exporter.model.totals import Totals
 from savings_exporter.service.paths import DOCUMENTS_PATH, SAVINGS_PATH
 from savings_exporter.service.views import (
     UNKNOWN_FIGURE,
@@ -15,6 +14,7 @@ from savings_exporter.service.views import (
     count,
     dollars_saved,
     moment_and_age,
+    outsiders,
     percent,
     ranked,
     requests,
@@ -75,10 +75,10 @@ def render(snapshot: Snapshot, health: Health, storage_path: str, prefix: str, m
         unpriced=f" Requests without a price: {lifetime.unpriced_requests:,}." if lifetime.unpriced_requests else "",
         pending=f"{snapshot.pending_records:,} records are not durable yet." if snapshot.pending_records else "",
         trouble="" if health.healthy else f'<p class="bad" role="alert">{escape(health.reason or "")}</p>',
-        models=_table("By model", snapshot.by_model),
-        projects=_table("By project", snapshot.projects),
-        agents=_table("By agent", snapshot.agents),
-        sources=_table("By source", snapshot.sources),
+        models=_table(snapshot, MODEL),
+        projects=_table(snapshot, PROJECT),
+        agents=_table(snapshot, AGENT),
+        sources=_table(snapshot, SOURCE),
         path=escape(storage_path),
         last_record=moment_and_age(newest, datetime.now(timezone.utc)) if newest else UNKNOWN_FIGURE,
         saved=f"saved {utc(snapshot.saved_at)} &middot; " if snapshot.saved_at else "",
@@ -89,8 +89,8 @@ def render(snapshot: Snapshot, health: Health, storage_path: str, prefix: str, m
     )
 
 
-def _table(caption: str, group: Mapping[str, Totals]) -> str:
-    rows = ranked(group.items())
+def _table(snapshot: Snapshot, kind: str) -> str:
+    rows = ranked(snapshot.ledger.named(kind).items())
     if not rows:
         return ""
     largest = rows[0][1].tokens_saved
@@ -102,7 +102,8 @@ def _table(caption: str, group: Mapping[str, Totals]) -> str:
         for name, totals in rows[:_MOST_ROWS]
     )
     more = f"<p>and {len(rows) - _MOST_ROWS} more</p>" if len(rows) > _MOST_ROWS else ""
+    more += "".join(f"<p>{escape(line)}</p>" for line in outsiders(snapshot, kind))
     return (
-        f"<table><caption>{caption}</caption><tr><th>name</th><th>tokens saved</th><th>tool tokens</th>"
+        f"<table><caption>By {kind}</caption><tr><th>name</th><th>tokens saved</th><th>tool tokens</th>"
         f"<th>of input</th><th>requests</th><th>US dollars</th><th></th></tr>{cells}</table>{more}"
     )

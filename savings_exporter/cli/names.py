@@ -1,0 +1,112 @@
+"""``savings-exporter names``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+
+import click
+from rich.text import Text
+
+from savings_exporter.cli.errors import CommandError
+from savings_exporter.cli.options import json_option, store_option
+from savings_exporter.cli.output import print_json
+from savings_exporter.cli.tables import stdout_console, table
+from savings_exporter.cli.text import plain
+from savings_exporter.model.crowds import KINDS, Crowd
+from savings_exporter.model.snapshot import Snapshot
+from savings_exporter.model.totals import Totals
+from savings_exporter.service import logs, views
+from savings_exporter.storage.repair import is_begun
+from savings_exporter.tracker import SavingsTracker, default_path
+from savings_exporter.watched import WatchedFile
+
+_COUNTERS = {
+    "model": ("savings_tokens_saved_total", "savings_requests_total"),
+    "project": ("savings_project_tokens_saved_total", "savings_project_requests_total"),
+    "agent": ("savings_agent_tokens_saved_total", "savings_agent_requests_total"),
+    "source": ("savings_source_tokens_saved_total", "savings_source_requests_total"),
+}
+
+_kind_argument = click.argument("kind", type=click.Choice(KINDS))
+_name_argument = click.argument("name", metavar="NAME")
+
+
+@click.group(invoke_without_command=True)
+@store_option
+@json_option
+@click.pass_context
+def names(context: click.Context, store: str | None, as_json: bool) -> None:
+    """List the names of models, projects, agents and sources, and what is known of those in other.
+
+    Each kind has a limited number of names. Further ones count as other.
+    """
+    logs.be_quiet()
+    path = store if store is not None else default_path()
+    if not is_begun(path):
+        raise CommandError(f"{path}: there are no savings yet")
+    context.obj = path
+    if context.invoked_subcommand is None:
+        snapshot = WatchedFile(path).snapshot()
+        if as_json:
+            print_json(views.names_as_json(snapshot))
+        else:
+            _print_tables(snapshot)
+
+
+@names.command("let-in")
+@_kind_argument
+@_name_argument
+@click.pass_obj
+def let_in(path: str, kind: str, name: str) -> None:
+    """Give a name a place of its own, even if all places are used. What it has saved so far stays in other."""
+    _changed(path, kind, name, lambda tracker: tracker.let_in(kind, name))
+    print(plain(f"{kind} {name}: has a place from now on; what it has saved so far stays in other"))
+
+
+@names.command()
+@_kind_argument
+@_name_argument
+@click.pass_obj
+def fold(path: str, kind: str, name: str) -> None:
+    """Move the totals of a name to other, in all processes that use the store. Its counters disappear."""
+    moved = _changed(path, kind, name, lambda tracker: tracker.fold(kind, name))
+    assert moved is not None
+    counters = " and ".join(f"{counter}{{{kind}={name!r}}}" for counter in _COUNTERS[kind])
+    print(
+        plain(
+            f"{kind} {name}: its {views.tokens(moved.tokens_saved)} and {views.requests(moved)} are in other from now "
+            f"on. {counters} and the other metrics of this name disappear, and those of other grow by the same amounts"
+        )
+    )
+
+
+def _changed(path: str, kind: str, name: str, change: Callable[[SavingsTracker], Totals | None]) -> Totals | None:
+    with SavingsTracker(path) as tracker:
+        try:
+            return change(tracker)
+        except ValueError as error:
+            listing = f"savings-exporter names --store {shlex.quote(path)}"
+            raise CommandError(f"the {kind} {name} {error}; {listing} lists the names") from None
+
+
+def _print_tables(snapshot: Snapshot) -> None:
+    console = stdout_console()
+    for kind in KINDS:
+        named, crowd = snapshot.ledger.named(kind), snapshot.ledger.crowds.get(kind, Crowd())
+        shown = table(kind, "tokens saved", "requests")
+        shown.add_column("")
+        for name, totals in views.ranked(named.items()):
+            note = "let in" if name in crowd.admitted else ""
+            shown.add_row(*map(Text, (name, f"{totals.tokens_saved:,}", f"{totals.requests:,}", note)))
+        for name in sorted(crowd.admitted - named.keys()):
+            shown.add_row(*map(Text, (name, "0", "0", "let in")))
+        for name in sorted(crowd.folded):
+            shown.add_row(*map(Text, (name, views.UNKNOWN_FIGURE, views.UNKNOWN_FIGURE, "folded")))
+        if shown.row_count:
+            console.print(shown)
+            for line in views.outsiders(snapshot, kind):
+                console.print(Text(line))
+            console.print()
+    sys.stdout.flush()

@@ -1,0 +1,199 @@
+"""Names take places by what they saved. An operator can let one in and fold one, in all processes, exactly."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from savings_exporter import SavingsRecord, SavingsTracker, StoreError
+from savings_exporter.model.crowds import MOST_CANDIDATES, Crowd
+from savings_exporter.model.names import OTHER
+from savings_exporter.storage.repair import inspect
+from savings_exporter.watched import WatchedFile
+from tests.support.faults import FaultyFileSystem
+from tests.support.service import run_cli, running
+
+
+@pytest.fixture
+def tracker(store_path: Path) -> Iterator[SavingsTracker]:
+    with SavingsTracker(store_path, max_projects=10, max_models=10) as tracker:
+        yield tracker
+
+
+def record(tracker: SavingsTracker, name: str, tokens: int) -> None:
+    assert tracker.record_request(model=f"model {name}", project=name, agent=name, source=name, tokens_saved=tokens)
+
+
+def test_names_without_savings_take_no_place(tracker: SavingsTracker, store_path: Path) -> None:
+    made_up = [SavingsRecord(model=f"m{n}", project=f"p{n}", agent=f"a{n}", tokens_saved=0) for n in range(200)]
+    assert tracker.record_many(made_up)
+    record(tracker, "billing", 100)
+    tracker.close()
+    with SavingsTracker(store_path, max_projects=10, max_models=10) as again:
+        record(again, "engine", 50)
+        snapshot = again.snapshot()
+    assert {name: totals.tokens_saved for name, totals in snapshot.projects.items()} == {
+        OTHER: 0,
+        "billing": 100,
+        "engine": 50,
+    }
+    assert snapshot.projects[OTHER].requests == 200
+    assert snapshot.by_model.keys() == {OTHER, "model billing", "model engine"}
+    assert snapshot.agents.keys() == {OTHER, "billing", "engine"}
+    assert (OTHER, OTHER) in snapshot.by_provider_model
+
+
+def test_large_name_in_other_is_known(tracker: SavingsTracker) -> None:
+    for number in range(10):
+        record(tracker, f"p{number}", 10 + number)
+    record(tracker, "small", 5)
+    for _ in range(3):
+        record(tracker, "large", 100)
+    (outsider,) = tracker.snapshot().ledger.outsiders("project")
+    assert (outsider.name, outsider.candidate.least, outsider.candidate.most) == ("large", 300, 300)
+    tracker.let_in("project", "large")
+    record(tracker, "large", 7)
+    snapshot = tracker.snapshot()
+    assert snapshot.projects["large"].tokens_saved == 7
+    assert snapshot.projects[OTHER].tokens_saved == 305
+    assert snapshot.ledger.outsiders("project") == []
+    # Its place is beyond the limit, so no other name loses one.
+    assert len(snapshot.projects) == 12
+
+
+@given(st.lists(st.tuples(st.integers(0, 120), st.integers(1, 1000)), max_size=400))
+def test_bounds_of_the_sketch_hold(stream: list[tuple[int, int]]) -> None:
+    crowd, truth = Crowd(), dict.fromkeys(map(str, range(121)), 0)
+    for number, tokens in stream:
+        crowd = crowd.with_saved({str(number): tokens})
+        truth[str(number)] += tokens
+    assert len(crowd.candidates) <= MOST_CANDIDATES
+    for name, candidate in crowd.candidates.items():
+        assert candidate.least <= truth[name] <= candidate.most
+    total = sum(truth.values())
+    large = {name for name, tokens in truth.items() if tokens > total / MOST_CANDIDATES}
+    assert large <= crowd.candidates.keys()
+
+
+def test_fold_is_exact_in_all_processes(store_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    context = multiprocessing.get_context("spawn")
+    begin, done = context.Barrier(2), context.Barrier(2)
+    process = context.Process(target=record_in_turn, args=(str(store_path), begin, done))
+    process.start()
+    with SavingsTracker(store_path, save_interval=3600) as tracker:
+        begin.wait(30)
+        done.wait(30)
+        # Neither these records nor those of the other process are in a document.
+        for _ in range(5):
+            record(tracker, "gone", 10)
+        moved = tracker.fold("project", "gone")
+        assert (moved.tokens_saved, moved.requests) == (50 + 70, 12)
+        tracker.fold("model", "model gone")
+        begin.wait(30)
+        done.wait(30)
+        record(tracker, "gone", 1)
+        snapshot = tracker.snapshot()
+        assert "gone" not in snapshot.projects
+        assert snapshot.projects[OTHER].tokens_saved == 50 + 70 + 70 + 1
+        assert "model gone" not in snapshot.by_model
+        assert snapshot.agents["gone"].tokens_saved == 191
+        assert not any(model == "model gone" for _, model in snapshot.by_provider_model)
+        begin.wait(30)
+    process.join()
+    assert process.exitcode == 0
+    assert inspect(str(store_path)).problems == ()
+    with SavingsTracker(store_path) as tracker:
+        record(tracker, "gone", 2)
+        assert tracker.snapshot().projects[OTHER].tokens_saved == 193
+        tracker.let_in("project", "gone")
+        record(tracker, "gone", 4)
+        assert tracker.snapshot().projects["gone"].tokens_saved == 4
+    assert "the project 'gone' was folded into other" in caplog.text
+
+
+def record_in_turn(
+    path: str, begin: multiprocessing.synchronize.Barrier, done: multiprocessing.synchronize.Barrier
+) -> None:
+    logging.disable()
+    with SavingsTracker(path, save_interval=3600) as tracker:
+        for _ in range(2):
+            begin.wait(30)
+            for _ in range(7):
+                record(tracker, "gone", 10)
+            done.wait(30)
+        begin.wait(30)
+        assert tracker.snapshot().projects.keys() == {OTHER}
+
+
+def test_fold_that_fails_changes_nothing(store_path: Path, faults: FaultyFileSystem) -> None:
+    with SavingsTracker(store_path, filesystem=faults) as tracker:
+        record(tracker, "gone", 10)
+        tracker.save()
+        faults.fail("fsync_file", errno.EIO)
+        with pytest.raises(StoreError, match="cannot be saved"):
+            tracker.fold("project", "gone")
+        faults.mend()
+        assert tracker.snapshot().projects["gone"].tokens_saved == 10
+        tracker.fold("project", "gone")
+        assert tracker.snapshot().projects.keys() == {OTHER}
+
+
+@pytest.mark.parametrize(("kind", "name"), [("project", "nothing"), ("project", OTHER), ("model", "p")])
+def test_name_that_cannot_be_folded(tracker: SavingsTracker, kind: str, name: str) -> None:
+    record(tracker, "p", 1)
+    record(tracker, OTHER, 1)
+    with pytest.raises(ValueError, match="no place"):
+        tracker.fold(kind, name)
+    with pytest.raises(ValueError, match="has a place"):
+        tracker.let_in("project", "p")
+    assert tracker.snapshot().operations.counts == tracker.snapshot().operations.counts
+    assert tracker.health().healthy
+
+
+def test_commands_beside_a_running_service(store_path: Path) -> None:
+    store = ("--store", str(store_path))
+    with running("serve", *store) as service:
+        for name in ("billing", "\x1b[31mred"):
+            assert service.post({"model": "m", "project": name, "tokens_saved": 10})[0] == 200
+        listed = run_cli("names", *store)
+        assert listed.returncode == 0
+        assert "billing" in listed.stdout
+        assert "\x1b" not in listed.stdout
+        folded = run_cli("names", *store, "fold", "project", "billing")
+        assert folded.returncode == 0, folded.stderr
+        assert "10 tokens and 1 request are in other" in folded.stdout
+        assert "savings_project_tokens_saved_total" in folded.stdout
+        metrics = service.metrics()
+        assert metrics['savings_project_tokens_saved_total{project="other"}'] == 10
+        assert 'savings_project_tokens_saved_total{project="billing"}' not in metrics
+        assert service.post({"model": "m", "project": "billing", "tokens_saved": 5})[0] == 200
+        assert service.metrics()['savings_project_tokens_saved_total{project="other"}'] == 15
+        assert run_cli("names", *store, "let-in", "project", "billing").returncode == 0
+        assert service.post({"model": "m", "project": "billing", "tokens_saved": 3})[0] == 200
+        assert service.metrics()['savings_project_tokens_saved_total{project="billing"}'] == 3
+        again = run_cli("names", *store, "fold", "project", "nothing")
+        assert (again.returncode, again.stdout) == (1, "")
+        assert "has no place" in again.stderr
+        content = json.loads(run_cli("names", *store, "--json").stdout)
+        assert content["project"]["let_in"] == ["billing"]
+    assert WatchedFile(store_path).snapshot().lifetime.tokens_saved == 28
+
+
+def test_page_and_show_tell_what_is_in_other(store_path: Path) -> None:
+    with SavingsTracker(store_path, max_projects=1) as tracker:
+        record(tracker, "small", 1)
+        record(tracker, "<large>", 100)
+    shown = run_cli("show", "--store", str(store_path)).stdout
+    assert "in other: <large>, which has saved 100 tokens" in shown
+    with running("serve", "--store", str(store_path)) as service:
+        assert "in other: &lt;large&gt;, which has saved 100 tokens" in service.get("/")[1]
+        content = json.loads(service.get("/v1/savings")[1])
+        assert content["in_other"]["project"] == [{"name": "<large>", "least": 100, "most": 100}]
