@@ -49,6 +49,9 @@ POINT_KEYS = {
 }
 """The figures of the lifetime totals that a point has, and their names in a point."""
 
+NAMES_OF_POINT = ("provider", "agent", "model")
+"""What Headroom's points name: the request that a point belongs to. Points of this program name nothing."""
+
 # The lengths of a timestamp's prefix up to the day, and up to the hour.
 _DAY, _HOUR = len("2026-01-01"), len("2026-01-01T00")
 
@@ -206,10 +209,14 @@ class _Point:
         return self.stamp[:_HOUR]
 
     def grown(self, numbers: Numbers, stamp: str = "") -> _Point:
-        """This point with more records added that precede it, or that lie in its hour up to ``stamp``."""
+        """This point with more records added that precede it, or that lie in its hour up to ``stamp``.
+
+        With records of its hour, a point of another program belongs to more than the one request that it names.
+        """
         if not any(numbers) and stamp <= self.stamp:
             return self
-        return _point_of({**self.fields, "timestamp": max(self.stamp, stamp)}, added(self.numbers, numbers))
+        fields = {key: value for key, value in self.fields.items() if not stamp or key not in NAMES_OF_POINT}
+        return _point_of({**fields, "timestamp": max(self.stamp, stamp)}, added(self.numbers, numbers))
 
     def with_totals(self, totals: Totals) -> _Point:
         """This point with the figures of these totals."""
