@@ -30,6 +30,7 @@ NAMES = "tests/storage/test_store_names.py"
 RETIRING = "tests/storage/test_retiring.py"
 COMMIT = "tests/storage/test_commit.py"
 RECOVERY = "tests/storage/test_recovery.py"
+REPAIR = "tests/storage/test_repair.py"
 LOST = "tests/storage/test_lost_document.py"
 PRICES = "tests/storage/test_prices.py"
 UNREADABLE = "tests/storage/test_unreadable_files.py"
@@ -236,9 +237,10 @@ MUTANTS = [
     mutant(
         "A document with less than the previous one is not taken over",
         "storage/recovery.py",
-        "if adds_nothing and (previous is None or not _has_less(document, previous)):",
+        "if adds_nothing and (previous is None or _is_later(whole, previous)):",
         "if adds_nothing:",
         f"{NAMES}::test_document_with_less",
+        f"{REPAIR}::test_unrelated_document_after_close",
     ),
     mutant(
         "A document is not taken over beside a journal of which it may hold records",

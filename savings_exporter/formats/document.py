@@ -94,6 +94,8 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
         keys: the idempotency keys that were counted.
         operations: the operation counters of writers that have ended.
         cursors: how far each source has been imported.
+        included: the digest of the last document of another program that is in the totals, 16 hexadecimal digits; empty
+            without one. A copy of that document is kept beside this one.
         days_file: the number of the file of closed days that belongs to this document; 0 without one.
         saved_at: when the document was saved.
         created_at: when the store began to count. In a document that does not contain the time, it is the time of the
@@ -109,6 +111,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     keys: KeyTable = msgspec.field(default_factory=KeyTable)
     operations: OperationCounts = OperationCounts()
     cursors: Cursors = {}
+    included: str = ""
     days_file: int = 0
     saved_at: datetime | None = None
     created_at: datetime | None = None
@@ -153,6 +156,15 @@ def decode(data: bytes, max_keys: int = MAX_KEYS) -> Document:
         raise _no_savings()
     ledger = _without_days(ledger)
     return Document(ledger=ledger, created_at=ledger.history.began_at, kept=kept, problems=problems)
+
+
+def is_of_another_program(data: bytes) -> bool:
+    """Whether a file that cannot be read as a document looks like a document of another program.
+
+    This program writes its block before the totals, so what is left of a document of its own has a part of the block if
+    it has totals.
+    """
+    return b'"lifetime"' in data and not any(part in data for part in (BLOCK.encode("ascii"), b'"sha256:'))
 
 
 def encode(document: Document) -> bytes:
@@ -257,6 +269,7 @@ def _decode_checked(
         keys=unpacked(_typed(block["idempotency_keys"], str), max_keys),
         operations=OperationCounts() if is_old else _typed(block["operations"], OperationCounts),
         cursors=_typed(block.get("cursors", b"{}"), dict[str, Cursor]),
+        included=_typed(block.get("included", b'""'), str),
         days_file=days_file,
         saved_at=datetime.fromisoformat(saved_at) if saved_at else None,
         created_at=parse_timestamp(str(created_at)) or ledger.history.began_at,
@@ -289,6 +302,7 @@ def _block(document: Document) -> bytes:
         "cursors": ascii_json(document.cursors),
         "prices": ascii_json(document.ledger.bases),
         "crowds": ascii_json(document.ledger.crowds),
+        "included": ascii_json(document.included),
         "idempotency_keys": ascii_json(document.keys.pack()),
     }
     return b"{" + b",\n ".join(_joined(members)) + b"}"

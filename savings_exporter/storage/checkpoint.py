@@ -26,6 +26,7 @@ from savings_exporter.storage.journal import segment_path
 from savings_exporter.storage.lock import lock_path
 from savings_exporter.storage.observers import Observer
 from savings_exporter.storage.operation import FSYNC_DIR, ROTATE, Operation
+from savings_exporter.storage.other_program import copy_path, digest_of, discard_copies
 from savings_exporter.storage.reader import Listing, Reader, described_losses
 from savings_exporter.storage.segment import make_segment
 from savings_exporter.storage.view import Position, View, composed, counted
@@ -58,7 +59,7 @@ def save(
     listing = reader.listing()
     # Determined before the journals are counted: a writer that dies later may have committed more records.
     dead = dead_writers(reader, view, listing)
-    view = adopt(reader, file, _refreshed(reader, view), dead, observer)
+    view = _with_copy(reader, adopt(reader, file, _refreshed(reader, view), dead, observer))
     before = view.document.days_file
     now = datetime.now(timezone.utc)
     view = with_closed_days(reader.fs, reader.path, view, file.directory, operation, observer, now)
@@ -82,6 +83,8 @@ def save(
     finished = dead | {own} if own is not None else dead
     _retire(reader, document, document if both else view.document, listing, finished)
     discard_unused(reader.fs, reader.path, view.store, document.days_file, document.days_file if both else before)
+    if not view.document.is_ours:
+        discard_copies(reader.fs, reader.path, document.included)
     return saved
 
 
@@ -128,6 +131,20 @@ def dead_writers(reader: Reader, view: View, listing: Listing) -> set[bytes]:
         for writer in listing.segments.keys() | listing.writers
         if not reader.is_alive(writer, listing) and not reader.is_of_another_store(view, writer, listing)
     }
+
+
+def _with_copy(reader: Reader, view: View) -> View:
+    """The view, whose document names the document of another program that it takes over. A copy of that one is kept:
+    when the other program still runs, the copy shows what of its next document is already counted.
+    """
+    if view.document.is_ours or view.identity is None:
+        return view
+    data, identity = reader.fs.read(reader.path)
+    if identity != view.identity:
+        raise OSError(errno.ESTALE, "another program is writing the document", reader.path)
+    digest = digest_of(data)
+    reader.fs.keep_copy(reader.path, copy_path(reader.path, digest))
+    return msgspec.structs.replace(view, document=msgspec.structs.replace(view.document, included=digest))
 
 
 def _keep_damaged(reader: Reader, observer: Observer) -> None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from savings_exporter.errors import CorruptStoreError, StoreError
-from savings_exporter.formats.document import Document, decode
+from savings_exporter.formats.document import Document, decode, is_of_another_program
 from savings_exporter.formats.frame import (
     BLOCK_BYTES,
     FRAME_END,
@@ -370,6 +370,9 @@ class Reader:
             newest = self._newest(view)
             if not newest.document.is_ours:
                 raise
+            if is_of_another_program(self.fs.read(self.path)[0]):
+                self._refused = identity
+                return view
             # The document was damaged after it was saved. The next save keeps a copy of it and writes a new one.
             return msgspec.structs.replace(newest, identity=identity, is_whole=False)
         if document.is_ours and bytes.fromhex(document.store) == view.store:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import NamedTuple
@@ -16,10 +17,12 @@ from typing import NamedTuple
 import msgspec
 
 from savings_exporter.errors import CorruptStoreError, NewerSchemaError, OtherFileError, StoreError
-from savings_exporter.formats.document import Document
+from savings_exporter.formats.document import Document, is_of_another_program
 from savings_exporter.model.figures import Totals
-from savings_exporter.storage.filesystem import Identity
+from savings_exporter.model.totals import Ledger
+from savings_exporter.storage.filesystem import NO_SUCH_FILE, Identity
 from savings_exporter.storage.lock import LockContent, new_store, read_lock
+from savings_exporter.storage.other_program import continues, started_from
 from savings_exporter.storage.reader import Reader, bounded, described_losses, previous_document, previous_path
 from savings_exporter.storage.view import Reading, View, counted, view_of
 
@@ -32,13 +35,17 @@ class Conflict(NamedTuple):
     """Totals of another program's document that replaced ours, and of our store. Each may hold records that the other
     lacks.
 
-    ``theirs`` is the other program's document. ``base`` is our last remaining document. ``ours`` is ``base`` with the
-    journals' further records.
+    ``theirs`` is the other program's document; None when it cannot be read, and ``damage`` then says why. ``ours`` is
+    our last remaining document with the journals' further records. ``common`` are the totals of the document that the
+    other program started from; None when it cannot be determined. ``base`` are the totals of our last remaining
+    document.
     """
 
-    theirs: Totals
+    theirs: Totals | None
     base: Totals
     ours: Totals
+    common: Ledger | None = None
+    damage: str = ""
 
 
 class BusyStoreError(StoreError):
@@ -48,8 +55,9 @@ class BusyStoreError(StoreError):
 class Findings(NamedTuple):
     """The result of examining a store.
 
-    ``damage`` says why the document at the path was not used; it is empty when the document was used. ``incomplete``
-    are the journals that lack, or may lack, acknowledged records. ``torn`` are the journals that end with a torn write.
+    ``damage`` says why the document at the path was not used; it is empty when the document was used. ``other`` are the
+    totals of that document when it is whole and does not belong to this store. ``incomplete`` are the journals that
+    lack, or may lack, acknowledged records. ``torn`` are the journals that end with a torn write.
     """
 
     view: View
@@ -59,6 +67,7 @@ class Findings(NamedTuple):
     torn: Sequence[Reading] = ()
     harmless: Sequence[str] = ()
     conflict: Conflict | None = None
+    other: Totals | None = None
 
     def is_lossy(self) -> bool:
         """Whether acknowledged records are missing, or may be."""
@@ -91,6 +100,9 @@ def examine(reader: Reader, lock: LockContent) -> Findings:
 def _examined(reader: Reader, lock: LockContent) -> Findings:
     document, identity, damage = _document_at(reader)
     if document is None:
+        previous = previous_document(reader.fs, reader.path)
+        if previous is not None and identity is not None and _is_of_another_program(reader):
+            return _with_unreadable_document(reader, lock, identity, damage, previous)
         return _without_document(reader, lock, identity, damage)
     if not document.is_ours:
         return _with_foreign_document(reader, lock, document, identity)
@@ -116,7 +128,9 @@ def salvage(reader: Reader, lock: LockContent) -> Findings:
     found = _followed(reader, msgspec.structs.replace(view, is_whole=False), exists=True)
     if not document.is_ours and found.view.ledger.records == 0:
         raise _nothing_left(reader.path, "no intact part of it is left")
-    return found._replace(damage="cannot be used")
+    at_path, _, _ = _document_at(reader)
+    other = at_path.ledger.lifetime if at_path is not None and at_path.store != view.store.hex() else None
+    return found._replace(damage="cannot be used", other=other)
 
 
 def refuse_losses(path: str, found: Findings) -> None:
@@ -126,7 +140,8 @@ def refuse_losses(path: str, found: Findings) -> None:
         CorruptStoreError: the message says which records are missing, and what to do.
     """
     if found.conflict is not None:
-        raise CorruptStoreError(f"{path}: {described_conflict(found.conflict)}", remedy_of_conflict(path), path=path)
+        remedy = remedy_of_conflict(path, found.conflict)
+        raise CorruptStoreError(f"{path}: {described_conflict(found.conflict)}", remedy, path=path)
     if found.incomplete:
         what = f"{found.damage}; " if found.damage else ""
         losses = "; ".join(map(described_losses, found.incomplete))
@@ -144,21 +159,30 @@ def described(view: View) -> str:
 
 def described_conflict(conflict: Conflict) -> str:
     """A description of what the conflicting document and this store hold."""
-    theirs, base, ours = conflict
-    return (
-        "another program rewrote the document, and this store holds records that the document may lack. The "
-        f"document at the path holds {described_totals(theirs)}; this store holds {described_totals(ours)}. "
-        f"{described_overlap(conflict)}, and this store holds at most {described_difference(ours, base)} that it lacks"
+    ours = f"this store holds {described_totals(conflict.ours)}"
+    if conflict.theirs is None:
+        return f"another program wrote the document, and {conflict.damage}, so its totals are not known; {ours}"
+    text = (
+        "another program rewrote the document, and each may hold records that the other lacks. The document at the "
+        f"path holds {described_totals(conflict.theirs)}; {ours}. {described_overlap(conflict)}"
     )
+    if conflict.common is None:
+        return text
+    more = described_difference(conflict.ours, conflict.common.lifetime)
+    return f"{text}, and this store holds {more} that the document lacks"
 
 
-def remedy_of_conflict(path: str) -> str:
-    """Instructions for both ways to continue after another program rewrote the document."""
+def remedy_of_conflict(path: str, conflict: Conflict) -> str:
+    """Instructions for each way to continue after another program rewrote the document."""
+    repair = f"savings-exporter verify --repair --store {shlex.quote(path)}"
+    merge = f"To continue with the savings of both: {repair} --merge. " if conflict.common is not None else ""
+    theirs = (
+        f". To continue with the other program's document alone: move {path}.previous, {path}.lock and all files "
+        f"{path}.journal.*, {path}.writer.* and {path}.days.* away"
+    )
     return (
-        "Stop every process that uses the store first. To continue with this store's totals: savings-exporter "
-        f"verify --repair --store {path} "
-        f"(the other document is kept beside it). To continue with the other program's document: move {path}.previous, "
-        f"{path}.lock and all files {path}.journal.*, {path}.writer.* and {path}.days.* away"
+        f"Stop the other program and every process that uses the store first. {merge}To continue with this store's "
+        f"totals alone: {repair} (the other document is kept beside it){theirs if conflict.theirs is not None else ''}"
     )
 
 
@@ -212,6 +236,14 @@ def _document_at(reader: Reader) -> tuple[Document | None, Identity | None, str]
     except CorruptStoreError as error:
         return None, identity, f"is damaged: {error}"
     return document, identity, ""
+
+
+def _is_of_another_program(reader: Reader) -> bool:
+    """Whether the unusable file at the path was written by another program."""
+    try:
+        return is_of_another_program(reader.fs.read(reader.path)[0])
+    except NO_SUCH_FILE:
+        return False
 
 
 def _older_than_previous(reader: Reader, document: Document) -> str:
@@ -273,7 +305,7 @@ def _with_foreign_document(
     """Examine another program's document. It is taken over unless this store holds records that it may lack."""
     _refuse_earlier_journal(reader, lock)
     previous = previous_document(reader.fs, reader.path)
-    document = bounded(document, reader.limits)
+    whole, document = document, bounded(document, reader.limits)
     if previous is not None:
         # The keys of the previous document are kept, so that their records are not counted again.
         document = msgspec.structs.replace(document, keys=previous.keys)
@@ -285,10 +317,32 @@ def _with_foreign_document(
     base = previous or Document()
     ours = _followed(reader, view_of(base, None, _store_of(reader, base, lock)), exists=True)
     adds_nothing = ours.view.ledger.records == base.ledger.records and not ours.incomplete
-    if adds_nothing and (previous is None or not _has_less(document, previous)):
+    if adds_nothing and (previous is None or _is_later(whole, previous)):
         return Findings(view, exists=True)
-    conflict = Conflict(document.ledger.lifetime, base.ledger.lifetime, ours.view.ledger.lifetime)
+    common = started_from(reader, whole, base, ours.view.store)
+    conflict = Conflict(whole.ledger.lifetime, base.ledger.lifetime, ours.view.ledger.lifetime, common)
+    return _in_conflict(ours, identity, conflict)
+
+
+def _with_unreadable_document(
+    reader: Reader, lock: LockContent, identity: Identity, damage: str, base: Document
+) -> Findings:
+    """Examine a store whose document another program replaced with one that cannot be read."""
+    ours = _followed(reader, view_of(base, None, _store_of(reader, base, lock)), exists=True)
+    conflict = Conflict(None, base.ledger.lifetime, ours.view.ledger.lifetime, damage=f"it {damage}")
+    return _in_conflict(ours, identity, conflict)
+
+
+def _in_conflict(ours: Findings, identity: Identity | None, conflict: Conflict) -> Findings:
     return ours._replace(view=msgspec.structs.replace(ours.view, identity=identity, is_whole=False), conflict=conflict)
+
+
+def _is_later(document: Document, previous: Document) -> bool:
+    """Whether another program's document was made from our previous document. If its points do not show that, it is
+    assumed when its totals are not lower.
+    """
+    known = continues(document, previous)
+    return not _has_less(document, previous) if known is None else known
 
 
 def _has_less(document: Document, previous: Document) -> bool:
@@ -382,20 +436,22 @@ def described_totals(totals: Totals) -> str:
 
 
 def described_overlap(conflict: Conflict) -> str:
-    """A description of what another program's document holds beyond this store.
-
-    The description is an upper bound: the other program may have taken over a newer document of ours than the last
-    remaining one.
-    """
-    theirs, base, _ = conflict
+    """A description of what another program's document holds beyond this store."""
+    theirs, base = conflict.theirs, conflict.base
+    if theirs is None:
+        return "It is not known what it holds"
+    if conflict.common is not None:
+        more = described_difference(theirs, conflict.common.lifetime)
+        return f"The other program recorded {more} that this store lacks"
+    unknown = "It cannot be determined which document of this store the other program started from"
     if theirs.tokens_saved < base.tokens_saved or theirs.requests < base.requests:
         return (
-            f"The document at the path holds less than our last remaining document ({described_totals(base)}), "
-            "so this store may lack all of it"
+            f"{unknown}. The document at the path holds less than our last remaining document "
+            f"({described_totals(base)}), so this store may lack all of it"
         )
     return (
-        f"Compared with our last remaining document ({described_totals(base)}), the document at the path "
-        f"holds at most {described_difference(theirs, base)} that this store lacks"
+        f"{unknown}. Compared with our last remaining document ({described_totals(base)}), the document at the path "
+        f"holds {described_difference(theirs, base)} more, and this store {described_difference(conflict.ours, base)}"
     )
 
 

@@ -271,7 +271,9 @@ def test_journal_of_another_store(kept: Kept, tmp_path: Path) -> None:
     path = kept.put(document=(tmp_path / DOCUMENT).read_bytes(), previous=None, lock=None)
     found = inspect(str(path))
     assert found.problems == ()
-    assert found.notes == (f"{path.with_name(kept.names['segment'])}: belongs to another store; nothing is lost by it",)
+    assert found.notes == (
+        f"{path.with_name(kept.names['segment'])}: belongs to another store; it is not counted here",
+    )
     done = run_cli("verify", "--store", str(path))
     assert (done.returncode, done.stderr) == (0, "")
     assert "belongs to another store" in done.stdout

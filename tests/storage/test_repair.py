@@ -130,8 +130,12 @@ def test_document_of_another_store(kept: Kept, tmp_path: Path) -> None:
         other.record_request(model="m", tokens_saved=7)
     data = (tmp_path / DOCUMENT).read_bytes()
     path = kept.put(document=data)
-    assert "nothing is lost" in repair(path).text
-    assert kept_aside(path) == {data}
+    done = repair(path)
+    assert "the document at the path, with 7 tokens saved in 1 records, does not belong to this store" in done.text
+    assert "nothing is lost" not in done.text
+    assert done.leaves_out
+    assert kept_aside(path, "other-store") == {data}
+    assert kept_aside(path) == set()
     assert opened(path)[0] == TOTAL
 
 
@@ -191,7 +195,7 @@ def test_verify_problem(kept: Kept, changed: dict[str, bytes | None], says: str)
 
 
 def test_other_program(kept: Kept) -> None:
-    """Both totals, what each may have that the other lacks, and both ways to continue."""
+    """Both totals, what each has that the other lacks, and all ways to continue."""
     path = kept.put(document=FOREIGN)
     requests = json.loads(FOREIGN)["lifetime"]["requests"]
     with pytest.raises(CorruptStoreError) as refused:
@@ -202,10 +206,10 @@ def test_other_program(kept: Kept) -> None:
         "another program rewrote the document",
         f"The document at the path holds {FOREIGN_TOTAL} tokens saved in {requests} records",
         f"this store holds {TOTAL} tokens saved in 6 records",
-        f"our last remaining document ({sum(SAVED)} tokens saved in 3 records)",
-        f"at most {FOREIGN_TOTAL - sum(SAVED)} tokens saved in {requests - 3} records that this store lacks",
-        f"at most {sum(COMMITTED)} tokens saved in 3 records that it lacks",
-        f"savings-exporter verify --repair --store {path}",
+        f"The other program recorded {FOREIGN_TOTAL} tokens saved in {requests} records that this store lacks",
+        f"this store holds {TOTAL} tokens saved in 6 records that the document lacks",
+        f"To continue with the savings of both: savings-exporter verify --repair --store {path} --merge",
+        f"alone: savings-exporter verify --repair --store {path} (the other document is kept beside it)",
         f"move {path}.previous, {path}.lock and all files {path}.journal.*, {path}.writer.* and {path}.days.* away",
     ):
         assert text in says
@@ -244,7 +248,7 @@ def test_other_program_began_anew(kept: Kept) -> None:
     (says, *_) = inspect(str(path)).problems
     assert "The document at the path holds less than our last remaining document" in says
     assert "so this store may lack all of it" in says
-    assert "-" not in says.split("The document at the path holds less")[1].split("lacks.")[0]
+    assert "--merge" not in says
     done = repair(path)
     assert done.leaves_out
     assert "so this store may lack all of it" in done.text
@@ -271,9 +275,67 @@ def test_other_program_under_a_tracker(kept: Kept) -> None:
 
 
 def test_other_program_after_close(kept: Kept) -> None:
-    """Its document is taken over: ours held everything when it was replaced."""
+    """Its document is taken over when it was made from ours. Ours held everything when it was replaced."""
+    path = kept.put()
+    opened(path)
+    document = json.loads(path.read_bytes())
+    del document["savings_exporter"]
+    document["lifetime"]["requests"] += 1
+    document["lifetime"]["tokens_saved"] += 5
+    document["by_model"]["m"]["requests"] += 1
+    document["by_model"]["m"]["tokens_saved"] += 5
+    path.write_text(json.dumps(document))
+    assert inspect(str(path)).problems == ()
+    assert opened(path)[0] == TOTAL + 5
+
+
+def test_unrelated_document_after_close(kept: Kept) -> None:
+    """It is not taken over, although it holds more: it lacks all records of this store."""
     path = kept.put()
     opened(path)
     path.write_bytes(FOREIGN)
-    assert inspect(str(path)).problems == ()
-    assert opened(path)[0] == FOREIGN_TOTAL
+    assert total_or_refused(path) is None
+    assert (
+        f"this store holds {TOTAL} tokens saved in 6 records that the document lacks" in inspect(str(path)).problems[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("document", "why"),
+    [
+        (FOREIGN[:-100], "it is damaged: not JSON"),
+        (
+            FOREIGN.replace(b'"tokens_saved": 2672322', b'"tokens_saved": NaN', 1),
+            "it is damaged: lifetime.tokens_saved",
+        ),
+        (FOREIGN.replace(b"openai", b"\xff\xfe"), "it is damaged: not JSON"),
+    ],
+    ids=["cut", "figure", "encoding"],
+)
+def test_unreadable_document_of_other_program(kept: Kept, document: bytes, why: str) -> None:
+    """It may hold records that this store lacks: it is neither replaced nor called a damaged document of ours."""
+    path = kept.put(document=document)
+    (says,) = inspect(str(path)).problems
+    assert "another program wrote the document" in says
+    assert why in says
+    assert "nothing is lost" not in says
+    assert total_or_refused(path) is None
+    done = repair(path)
+    assert done.leaves_out
+    assert "the other program's document, which cannot be read, is left out" in done.text
+    assert kept_aside(path, "other-program") == {document}
+    assert opened(path)[0] == TOTAL
+
+
+def test_unreadable_document_under_a_tracker(kept: Kept) -> None:
+    path = kept.put()
+    with SavingsTracker(path, save_interval=3600) as tracker:
+        assert tracker.record_request(model="m", tokens_saved=1).durable
+        assert tracker.save()
+        path.unlink()
+        path.write_bytes(FOREIGN[:-100])
+        assert tracker.record_request(model="m", tokens_saved=2).durable
+        assert not tracker.save()
+    assert path.read_bytes() == FOREIGN[:-100]
+    assert repair(path).leaves_out
+    assert opened(path)[0] == TOTAL + 3
