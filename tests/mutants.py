@@ -30,6 +30,7 @@ NAMES = "tests/storage/test_store_names.py"
 RETIRING = "tests/storage/test_retiring.py"
 COMMIT = "tests/storage/test_commit.py"
 RECOVERY = "tests/storage/test_recovery.py"
+MERGE = "tests/storage/test_merge.py"
 REPAIR = "tests/storage/test_repair.py"
 LOST = "tests/storage/test_lost_document.py"
 PRICES = "tests/storage/test_prices.py"
@@ -241,6 +242,49 @@ MUTANTS = [
         "if adds_nothing:",
         f"{NAMES}::test_document_with_less",
         f"{REPAIR}::test_unrelated_document_after_close",
+    ),
+    mutant(
+        "A request of another program is not taken for a record of ours",
+        "storage/other_program.py",
+        "*(_name(point.get(name)) for name in NAMES_OF_POINT),",
+        "*(UNKNOWN for name in NAMES_OF_POINT),",
+        f"{MERGE}::test_same_savings_as_ours",
+    ),
+    mutant(
+        "A document with points of ours that are not known is not merged",
+        "storage/other_program.py",
+        "return rest is not None and all(map(_is_named, rest)) and _holds(theirs.ledger, ledger)",
+        "return rest is not None and _holds(theirs.ledger, ledger)",
+        f"{MERGE}::test_later_document_that_is_gone",
+    ),
+    mutant(
+        "What was merged does not count again",
+        "storage/repair.py",
+        "view.document, included=merged.digest,",
+        "view.document,",
+        f"{MERGE}::test_merged_document_comes_back",
+    ),
+    mutant(
+        "A killed merge leaves the conflict",
+        "storage/repair.py",
+        "is_saved=content.is_saved, is_begun=content.is_begun)",
+        "is_saved=content.is_saved)",
+        f"{MERGE}::test_killed_at_every_call",
+    ),
+    mutant(
+        "A copy of a document that is taken over is kept",
+        "storage/checkpoint.py",
+        "    reader.fs.keep_copy(reader.path, copy_path(reader.path, digest))\n",
+        "",
+        f"{MERGE}::test_taken_over_and_still_written",
+    ),
+    mutant(
+        "A document of another program that cannot be read is not replaced",
+        "formats/document.py",
+        "    return b'\"lifetime\"' in data and",
+        "    return False and",
+        f"{REPAIR}::test_unreadable_document_of_other_program",
+        f"{REPAIR}::test_unreadable_document_under_a_tracker",
     ),
     mutant(
         "A document is not taken over beside a journal of which it may hold records",

@@ -27,6 +27,7 @@ from savings_exporter.storage.recovery import (
     Findings,
     described,
     described_conflict,
+    described_difference,
     described_overlap,
     described_totals,
     examine,
@@ -226,9 +227,16 @@ def _merged(reader: Reader, found: Findings, difference: Difference) -> _Merged:
     data, identity = reader.fs.read(path)
     if identity != found.view.identity:
         raise StoreError(f"{path}: another program is writing it; stop that program first", path=path)
-    return _Merged(
-        difference(path, data, conflict.common, datetime.now(timezone.utc)), digest_of(data), decode(data).kept
-    )
+    theirs, common = decode(data), conflict.common.lifetime
+    merging = difference(path, data, conflict.common, datetime.now(timezone.utc))
+    merged = _Merged(merging, digest_of(data), theirs.kept)
+    if described_difference(theirs.ledger.lifetime, common) != described_totals(merged.totals):
+        raise StoreError(
+            f"{path}: cannot be merged: what the other program recorded does not add up",
+            remedy_of_conflict(path, conflict._replace(common=None)),
+            path=path,
+        )
+    return merged
 
 
 def _with_merged(view: View, merged: _Merged, limits: Limits) -> View:

@@ -110,7 +110,6 @@ def test_clock_behind_ours(kept: Kept) -> None:
     [
         pytest.param(lambda raw: raw["history"].clear(), id="no points"),
         pytest.param(lambda raw: raw["history"][0].update(total_tokens_saved=77), id="point of ours that is not known"),
-        pytest.param(lambda raw: raw["history"][-1].update(provider="unknown", model="unknown"), id="unnamed point"),
         pytest.param(lambda raw: raw["by_model"]["m"].update(requests=1), id="model with less"),
     ],
 )
@@ -126,6 +125,14 @@ def test_not_determined(kept: Kept, changed: Callable[[dict[str, Any]], None]) -
     assert f"and this store {sum(COMMITTED)} tokens saved in 3 records" in says
     assert "--merge" not in says
     assert f"savings-exporter verify --repair --store {path}" in says
+
+
+def test_later_document_that_is_gone(kept: Kept) -> None:
+    """The document has all points of our last remaining one, and one of a later document of ours, which is gone."""
+    raw = json.loads(rewritten(document_after(kept, 0), THEIRS))
+    raw["history"][-1].update(provider="unknown", model="unknown")
+    path = kept.put(document=json.dumps(raw).encode())
+    assert "cannot be determined which document of this store the other program started from" in refused(path)
 
 
 def test_unreadable_document(kept: Kept) -> None:
