@@ -127,7 +127,7 @@ def salvage(reader: Reader, lock: LockContent) -> Findings:
     view = view_of(document, identity, _store_of(reader, document, lock))
     found = _followed(reader, msgspec.structs.replace(view, is_whole=False), exists=True)
     if not document.is_ours and found.view.ledger.records == 0:
-        raise _nothing_left(reader.path, "no intact part of it is left")
+        raise _nothing_left(reader, "no intact part of it is left")
     at_path, _, _ = _document_at(reader)
     other = at_path.ledger.lifetime if at_path is not None and at_path.store != view.store.hex() else None
     return found._replace(damage="cannot be used", other=other)
@@ -196,7 +196,7 @@ def refuse_other_file(reader: Reader) -> None:
     if reader.fs.identity(reader.path) is not None and not _is_store(reader):
         _, _, damage = _document_at(reader)
         if damage:
-            raise _nothing_left(reader.path, damage)
+            raise _nothing_left(reader, damage)
 
 
 def _is_store(reader: Reader) -> bool:
@@ -291,7 +291,7 @@ def _without_document(reader: Reader, lock: LockContent, identity: Identity | No
                 f"--store {reader.path}",
                 path=reader.path,
             )
-        raise _nothing_left(reader.path, damage)
+        raise _nothing_left(reader, damage)
     _refuse_open_journal_of_earlier_version(reader, previous, lock)
     if not previous.is_ours:
         previous = bounded(previous, reader.limits)
@@ -421,7 +421,14 @@ def _has_previous(reader: Reader) -> bool:
     return reader.fs.identity(previous_path(reader.path)) is not None
 
 
-def _nothing_left(path: str, damage: str) -> CorruptStoreError:
+def _nothing_left(reader: Reader, damage: str) -> CorruptStoreError:
+    path = reader.path
+    if _is_of_another_program(reader):
+        return CorruptStoreError(
+            f"{path}: {damage}. Another program wrote it",
+            "It is left as it is. Correct it or restore it from a backup, or choose another path for the store",
+            path=path,
+        )
     return CorruptStoreError(
         f"{path}: {damage}",
         "There is no whole previous document, so its totals are lost. If this is not the store, correct the path. "

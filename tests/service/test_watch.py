@@ -239,10 +239,16 @@ def test_tracker_then_headroom(store_path: Path) -> None:
     with SavingsTracker(store_path) as tracker:
         tracker.record_request(model="m", tokens_saved=1)
     file = WatchedFile(store_path)
+    document = json.loads(store_path.read_bytes())
+    del document["savings_exporter"]
+    document["lifetime"]["tokens_saved"] += 5
+    replace(store_path, json.dumps(document).encode())
+    assert file.snapshot().lifetime.tokens_saved == 6
+    assert file.health().healthy
+    # This one was not made from ours, and lacks our record.
     replace(store_path, NEWER.read_bytes())
-    assert file.snapshot().lifetime.tokens_saved == NEWER_TOTAL
-    replace(store_path, OLDER.read_bytes())
-    assert file.snapshot().lifetime.tokens_saved == OLDER_TOTAL
+    assert file.snapshot().lifetime.tokens_saved == 6
+    assert "this store holds 1 tokens saved in 1 records that the document lacks" in (file.health().reason or "")
 
 
 def test_conflict(store_path: Path) -> None:
