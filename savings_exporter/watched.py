@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Mapping
 from datetime import datetime, timezone
+from typing import Any
 
 from savings_exporter.errors import StoreError
 from savings_exporter.model.days import LAST_DAY, Dated
 from savings_exporter.model.snapshot import Health, Snapshot
-from savings_exporter.model.totals import Limits
+from savings_exporter.model.totals import Ledger, Limits
 from savings_exporter.storage.closed_days import read_with_days
 from savings_exporter.storage.filesystem import LOCAL, FileSystem, place
 from savings_exporter.storage.lock import LockContent, read_lock
 from savings_exporter.storage.operation import error_symbol
+from savings_exporter.storage.other_program import included_in
 from savings_exporter.storage.reader import Reader
 from savings_exporter.storage.recovery import examine, refuse_losses
 from savings_exporter.storage.view import View
@@ -70,6 +73,18 @@ class WatchedFile:
         """
         view, dated = read_with_days(self._fs, self._view_now, "", LAST_DAY)
         return self._snapshot_of(view), dated
+
+    def kept(self) -> Mapping[str, Any]:
+        """What the document has of another program that this program does not use, as it was read last."""
+        return self._view.document.kept
+
+    def included(self) -> Ledger | None:
+        """The totals of the other program's document that is in the totals; None when no copy of it is beside them.
+
+        Raises:
+            OSError: the copy cannot be read.
+        """
+        return included_in(self._fs, self._reader.path, self._view.document)
 
     def health(self) -> Health:
         """Whether the last attempt to read the document succeeded, and if not, why."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import chain
 from typing import Any
@@ -71,6 +71,8 @@ _LINES_OF_PIECE = 200
 
 # Every point that this program writes begins with this text, and its timestamp has a fixed length.
 _POINT_START = b'{"timestamp":"'
+# Only points of another program have names. The points of this program are not decoded to find that out.
+_NAME_MARK = b'"provider"'
 _STAMP = slice(len(_POINT_START), len(_POINT_START) + len("2026-01-01T00:00:00Z"))
 
 
@@ -218,6 +220,15 @@ class _Point:
         fields = {key: value for key, value in self.fields.items() if not stamp or key not in NAMES_OF_POINT}
         return _point_of({**fields, "timestamp": max(self.stamp, stamp)}, added(self.numbers, numbers))
 
+    def instead_of(self, point: _Point | None) -> _Point:
+        """This point, which also stands for an earlier one that is dropped. It keeps the names that both have."""
+        if point is None or _NAME_MARK not in self.line:
+            return self
+        differing = {name for name in NAMES_OF_POINT if self.fields.get(name) != point.fields.get(name)}
+        if differing.isdisjoint(self.fields):
+            return self
+        return _Point({key: value for key, value in self.fields.items() if key not in differing})
+
     def with_totals(self, totals: Totals) -> _Point:
         """This point with the figures of these totals."""
         return _Point({**self.fields, **dict(zip(POINT_KEYS.values(), _TOTALS_OF_POINT(totals), strict=True))})
@@ -282,10 +293,19 @@ def _thinned(points: Iterable[_Point]) -> tuple[_Point, ...]:
     """
     days: dict[str, dict[str, _Point]] = {}
     for point in points:
-        days.setdefault(point.stamp[:_DAY], {})[point.hour] = point
+        hours = days.setdefault(point.stamp[:_DAY], {})
+        hours[point.hour] = point.instead_of(hours.get(point.hour))
     kept = [tuple(hours.values()) for hours in days.values()][-DAYS_OF_POINTS:]
     edge = max(len(kept) - DAYS_OF_HOURLY_POINTS, 0)
-    return (*(hours[-1] for hours in kept[:edge]), *chain.from_iterable(kept[edge:]))
+    return (*map(_last_of, kept[:edge]), *chain.from_iterable(kept[edge:]))
+
+
+def _last_of(hours: Sequence[_Point]) -> _Point:
+    """The last point of a day, instead of all of them."""
+    last = hours[-1]
+    for point in hours[:-1]:
+        last = last.instead_of(point)
+    return last
 
 
 def _in_order(points: Iterator[_Point]) -> tuple[_Point, ...]:

@@ -16,10 +16,12 @@ all steps with a new file.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+from contextlib import suppress
 
-from savings_exporter.storage.filesystem import DirectoryFsyncUnsupportedError, FileSystem, Identity
+from savings_exporter.storage.filesystem import LOCAL, DirectoryFsyncUnsupportedError, FileSystem, Identity
 from savings_exporter.storage.operation import FSYNC_DIR, FSYNC_FILE, REPLACE, WRITE, Operation, Step
 
 logger = logging.getLogger(__name__)
@@ -118,3 +120,23 @@ class AtomicFile:
         finally:
             if descriptor >= 0:
                 self._fs.close(descriptor)
+
+
+def write_new_file(path: str, data: bytes, fs: FileSystem = LOCAL) -> None:
+    """Create a file that is complete when it has its name, and survives a power loss.
+
+    Raises:
+        FileExistsError: there is a file at the path, which is left as it is.
+        OSError: the file cannot be written.
+    """
+    path = os.path.abspath(path)
+    if fs.identity(path) is not None:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    temporary = fs.temporary_name(path)
+    fs.write_new(temporary, data, like=path)
+    try:
+        fs.replace(temporary, path)
+    finally:
+        fs.discard(temporary)
+    with suppress(DirectoryFsyncUnsupportedError):
+        fs.fsync_directory(os.path.dirname(path))

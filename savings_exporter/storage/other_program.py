@@ -91,7 +91,7 @@ def started_from(reader: Reader, theirs: Document, previous: Document, store: by
         return None
     ours = view_of(previous if previous.is_ours else bounded(previous, reader.limits), None, store)
     known = [view.ledger for view in _states(reader, ours, points)]
-    copy = _included(reader.fs, reader.path, previous)
+    copy = included_in(reader.fs, reader.path, previous)
     if copy is not None:
         known.append(copy)
     found = [ledger for ledger in known if _is_start(ledger, theirs, points)]
@@ -110,8 +110,12 @@ def continues(theirs: Document, previous: Document) -> bool | None:
     return _beyond(ours, points) is not None and _holds(theirs.ledger, previous.ledger)
 
 
-def _included(fs: FileSystem, path: str, document: Document) -> Ledger | None:
-    """The totals of the other program's document that is in ours; None without one, or without a copy of it."""
+def included_in(fs: FileSystem, path: str, document: Document) -> Ledger | None:
+    """The totals of the other program's document that is in ours; None without one, or without a copy of it.
+
+    Raises:
+        OSError: the copy cannot be read.
+    """
     if not document.is_ours:
         return document.ledger if document.ledger.records else None
     with suppress(StoreError, *NO_SUCH_FILE):

@@ -27,6 +27,8 @@ for line in sys.stdin:
         answer(done=True)
     elif name == "lifetime":
         answer(**tracker.snapshot()["lifetime"])
+    elif name == "metrics":
+        answer(**tracker.lifetime_response())
     elif name == "health":
         answer(**tracker.lifetime_response()["persistence"])
     elif name == "series":
@@ -64,6 +66,10 @@ class Headroom:
     def health(self) -> dict[str, Any]:
         """What it says of its own persistence."""
         return self._ask("health", None)
+
+    def metrics(self) -> dict[str, Any]:
+        """The further lifetime totals of its dashboard."""
+        return self._ask("metrics", None)
 
     def series(self, name: str) -> list[dict[str, Any]]:
         """The rows of ``hourly`` or ``daily``, with their breakdowns."""
