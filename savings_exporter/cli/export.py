@@ -15,7 +15,6 @@ from savings_exporter.cli.options import json_option, store_option
 from savings_exporter.cli.tables import stdout_console, table
 from savings_exporter.errors import StoreError
 from savings_exporter.formats.headroom_export import encode_for_headroom
-from savings_exporter.model.days import Dated
 from savings_exporter.service import history, logs, views
 from savings_exporter.storage.atomic_file import write_new_file
 from savings_exporter.storage.repair import is_begun
@@ -69,12 +68,12 @@ def export(
         raise CommandError(f"{path}: there are no savings yet; savings-exporter show says how to record the first")
     watched = WatchedFile(path)
     try:
+        if for_headroom is not None:
+            _write_for_headroom(watched, os.path.expanduser(for_headroom))
+            return
         dated = watched.days(*query.days)
     except StoreError as error:
         raise CommandError(str(error)) from None
-    if for_headroom is not None:
-        _write_for_headroom(watched, dated, os.path.expanduser(for_headroom))
-        return
     rows = query.rows(dated)
     if as_json or as_csv:
         sys.stdout.flush()
@@ -85,8 +84,8 @@ def export(
         _print_table(query.by, list(rows))
 
 
-def _write_for_headroom(watched: WatchedFile, dated: Dated, file: str) -> None:
-    snapshot = watched.snapshot()
+def _write_for_headroom(watched: WatchedFile, file: str) -> None:
+    snapshot, dated = watched.snapshot_and_days()
     if snapshot.writers:
         raise CommandError(
             f"{watched.storage_path}: a process still records into this store; stop it first, because Headroom's "
