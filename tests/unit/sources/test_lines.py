@@ -17,8 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from savings_exporter.sources.lines import Block, Place, blocks, place_of
 from savings_exporter.sources.source import SourceError
 
+BEGINNING = Place()
 
-def read(path: Path, place: Place = Place(), *, is_complete: bool = False) -> tuple[list[bytes], Place]:
+
+def read(path: Path, place: Place = BEGINNING, *, is_complete: bool = False) -> tuple[list[bytes], Place]:
     """All lines after a place, and the place after them."""
     lines: list[bytes] = []
     for block in blocks(str(path), place, is_complete=is_complete):
