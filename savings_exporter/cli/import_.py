@@ -11,16 +11,19 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from savings_exporter.cli.errors import CommandError
-from savings_exporter.cli.options import store_option, sync_method_option
+from savings_exporter.cli.errors import CommandError, WrongUsageError
+from savings_exporter.cli.options import prices_option, store_option, sync_method_option
 from savings_exporter.cli.sources import most_rtk_tokens_option, print_summaries
 from savings_exporter.cli.text import plain
 from savings_exporter.model.cursors import Cursors
+from savings_exporter.prices import Prices, load_prices
 from savings_exporter.service import logs
 from savings_exporter.sources.building import kept_out_of, let_in
 from savings_exporter.sources.discovery import source_of
+from savings_exporter.sources.fields import parse_mapping
 from savings_exporter.sources.importing import Importing, Summary, preview
 from savings_exporter.sources.source import Note, Source, SourceError
+from savings_exporter.sources.table import Table
 from savings_exporter.storage.repair import is_begun
 from savings_exporter.storage.segment import SyncMethod
 from savings_exporter.tracker import SavingsTracker, default_path
@@ -33,6 +36,16 @@ from savings_exporter.watched import WatchedFile
 @store_option
 @sync_method_option
 @most_rtk_tokens_option
+@click.option(
+    "--map",
+    "columns",
+    metavar="FIELD=COLUMN",
+    multiple=True,
+    help="The column of a field, for CSV and JSON lines. Can be repeated.",
+)
+@click.option("--set", "constants", metavar="FIELD=VALUE", multiple=True, help="A field that is the same in all lines.")
+@click.option("--source", metavar="NAME", default="", help="The layer that saved, for CSV and JSON lines.")
+@prices_option
 @click.option("--dry-run", is_flag=True, help="Say what an import would add, and change nothing.")
 @click.option(
     "--let-in",
@@ -46,16 +59,23 @@ def import_(
     store: str | None,
     sync_method: SyncMethod,
     most_rtk_tokens: int,
+    columns: Sequence[str],
+    constants: Sequence[str],
+    source: str,
+    prices: str | None,
     dry_run: bool,
     let_in_names: Sequence[str],
 ) -> None:
     """Import what other programs have saved.
 
-    PATH is Headroom's proxy_savings.json or savings_events.jsonl, or RTK's history.db. What was imported before is not
-    imported again.
+    PATH is Headroom's proxy_savings.json or savings_events.jsonl, RTK's history.db, or with --map any CSV file or file
+    of JSON lines. What was imported before is not imported again.
     """
     logs.be_quiet()
-    sources = [_source(path, most_rtk_tokens) for path in paths]
+    if columns or constants:
+        sources = _tables(paths, columns, constants, source, load_prices(prices))
+    else:
+        sources = [_source(path, most_rtk_tokens) for path in paths]
     if dry_run:
         cursors = cursors_of(store)
         print_summaries([(each, _previewed(each, cursors)) for each in sources], "would add")
@@ -73,6 +93,16 @@ def cursors_of(store: str | None) -> Cursors:
     """The cursors of a store that is only read; none when it does not exist yet."""
     path = store if store is not None else default_path()
     return WatchedFile(path).snapshot().cursors if is_begun(path) else {}
+
+
+def _tables(
+    paths: Sequence[str], columns: Sequence[str], constants: Sequence[str], source: str, prices: Prices | None
+) -> list[Source]:
+    try:
+        fields = parse_mapping(columns, constants)
+    except ValueError as error:
+        raise WrongUsageError(str(error)) from None
+    return [Table(os.path.expanduser(path), fields, source, prices) for path in paths]
 
 
 def _source(path: str, most_rtk_tokens: int) -> Source:

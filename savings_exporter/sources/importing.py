@@ -86,6 +86,7 @@ class Importing:
             rows=step.rows,
             projects=step.projects,
             rejected=step.rejected,
+            prices=step.prices,
         )
         while not receipt.wait(_PAUSE_SECONDS):
             if self._is_ended():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from savings_exporter.errors import SavingsError
+from savings_exporter.model.pricing import PriceBasis
 from savings_exporter.model.totals import Row
 
 MOST_KEPT_OUT = 100
@@ -40,6 +41,7 @@ class Step(NamedTuple):
         rejected: how many records were kept out of the totals, by reason. Reasons are few and fixed.
         problems: descriptions of rejected records, for people, such as ``line 17: is not JSON``.
         progress: how much has been read after this step.
+        prices: the prices that were used for records without an amount; None without prices.
     """
 
     state: Mapping[str, Any]
@@ -48,6 +50,7 @@ class Step(NamedTuple):
     rejected: Mapping[str, int] = {}
     problems: Sequence[str] = ()
     progress: Progress = Progress(0, 0)
+    prices: PriceBasis | None = None
 
 
 class Source(Protocol):

@@ -20,6 +20,7 @@ import msgspec
 
 from savings_exporter.model.names import clean_name
 from savings_exporter.model.totals import Sums
+from savings_exporter.prices import Prices
 from savings_exporter.sources.building import StepBuilder
 from savings_exporter.sources.fields import FieldMap, value_at
 from savings_exporter.sources.lines import Block, blocks, place_of
@@ -45,14 +46,16 @@ class Table:
         path: the file. Its name says what it is.
         fields: the mapping of its columns.
         source: the layer that saved; without it, ``csv`` or ``jsonl``.
+        prices: prices for records without ``savings_usd``.
     """
 
-    def __init__(self, path: str, fields: FieldMap, source: str = "") -> None:
+    def __init__(self, path: str, fields: FieldMap, source: str = "", prices: Prices | None = None) -> None:
         form = JSON_LINES if path.lower().endswith(JSON_LINES_SUFFIXES) else CSV
         self.path = path
         self.kind = clean_name("source", source) or form
         self.name = f"{form}:{os.path.realpath(path)}"
         self._fields = fields
+        self._prices = prices
         self._is_csv = form == CSV
 
     def steps(self, state: Mapping[str, Any] | None, *, is_complete: bool) -> Iterator[Step]:
@@ -85,7 +88,8 @@ class Table:
         if not end:
             return None
         part = block.until(end) if end < len(block.data) else block
-        return builder.build({"place": msgspec.to_builtins(part.place), **form.members()}, part.progress)
+        step = builder.build({"place": msgspec.to_builtins(part.place), **form.members()}, part.progress)
+        return step._replace(prices=self._prices.basis) if self._prices is not None else step
 
     def _add(self, builder: StepBuilder, found: _Found) -> None:
         place = f"line {found.line}"
@@ -95,7 +99,7 @@ class Table:
             builder.reject(place, str(error))
             return
         sums = Sums()
-        sums.add_all((record,))
+        sums.add_all((record,) if self._prices is None else self._prices.priced((record,)))
         (row,) = sums.rows()
         if not self._fields.is_dated:
             row = msgspec.structs.replace(row, undated=True)

@@ -16,6 +16,7 @@ from typing import Any
 from savings_exporter.errors import StoreError
 from savings_exporter.formats.frame import Group
 from savings_exporter.model.cursors import MOST_CURSORS, Cursor, Cursors
+from savings_exporter.model.pricing import PriceBasis
 from savings_exporter.model.totals import Row
 from savings_exporter.storage.store import Store
 from savings_exporter.storage.writers import WRITER_BYTES
@@ -85,6 +86,7 @@ class Importer:
         rows: Sequence[Row] = (),
         projects: Sequence[Row] = (),
         rejected: Mapping[str, int] | None = None,
+        prices: PriceBasis | None = None,
     ) -> tuple[Cursor, Receipt]:
         """Add what was read from a source since a cursor. It counts together with the cursor that follows.
 
@@ -96,6 +98,7 @@ class Importer:
             rows: sums of the records.
             projects: sums that count only in the totals by project.
             rejected: how many records were kept out since the last cursor, by reason.
+            prices: the prices that were used for records without an amount.
 
         Raises:
             StoreError: the store has too many sources.
@@ -118,7 +121,7 @@ class Importer:
             state=state,
             rejected=counts,
         )
-        group = Group(sums=rows, projects=projects, cursor=following)
+        group = Group(sums=rows, projects=projects, cursor=following, prices=prices)
         self._last = self._background.group.record(group, None, wait=True)
         return following, self._last
 
