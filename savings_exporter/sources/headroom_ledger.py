@@ -229,7 +229,7 @@ def _plain_lines(block: Block) -> Sequence[Line] | None:
     """All lines of a block, decoded in one call; None when one of them needs a check of its own."""
     try:
         lines = _PLAIN_DECODER.decode_lines(block.data)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     saved = list(map(_SAVED, lines))
     is_plain = (
@@ -247,7 +247,7 @@ def _numbered(block: Block, builder: StepBuilder) -> Iterator[Numbered]:
             continue
         try:
             line = _DECODER.decode(data)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             builder.reject(f"line {number}", f"cannot be read: {error}")
             continue
         if parse_timestamp(line.ts) is None or not line.ts.endswith((_UTC, "Z")):

@@ -277,6 +277,15 @@ def test_damaged_and_implausible_lines_are_named(tmp_path: Path, store_path: Pat
         assert let_in(tracker.snapshot().cursors[source.name].state, ["line 6"]) is None
 
 
+def test_deeply_nested_line_is_damaged(tmp_path: Path, store_path: Path) -> None:
+    ledger = tmp_path / "events.jsonl"
+    good = '{"ts":"2026-11-01T00:00:00.5+00:00","before":100,"after":60,"saved":40,"model":"m"'
+    ledger.write_text(good + "}\n" + good + ',"x":' + "[" * 100_000 + "\n" + good + "}\n")
+    with SavingsTracker(store_path) as tracker:
+        assert imported(tracker, HeadroomLedger(str(ledger))).rejected == {DAMAGED: 1}
+        assert tracker.snapshot().lifetime.tokens_saved == 80
+
+
 def test_jump_of_the_document_is_kept_out(tmp_path: Path, store_path: Path) -> None:
     files = HeadroomFiles(tmp_path)
     for _ in range(25):
