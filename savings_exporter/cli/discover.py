@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 
 import click
@@ -18,10 +19,11 @@ from savings_exporter.cli.options import (
 )
 from savings_exporter.cli.output import announce
 from savings_exporter.cli.sources import most_rtk_tokens_option, print_summaries
+from savings_exporter.cli.text import plain
 from savings_exporter.service import logs
 from savings_exporter.sources.discovery import usual_sources
 from savings_exporter.sources.following import Following
-from savings_exporter.sources.importing import Summary, preview
+from savings_exporter.sources.importing import preview
 from savings_exporter.sources.source import SourceError
 from savings_exporter.storage.segment import SyncMethod
 from savings_exporter.tracker import SavingsTracker
@@ -54,10 +56,8 @@ def discover(
         try:
             done.append((source, preview(source, cursors)))
         except SourceError as error:
-            summary = Summary()
-            summary.problems.append(str(error))
-            done.append((source, summary))
-    print_summaries(done, "to add")
+            print(plain(str(error)), file=sys.stderr)
+    print_summaries(done, "would add")
 
 
 def _watch(store: str | None, sync_method: SyncMethod, most_rtk_tokens: int) -> None:

@@ -6,10 +6,8 @@ import sys
 from collections.abc import Sequence
 
 import click
-from rich.text import Text
 
 from savings_exporter.cli.options import option
-from savings_exporter.cli.tables import stdout_console, table
 from savings_exporter.cli.text import plain
 from savings_exporter.model.totals import Totals
 from savings_exporter.service import views
@@ -28,32 +26,28 @@ most_rtk_tokens_option = option(
 )
 
 
-def print_summaries(summaries: Sequence[tuple[Source, Summary]], what: str) -> None:
-    """Print what was read from each source as a table, and to standard error what was kept out."""
-    console = stdout_console()
-    shown = table("source")
-    shown.add_column("file", overflow="fold")
-    for heading in (f"tokens {what}", "requests", "US dollars", "tool tokens"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    shown.add_column("days", no_wrap=True)
-    shown.add_column("kept out", justify="right", no_wrap=True)
+def print_summaries(summaries: Sequence[tuple[Source, Summary]], verb: str) -> None:
+    """Print a line for each source, and to standard error what was kept out."""
     for source, summary in summaries:
-        totals = Totals().plus(summary.numbers, None)
-        days = f"{summary.first or 'before'} to {summary.last}" if summary.last else views.UNKNOWN_FIGURE
-        cells = (
-            plain(source.path),
-            f"{totals.tokens_saved:,}",
-            f"{totals.requests:,}",
-            views.dollars(totals.savings_usd),
-            f"{totals.tool_tokens_saved:,}",
-            days,
-            f"{summary.rejected.total():,}",
-        )
-        shown.add_row(Text(source.kind), *map(Text, cells))
-    console.print(shown)
+        print(plain(f"{source.path} ({source.kind}): {_described(summary, verb)}"))
     for source, summary in summaries:
         for problem in summary.problems:
             print(plain(f"{source.path}: {problem}"), file=sys.stderr)
         left = summary.rejected.total() - len(summary.problems)
         if left > 0:
             print(plain(f"{source.path}: {left:,} more records are kept out"), file=sys.stderr)
+
+
+def _described(summary: Summary, verb: str) -> str:
+    totals, kept_out = Totals().plus(summary.numbers, None), summary.rejected.total()
+    parts = []
+    if totals.requests:
+        parts.append(f"{verb} {views.tokens(totals.tokens_saved)} saved in {views.requests(totals)}")
+        if totals.tool_tokens_saved:
+            parts.append(f"{totals.tool_tokens_saved:,} more by deferred tool schemas")
+        parts.append(f"US dollars: {views.dollars_saved(totals.savings_usd, totals.unpriced_requests)}")
+        days = {summary.first, summary.last} - {""}
+        parts.append(" to ".join(sorted(days)) if summary.first else "without days")
+    if kept_out:
+        parts.append(f"{kept_out:,} kept out")
+    return ", ".join(parts) or "nothing new"

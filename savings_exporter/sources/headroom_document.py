@@ -42,8 +42,8 @@ _NAMES = (*COUNTS, *AMOUNTS)
 _REQUESTS, _TOKENS = _NAMES.index("requests"), _NAMES.index("tokens_saved")
 _TOOLS = _NAMES.index("tool_tokens_saved")
 # The figures of a row that are not in the document. They are derived from the others.
-_UNTOLD, _PRICED = map(_NAMES.index, ("untold_tool_requests", "priced_requests"))
-_DERIVED = (_UNTOLD, _PRICED, *map(_NAMES.index, ("compared_tokens_saved", "costed_requests")))
+_UNTOLD, _PRICED, _UNPRICED = map(_NAMES.index, ("untold_tool_requests", "priced_requests", "unpriced_requests"))
+_DERIVED = (_UNTOLD, _PRICED, _UNPRICED, *map(_NAMES.index, ("compared_tokens_saved", "costed_requests")))
 _USD, _LIST_USD = map(_NAMES.index, ("compression_savings_usd", "compression_savings_list_usd"))
 _SIGNED = frozenset((_USD, _LIST_USD))
 
@@ -195,7 +195,7 @@ def change_of(seen: Seen | None, version: Version, counted: Iterable[Event], now
         name: _difference(numbers_of(totals), _long(base.models.get(name, [])))
         for name, totals in version.ledger.by_model.items()
     }
-    splitting = _Splitting(left, models)
+    splitting = _Splitting(left, models, _without_prices(version.ledger))
     waiting: defaultdict[tuple[str, int, int], list[Event]] = defaultdict(list)
     for event in counted:
         waiting[event.kind].append(event)
@@ -221,8 +221,9 @@ def change_of(seen: Seen | None, version: Version, counted: Iterable[Event], now
 class _Splitting:
     """Splits a difference of lifetime totals into rows. Each figure is given away at most once."""
 
-    def __init__(self, lifetime: Numbers, models: Mapping[str, Numbers]) -> None:
+    def __init__(self, lifetime: Numbers, models: Mapping[str, Numbers], unpriced: frozenset[str]) -> None:
         self.rows: list[Row] = []
+        self._unpriced = unpriced
         self._lifetime = list(lifetime)
         self._models = {name: list(numbers) for name, numbers in models.items()}
 
@@ -279,7 +280,9 @@ class _Splitting:
         self, provider: str, model: str, agent: str | None, moment: datetime, numbers: Numbers, *, is_undated: bool
     ) -> None:
         if any(numbers):
-            self.rows.append(_row(numbers, moment, provider, model, agent=agent, is_undated=is_undated))
+            is_priced = model not in self._unpriced
+            row = _row(numbers, moment, provider, model, agent=agent, is_undated=is_undated, is_priced=is_priced)
+            self.rows.append(row)
 
 
 # The figures that Headroom keeps by model.
@@ -379,12 +382,16 @@ def _row(
     agent: str | None = None,
     project: str | None = None,
     is_undated: bool = False,
+    is_priced: bool = True,
 ) -> Row:
     whole = numbers_of(Totals().plus(numbers, None).with_assumed_records())
     values = [*whole[: len(COUNTS)], *numbers[len(COUNTS) :]]
     if numbers[_USD] and not values[_PRICED]:
         # The request was counted before, without the amount.
         values[_PRICED] = 1
+    if is_priced:
+        # What saved without an amount, such as deferred tool schemas, has one elsewhere.
+        values[_UNPRICED] = 0
     return Row(
         provider=provider,
         model=model,
@@ -397,6 +404,12 @@ def _row(
         counts=tuple(values[1 : len(COUNTS)]),
         units=tuple(values[len(COUNTS) :]),
     )
+
+
+def _without_prices(ledger: Ledger) -> frozenset[str]:
+    """The models whose savings have no amount."""
+    unpriced = {name for name, totals in ledger.by_model.items() if not totals.compression_savings_usd}
+    return frozenset(unpriced if ledger.lifetime.compression_savings_usd else {*unpriced, UNKNOWN})
 
 
 def _points(ledger: Ledger) -> list[Point]:
