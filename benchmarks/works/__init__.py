@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from benchmarks.measuring import Result, Setup
 from benchmarks.works.bounds import after_a_million, device_bytes, memory
 from benchmarks.works.cpu import cpu_one_thread, cpu_threads
-from benchmarks.works.documents import opening, saving, scrape
+from benchmarks.works.documents import importing, opening, saving, scrape
 from benchmarks.works.rates import RATES, bare_latency, headroom_rates
 from benchmarks.works.startup import start_record, start_version
 from benchmarks.works.tracing import tracing_all, tracing_sampled
@@ -22,6 +22,7 @@ WORKS: Mapping[str, Callable[[Setup], Result]] = {
     "cpu-threads": cpu_threads,
     "saving": saving,
     "opening": opening,
+    "importing": importing,
     "scrape": scrape,
     "device-bytes": device_bytes,
     "after-a-million": after_a_million,

@@ -18,7 +18,12 @@ from benchmarks.measuring import Bound, Result, Setup, one_thread, rate
 from benchmarks.ours import NAME, NEVER, check, document_format, journal_lines, make_crashed_store
 from benchmarks.workload import Fields, request
 from savings_exporter import SavingsRecord, SavingsTracker
+from savings_exporter.sources.headroom import HeadroomLedger
+from savings_exporter.sources.importing import Importing
 from savings_exporter.telemetry.metrics import SavingsCollector
+
+_LEDGER_BEGAN = datetime(2026, 1, 1, tzinfo=timezone.utc)
+_LEDGER_MODELS = (("claude-sonnet-4-5", "anthropic"), ("gpt-4o", "openai"), ("gemini-2.5-pro", "google"))
 
 _MANY_NAMES = [request(n, "openai", f"model-{n}", f"project-{n}") for n in range(200)]
 
@@ -91,6 +96,68 @@ def opening(setup: Setup) -> Result:
         bound=Bound(4, at_least=False),
         notes=[f"decoded by msgspec: {by_msgspec:.2g} s"],
     )
+
+
+def importing(setup: Setup) -> Result:
+    """An import of Headroom's ledger decodes each line, and makes sums durable."""
+    lines = setup.count(1_000_000)
+    with setup.fresh() as directory:
+        ledger = directory / "savings_events.jsonl"
+        ledger.write_text("".join(map(_ledger_line, range(lines))))
+
+        def ours() -> float:
+            with setup.fresh() as store, SavingsTracker(store / NAME) as tracker:
+                began = time.perf_counter()
+                with tracker.importing() as importer:
+                    for _step in Importing(importer, HeadroomLedger(str(ledger))).steps(is_complete=True):
+                        pass
+                took = time.perf_counter() - began
+                if tracker.snapshot().lifetime.requests != lines:
+                    raise RuntimeError("an import left out lines")
+                return took
+
+        def decoded() -> float:
+            began = time.perf_counter()
+            with ledger.open("rb") as file:
+                for line in file:
+                    msgspec.json.decode(line)
+            return time.perf_counter() - began
+
+        figures = setup.taking_turns(ours, decoded)
+    return Result(
+        work=f"importing {lines:,} lines of Headroom's ledger",
+        peer="reading and decoding the same lines (msgspec)",
+        unit="s",
+        **figures,
+        bound=Bound(2, at_least=False),
+    )
+
+
+def _ledger_line(number: int) -> str:
+    """A line as Headroom 0.42 writes it for a request of its proxy, every 2.6 seconds."""
+    moment = _LEDGER_BEGAN + timedelta(seconds=2.6 * number)
+    saved, after = number * 7919 % 9000, 1000 + number * 31 % 20_000
+    model, provider = _LEDGER_MODELS[number % len(_LEDGER_MODELS)]
+    event = {
+        "v": 2,
+        "ts": moment.isoformat(timespec="microseconds"),
+        "before": after + saved,
+        "after": after,
+        "saved": saved,
+        "cost_usd": round(saved * 3e-6, 6),
+        "model": model,
+        "client": "claude-code",
+        "source": "proxy",
+        "pid": 4242,
+        "new_input": 250,
+        "deferred": 0,
+        "saved_tool_schema": saved // 10,
+        "cache": {"cr": 9000, "cw5": 200, "un": 50},
+        "provider": provider,
+        "cost_effective_usd": round(saved * 2e-6, 6),
+        "basis": "exact",
+    }
+    return msgspec.json.encode(event).decode() + "\n"
 
 
 def scrape(setup: Setup) -> Result:

@@ -313,3 +313,31 @@ def test_usual_places(tmp_path: Path) -> None:
     assert source.path == str(files.document)
     (source,) = usual_sources({"HEADROOM_SAVINGS_PATH": f" {files.document} ", "HEADROOM_WORKSPACE_DIR": "/nowhere"})
     assert source.path == str(files.document)
+
+
+def test_half_migrated_document(tmp_path: Path, store_path: Path) -> None:
+    """A migration that stops halfway leaves out parts, which come back later."""
+    files = HeadroomFiles(tmp_path)
+    for number in range(50):
+        files.request(100 + number, tools=5, project="p", model="ab"[number % 2])
+    whole = json.loads(files.document.read_text())
+    with SavingsTracker(store_path) as tracker:
+        source = Headroom(str(files.document))
+        imported(tracker, source)
+        before = tracker.snapshot().ledger
+        assert before.lifetime.tokens_saved == files.saved
+        for missing in ("by_model", "projects", "lifetime", "history"):
+            half = {key: value for key, value in whole.items() if key != missing}
+            files.document.write_text(json.dumps({**half, "schema_version": 5}))
+            imported(tracker, source)
+            files.document.write_text(json.dumps(whole))
+            imported(tracker, source)
+            assert tracker.snapshot().ledger == before, missing
+        for _ in range(25):
+            files.request(10, project="p", model="a", seconds=2)
+        imported(tracker, source)
+        snapshot = tracker.snapshot()
+        assert snapshot.lifetime.tokens_saved == files.saved
+        assert snapshot.lifetime.requests == files.requests == 75
+        assert snapshot.by_model["a"].tokens_saved == before.by_model["a"].tokens_saved + 250
+        assert snapshot.projects["p"].tokens_saved == files.saved
