@@ -22,7 +22,7 @@ from savings_exporter.model.record import parse_timestamp
 from savings_exporter.model.totals import Row, Sums
 from savings_exporter.sources import headroom_document
 from savings_exporter.sources.building import StepBuilder
-from savings_exporter.sources.headroom_document import KIND, Change, Event, Seen
+from savings_exporter.sources.headroom_document import KIND, Change, Event, Seen, event_of
 from savings_exporter.sources.headroom_ledger import PROXY, HeadroomLedger, LedgerReading, Line, ledger_blocks
 from savings_exporter.sources.lines import place_of
 from savings_exporter.sources.source import Progress, SourceError, Step
@@ -40,7 +40,9 @@ _LOST = timedelta(hours=1)
 
 # How many events wait for their counterpart. While more lines wait for the document, the ledger is not read further.
 _MOST_EVENTS = 1000
-_MOST_ROWS = 2000
+
+# Headroom's own has about a megabyte.
+_MOST_DOCUMENT_BYTES = 64 * 1024 * 1024
 
 
 class _Waiting(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -104,6 +106,8 @@ class Headroom:
                 return None
             if state is not None and (identity, state["seen"]) == self._unchanged:
                 return None
+            if identity is not None and identity.size > _MOST_DOCUMENT_BYTES:
+                raise SourceError(f"{self.path}: has more than {_MOST_DOCUMENT_BYTES:,} bytes", path=self.path)
             data, self._identity = LOCAL.read(self.path)
         except OSError as error:
             raise SourceError(f"{self.path}: cannot be read: {error.strerror}", path=self.path) from None
@@ -134,7 +138,7 @@ class Headroom:
         for block in ledger_blocks(self._ledger, place_of(state), is_complete=is_complete):
             reading = reading or LedgerReading(state, waiting.chosen)
             reading.add(block)
-            if len(reading) > _MOST_ROWS:
+            if reading.is_large:
                 step = reading.step({**state, "waiting": msgspec.to_builtins(waiting.waiting())})
                 yield step
                 state, reading = step.state, None
@@ -165,7 +169,7 @@ class _LedgerEvents:
             return line
         if not line.saved:
             return None
-        event = Event(line.second, line.model, line.saved - line.saved_tool_schema, line.saved_tool_schema)
+        event = event_of(line.second, line.model, line.saved - line.saved_tool_schema, line.saved_tool_schema)
         points = self._points[event.kind]
         earliest = _second(_moment(event.second) - _DELAY)
         for position, point in enumerate(points):

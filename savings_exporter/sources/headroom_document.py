@@ -19,7 +19,7 @@ import msgspec
 from savings_exporter.errors import CorruptStoreError
 from savings_exporter.formats import headroom
 from savings_exporter.formats.headroom import BLOCK, SCHEMA_VERSION
-from savings_exporter.model.figures import AMOUNTS, COUNTS, ZERO, Numbers, Totals, added, numbers_of
+from savings_exporter.model.figures import AMOUNTS, COUNTS, ZERO, Numbers, Totals, added, iso_utc, numbers_of
 from savings_exporter.model.history import POINT_KEYS
 from savings_exporter.model.jsontext import any_json
 from savings_exporter.model.names import UNKNOWN, clean_name
@@ -33,9 +33,11 @@ MOST_POINTS = 5000
 """How many points Headroom keeps."""
 
 _MOST_PROJECTS = 200
+_LONGEST_MODEL = 120
 _MOST_TOKENS_OF_REQUEST = 2_000_000
 
 # Headroom removes points that are older than 365 days.
+_CLOCK_DIFFERENCE = timedelta(days=1)
 _AGE_OF_POINTS = timedelta(days=364)
 
 _NAMES = (*COUNTS, *AMOUNTS)
@@ -69,6 +71,11 @@ class Event(msgspec.Struct, frozen=True, array_like=True, order=True):
         return self.model, self.saved, self.tools
 
 
+def event_of(second: str, model: str, saved: int, tools: int) -> Event:
+    """An event. Of the model's name, at most as much is kept as Headroom keeps in its history."""
+    return Event(second, model[:_LONGEST_MODEL], saved, tools)
+
+
 class Point(NamedTuple):
     """A point of the history, and by how much it exceeds the point before."""
 
@@ -82,7 +89,7 @@ class Point(NamedTuple):
     @property
     def event(self) -> Event:
         """The request that the point belongs to."""
-        return Event(self.stamp[:-1], self.model, self.change[_TOKENS], self.change[_TOOLS])
+        return event_of(self.stamp[:-1], self.model, self.change[_TOKENS], self.change[_TOOLS])
 
 
 class Seen(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -109,13 +116,15 @@ class Version(NamedTuple):
     ledger: Ledger
     points: Sequence[Point]
 
-    def seen(self, before: Seen, newest: str) -> Seen:
+    def seen(self, before: Seen, newest: str, now: datetime) -> Seen:
         """What to compare the next version with.
 
         Args:
             before: the version that this one continues. Figures of names never become lower.
             newest: as in ``Seen``, without this version.
+            now: the current time. A point far in the future comes from a wrong clock, and does not hide later ones.
         """
+        limit = iso_utc(now + _CLOCK_DIFFERENCE)
         last = self.points[-1] if self.points else None
         return Seen(
             lifetime=_short(numbers_of(self.ledger.lifetime)),
@@ -123,7 +132,7 @@ class Version(NamedTuple):
             projects=_newest(before.projects, self.ledger.projects),
             stamp=last.stamp if last is not None else before.stamp,
             total=_short(last.total) if last is not None else before.total,
-            newest=max(last.stamp if last is not None else "", newest),
+            newest=max([newest, *(point.stamp for point in self.points if point.stamp <= limit)]),
         )
 
 
@@ -213,9 +222,7 @@ def change_of(seen: Seen | None, version: Version, counted: Iterable[Event], now
     last = parse_timestamp(version.ledger.lifetime.last_activity_at or "") or now
     splitting.finish(first or last if seen is None else last, version.points, is_undated=seen is None)
     projects = _project_rows(base.projects, version, now)
-    return Change(
-        splitting.rows, projects, events, found, version.seen(before, seen.newest if seen is not None else "")
-    )
+    return Change(splitting.rows, projects, events, found, version.seen(before, (seen or Seen()).newest, now))
 
 
 class _Splitting:

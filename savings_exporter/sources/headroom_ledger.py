@@ -35,6 +35,7 @@ _END_OF_TIME = b'+00:00"'
 _SECOND = len("2026-01-01T00:00:00")
 _HOUR = len("2026-01-01T00")
 _MOST_ROWS = 2000
+_MOST_BYTES = 32 * 1024 * 1024
 
 
 class _Cache(msgspec.Struct, gc=False):
@@ -141,7 +142,7 @@ class HeadroomLedger:
         reading = LedgerReading(state)
         for block in ledger_blocks(self.path, place_of(state), is_complete=is_complete):
             reading.add(block)
-            if len(reading) > _MOST_ROWS:
+            if reading.is_large:
                 step = reading.step()
                 yield step
                 reading = LedgerReading(step.state)
@@ -159,6 +160,7 @@ class LedgerReading:
 
     def __init__(self, state: Mapping[str, Any] | None, chosen: Callable[[Line], Line | None] | None = None) -> None:
         self.block: Block | None = None
+        self._bytes = 0
         self._newest = str((state or {}).get("newest", ""))
         self._builder = StepBuilder(state)
         self._sums = LineSums()
@@ -167,6 +169,7 @@ class LedgerReading:
     def add(self, block: Block) -> None:
         """Add the lines of a block."""
         self.block = block
+        self._bytes += len(block.data)
         lines = _plain_lines(block) if self._chosen is None and not block.is_restart else None
         if lines:
             newest = self._sums.add(lines)
@@ -189,8 +192,10 @@ class LedgerReading:
         members = {"place": msgspec.to_builtins(self.block.place), "newest": self._newest}
         return self._builder.build({**(state or {}), **members}, self.block.progress)
 
-    def __len__(self) -> int:
-        return len(self._sums) + len(self._builder)
+    @property
+    def is_large(self) -> bool:
+        """Whether the step should end here, so that memory and frames are bounded."""
+        return len(self._sums) + len(self._builder) > _MOST_ROWS or self._bytes > _MOST_BYTES
 
 
 def ledger_blocks(path: str, place: Place, *, is_complete: bool) -> Iterator[Block]:

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -52,6 +53,7 @@ _PAUSE_SECONDS = 0.05
 # The time of a change has the resolution of the kernel's clock. Two changes at the same time cannot be told apart.
 _LEFT_ALONE_SECONDS = 0.02
 _DIGEST_BYTES = 12
+_CLOCK_DIFFERENCE = timedelta(days=1)
 _LONGEST_CONFIG_BYTES = 1024 * 1024
 
 _COLUMNS = "id, timestamp, original_cmd, rtk_cmd, input_tokens, output_tokens, saved_tokens, project_path"
@@ -139,7 +141,9 @@ class RtkDatabase:
             for row in rows:
                 if row.id > place.id or row.stamp > place.newest:
                     self._add(builder, row)
-            newest = max([place.newest, *(row.stamp for row in rows)])
+            # A row far in the future comes from a wrong clock, and must not hide later ones after a reset.
+            limit = (datetime.now(timezone.utc) + _CLOCK_DIFFERENCE).isoformat(timespec="microseconds")
+            newest = max([place.newest, *(row.stamp for row in rows if row.stamp <= limit)])
             following = _Place(rows[-1].id, rows[-1].digest, newest)
             step = builder.build({"place": msgspec.to_builtins(following)}, Progress(rows[-1].id, total))
             yield step
