@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
+from savings_exporter.model.crowds import tokens_of
 from savings_exporter.model.figures import Numbers, added, iso_utc
 from savings_exporter.model.names import OTHER
 
@@ -17,7 +18,9 @@ DAYS_KEPT = 731
 """How many days the store keeps: two years."""
 
 MOST_ROWS = 200
-"""How many different combinations of names a day holds. Further ones count as ``other``."""
+"""How many different combinations of names a day holds. Further ones count as ``other``. Half of the places are kept
+for combinations that have saved something.
+"""
 
 LAST_DAY = "9999-12-31"
 """The last day that there is: a range up to it has no end."""
@@ -79,7 +82,7 @@ def with_rows(days: Days, rows: Iterable[DayRow]) -> Days:
         there = changed.get(day)
         if there is None:
             there = changed[day] = dict(days.get(day, ()))
-        if names not in there and len(there) >= MOST_ROWS:
+        if names not in there and len(there) >= (MOST_ROWS if tokens_of(numbers) > 0 else MOST_ROWS // 2):
             names = _folded(names)
         before = there.get(names)
         there[names] = numbers if before is None else added(before, numbers)

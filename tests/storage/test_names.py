@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from savings_exporter import SavingsRecord, SavingsTracker, StoreError
 from savings_exporter.model.crowds import MOST_CANDIDATES, Crowd
+from savings_exporter.model.days import MOST_ROWS
 from savings_exporter.model.names import OTHER
 from savings_exporter.storage.repair import inspect
 from savings_exporter.watched import WatchedFile
@@ -197,3 +198,14 @@ def test_page_and_show_tell_what_is_in_other(store_path: Path) -> None:
         assert "in other: &lt;large&gt;, which has saved 100 tokens" in service.get("/")[1]
         content = json.loads(service.get("/v1/savings")[1])
         assert content["in_other"]["project"] == [{"name": "<large>", "least": 100, "most": 100}]
+
+
+def test_names_without_savings_do_not_fill_a_day(tracker: SavingsTracker) -> None:
+    made_up = [SavingsRecord(model=f"m{n}", tokens_saved=0) for n in range(300)]
+    assert tracker.record_many(made_up)
+    for number in range(50):
+        record(tracker, f"p{number}", 10)
+    rows = tracker.days().rows
+    assert {row.names.project for row in rows} >= {f"p{number}" for number in range(50)}
+    assert sum(row.numbers[0] for row in rows) == 350
+    assert len(rows) <= MOST_ROWS
