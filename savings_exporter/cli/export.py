@@ -34,8 +34,10 @@ _FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 @click.command()
 @store_option
-@click.option("--from", "first", metavar="DAY", default="", help="The first day, such as 2026-01-31, in UTC.")
-@click.option("--to", "last", metavar="DAY", default="", help="The last day.")
+@click.option(
+    "--from", "first", metavar="DAY", default="", show_default=False, help="The first day, such as 2026-01-31, in UTC."
+)
+@click.option("--to", "last", metavar="DAY", default="", show_default=False, help="The last day.")
 @click.option(
     "--by",
     metavar="COLUMNS",

@@ -44,7 +44,7 @@ from savings_exporter.watched import WatchedFile
     help="The column of a field, for CSV and JSON lines. Can be repeated.",
 )
 @click.option("--set", "constants", metavar="FIELD=VALUE", multiple=True, help="A field that is the same in all lines.")
-@click.option("--source", metavar="NAME", default="", help="The layer that saved, for CSV and JSON lines.")
+@click.option("--source", metavar="NAME", help="The layer that saved, for CSV and JSON lines.")
 @prices_option
 @click.option("--dry-run", is_flag=True, help="Say what an import would add, and change nothing.")
 @click.option(
@@ -61,7 +61,7 @@ def import_(
     most_rtk_tokens: int,
     columns: Sequence[str],
     constants: Sequence[str],
-    source: str,
+    source: str | None,
     prices: str | None,
     dry_run: bool,
     let_in_names: Sequence[str],
@@ -73,7 +73,7 @@ def import_(
     """
     logs.be_quiet()
     if columns or constants:
-        sources = _tables(paths, columns, constants, source, load_prices(prices))
+        sources = _tables(paths, columns, constants, source or "", load_prices(prices))
     else:
         sources = [_source(path, most_rtk_tokens) for path in paths]
     if dry_run:

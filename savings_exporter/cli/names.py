@@ -43,12 +43,9 @@ def names(context: click.Context, store: str | None, as_json: bool) -> None:
     Each kind has a limited number of names. Further ones count as other.
     """
     logs.be_quiet()
-    path = store if store is not None else default_path()
-    if not is_begun(path):
-        raise CommandError(f"{path}: there are no savings yet")
-    context.obj = path
+    context.obj = store
     if context.invoked_subcommand is None:
-        snapshot = WatchedFile(path).snapshot()
+        snapshot = WatchedFile(_begun(store)).snapshot()
         if as_json:
             print_json(views.names_as_json(snapshot))
         else:
@@ -58,20 +55,22 @@ def names(context: click.Context, store: str | None, as_json: bool) -> None:
 @names.command("let-in")
 @_kind_argument
 @_name_argument
+@store_option
 @click.pass_obj
-def let_in(path: str, kind: str, name: str) -> None:
+def let_in(given: str | None, kind: str, name: str, store: str | None) -> None:
     """Give a name a place of its own, even if all places are used. What it has saved so far stays in other."""
-    _changed(path, kind, name, lambda tracker: tracker.let_in(kind, name))
+    _changed(store or given, kind, name, lambda tracker: tracker.let_in(kind, name))
     print(plain(f"{kind} {name}: has a place from now on; what it has saved so far stays in other"))
 
 
 @names.command()
 @_kind_argument
 @_name_argument
+@store_option
 @click.pass_obj
-def fold(path: str, kind: str, name: str) -> None:
+def fold(given: str | None, kind: str, name: str, store: str | None) -> None:
     """Move the totals of a name to other, in all processes that use the store. Its counters disappear."""
-    moved = _changed(path, kind, name, lambda tracker: tracker.fold(kind, name))
+    moved = _changed(store or given, kind, name, lambda tracker: tracker.fold(kind, name))
     assert moved is not None
     counters = " and ".join(f"{counter}{{{kind}={name!r}}}" for counter in _COUNTERS[kind])
     print(
@@ -82,13 +81,24 @@ def fold(path: str, kind: str, name: str) -> None:
     )
 
 
-def _changed(path: str, kind: str, name: str, change: Callable[[SavingsTracker], Totals | None]) -> Totals | None:
+def _changed(
+    store: str | None, kind: str, name: str, change: Callable[[SavingsTracker], Totals | None]
+) -> Totals | None:
+    path = _begun(store)
     with SavingsTracker(path) as tracker:
         try:
             return change(tracker)
         except ValueError as error:
             listing = f"savings-exporter names --store {shlex.quote(path)}"
             raise CommandError(f"the {kind} {name} {error}; {listing} lists the names") from None
+
+
+def _begun(store: str | None) -> str:
+    """The path of a store that holds something."""
+    path = store if store is not None else default_path()
+    if not is_begun(path):
+        raise CommandError(f"{path}: there are no savings yet")
+    return path
 
 
 def _print_tables(snapshot: Snapshot) -> None:

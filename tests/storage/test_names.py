@@ -168,7 +168,7 @@ def test_commands_beside_a_running_service(store_path: Path) -> None:
         assert listed.returncode == 0
         assert "billing" in listed.stdout
         assert "\x1b" not in listed.stdout
-        folded = run_cli("names", *store, "fold", "project", "billing")
+        folded = run_cli("names", "fold", "project", "billing", *store)
         assert folded.returncode == 0, folded.stderr
         assert "10 tokens and 1 request are in other" in folded.stdout
         assert "savings_project_tokens_saved_total" in folded.stdout
