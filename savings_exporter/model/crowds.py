@@ -1,8 +1,9 @@
 """Which names have a place of their own in the totals, and what is known of the others.
 
-A name takes a place when it has saved something, and keeps it. When the places are used up, further names count as
-``other``. The largest of these are known by a sketch of bounded size, the *space-saving* algorithm of Metwally, Agrawal
-and El Abbadi (2005): each counter has an upper bound of what its name has saved and the largest possible error.
+A name takes a place with its first record, and keeps it. Half of the places are kept for names that have saved
+something. When the places are used up, further names count as ``other``. The largest of these are known by a sketch of
+bounded size, the *space-saving* algorithm of Metwally, Agrawal and El Abbadi (2005): each counter has an upper bound of
+what its name has saved and the largest possible error.
 """
 
 from __future__ import annotations

@@ -255,8 +255,8 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         return self.lifetime.last_activity_at
 
     def plus(self, sums: Sums, limits: Limits, now: datetime) -> Ledger:
-        """This ledger with more records added. A name that has saved nothing yet, and names beyond the limits, count
-        under ``other``.
+        """This ledger with more records added. Names beyond the limits count under ``other``. Names that have saved
+        nothing yet take at most half of the places.
 
         Args:
             sums: the sums of the records.
@@ -451,6 +451,38 @@ def _gather(parts: dict[Name, Part], name: Name, part: Part) -> None:
     parts[name] = parts[name].plus(part) if name in parts else part
 
 
+class _Places:
+    """The places of a kind of names. Names that have saved nothing take at most half of them, so that made-up names
+    without savings leave the other half.
+
+    Args:
+        limit: how many places there are.
+        taken: the totals of the names that have one.
+    """
+
+    def __init__(self, limit: int, taken: Sequence[Totals]) -> None:
+        self._free = limit - len(taken)
+        self._for_unsaved = limit // 2
+        self._taken = taken
+        self._unsaved: int | None = None
+
+    def take(self, tokens: int) -> bool:
+        """Take a place for a name that has saved so many tokens. Returns whether there is one."""
+        if self._free <= 0 or (tokens <= 0 and not self._take_unsaved()):
+            return False
+        self._free -= 1
+        return True
+
+    def _take_unsaved(self) -> bool:
+        if self._unsaved is None:
+            # Counted only when it is needed, because new names without savings are rare.
+            self._unsaved = sum(tokens_of(numbers_of(totals)) <= 0 for totals in self._taken)
+        if self._unsaved >= self._for_unsaved:
+            return False
+        self._unsaved += 1
+        return True
+
+
 class _Merging:
     """Adds parts to totals by name, and finds out which names have a place."""
 
@@ -464,18 +496,19 @@ class _Merging:
         if not parts:
             return old
         crowd, merged, outside = self.crowds.get(kind, _NO_CROWD), dict(old), {}
-        free = limit - len(merged) + (OTHER in merged) + len(crowd.admitted.intersection(merged))
+        places = _Places(
+            limit, [totals for name, totals in old.items() if name != OTHER and name not in crowd.admitted]
+        )
         for name, part in parts.items():
             target = name
             if name not in merged and name != OTHER and name not in crowd.admitted:
                 tokens = tokens_of(part.numbers)
-                if name in crowd.folded or tokens <= 0:
+                if name in crowd.folded:
                     target = OTHER
-                elif free > 0:
-                    free -= 1
-                else:
+                elif not places.take(tokens):
                     target = OTHER
-                    outside[name] = tokens
+                    if tokens > 0:
+                        outside[name] = tokens
             merged[target] = merged.get(target, _NOTHING).plus(*part)
         if outside:
             self.crowds = {**self.crowds, kind: crowd.with_saved(outside)}
@@ -487,17 +520,17 @@ class _Merging:
             return old
         crowd, merged = self.crowds.get(MODEL, _NO_CROWD), dict(old)
         admitted = Counter(model for _, model in merged if model in crowd.admitted)
-        free = limit - len(merged) + (OTHER_PAIR in merged) + admitted.total()
+        places = _Places(
+            limit, [totals for pair, totals in old.items() if pair != OTHER_PAIR and pair[1] not in crowd.admitted]
+        )
         for pair, part in parts.items():
             target, model = pair, pair[1]
             if pair not in merged and pair != OTHER_PAIR:
-                if model in crowd.folded or tokens_of(part.numbers) <= 0:
+                if model in crowd.folded:
                     target = OTHER_PAIR
                 elif model in crowd.admitted and admitted[model] < _MOST_PROVIDERS:
                     admitted[model] += 1
-                elif free > 0:
-                    free -= 1
-                else:
+                elif not places.take(tokens_of(part.numbers)):
                     target = OTHER_PAIR
             merged[target] = merged.get(target, _NOTHING).plus(*part)
         return merged
