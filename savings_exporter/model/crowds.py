@@ -8,7 +8,7 @@ what its name has saved and the largest possible error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -48,26 +48,35 @@ class Crowd(msgspec.Struct, frozen=True, omit_defaults=True):
         admitted: names that have a place because an operator let them in.
         folded: names that count as ``other`` because an operator folded them.
         candidates: the largest names in ``other``.
+        unseen: the tokens that a name in ``other`` saved at most if it is not a candidate.
     """
 
     admitted: frozenset[str] = frozenset()
     folded: frozenset[str] = frozenset()
     candidates: Mapping[str, Candidate] = {}
+    unseen: int = 0
 
     def with_saved(self, saved: Mapping[str, int]) -> Crowd:
         """The crowd after names without a place have saved more tokens."""
-        candidates = dict(self.candidates)
+        candidates, unseen = dict(self.candidates), self.unseen
         for name, tokens in saved.items():
             known = candidates.get(name)
             if known is not None:
                 candidates[name] = Candidate(known.most + tokens, known.error)
-            elif len(candidates) < MOST_CANDIDATES:
-                candidates[name] = Candidate(tokens, 0)
-            else:
+                continue
+            if len(candidates) >= MOST_CANDIDATES:
                 smallest = min(candidates, key=lambda each: (candidates[each].most, each))
-                replaced = candidates.pop(smallest).most
-                candidates[name] = Candidate(replaced + tokens, replaced)
-        return msgspec.structs.replace(self, candidates=candidates) if saved else self
+                unseen = candidates.pop(smallest).most
+            candidates[name] = Candidate(unseen + tokens, unseen)
+        return msgspec.structs.replace(self, candidates=candidates, unseen=unseen) if saved else self
+
+    def without_candidates(self, names: Iterable[str]) -> Crowd:
+        """The crowd after names have taken places of their own."""
+        placed = self.candidates.keys() & set(names)
+        if not placed:
+            return self
+        candidates = {name: candidate for name, candidate in self.candidates.items() if name not in placed}
+        return msgspec.structs.replace(self, candidates=candidates)
 
     def with_place_for(self, name: str) -> Crowd:
         """The crowd after an operator let a name in.
@@ -77,7 +86,8 @@ class Crowd(msgspec.Struct, frozen=True, omit_defaults=True):
         """
         if len(self.admitted) >= MOST_ADMITTED:
             raise ValueError(f"{MOST_ADMITTED} names were let in already; fold one of them first")
-        return Crowd(self.admitted | {name}, self.folded - {name}, _without(self.candidates, name))
+        crowd = msgspec.structs.replace(self, admitted=self.admitted | {name}, folded=self.folded - {name})
+        return crowd.without_candidates([name])
 
     def without_place_for(self, name: str) -> Crowd:
         """The crowd after an operator folded a name.
@@ -87,7 +97,7 @@ class Crowd(msgspec.Struct, frozen=True, omit_defaults=True):
         """
         if len(self.folded) >= MOST_FOLDED:
             raise ValueError(f"{MOST_FOLDED} names were folded already; let one of them in first")
-        return Crowd(self.admitted - {name}, self.folded | {name}, _without(self.candidates, name))
+        return msgspec.structs.replace(self, admitted=self.admitted - {name}, folded=self.folded | {name})
 
 
 Crowds = Mapping[str, Crowd]
@@ -107,7 +117,3 @@ def tokens_of(numbers: Numbers) -> int:
     """
     _requests, saved, tools, outputs, cached, *_ = numbers
     return saved + tools + outputs + cached
-
-
-def _without(candidates: Mapping[str, Candidate], name: str) -> Mapping[str, Candidate]:
-    return {each: candidate for each, candidate in candidates.items() if each != name}

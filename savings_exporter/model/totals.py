@@ -316,7 +316,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         """
         if name in self.named(kind):
             raise ValueError("has a place already")
-        crowd = self.crowds.get(kind, Crowd()).with_place_for(name)
+        crowd = _crowd_of(self.crowds, kind, self.named(kind)).with_place_for(name)
         return msgspec.structs.replace(self, crowds={**self.crowds, kind: crowd})
 
     def folding(self, kind: str, name: str) -> Ledger:
@@ -328,7 +328,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         named = self.named(kind)
         if name not in named or name == OTHER:
             raise ValueError("has no place that could be given up")
-        crowd = self.crowds.get(kind, Crowd()).without_place_for(name)
+        crowd = _crowd_of(self.crowds, kind, named).without_place_for(name)
         changes: dict[str, Any] = {_FIELDS[kind]: _folded(named, {name}, OTHER)}
         if kind == MODEL:
             pairs = {pair for pair in self.by_provider_model if pair[1] == name}
@@ -495,7 +495,8 @@ class _Merging:
         """The totals with the parts added."""
         if not parts:
             return old
-        crowd, merged, outside = self.crowds.get(kind, _NO_CROWD), dict(old), {}
+        crowd, merged = _crowd_of(self.crowds, kind, old), dict(old)
+        outside: dict[str, int] = {}
         places = _Places(
             limit, [totals for name, totals in old.items() if name != OTHER and name not in crowd.admitted]
         )
@@ -510,8 +511,9 @@ class _Merging:
                     if tokens > 0:
                         outside[name] = tokens
             merged[target] = merged.get(target, _NOTHING).plus(*part)
-        if outside:
-            self.crowds = {**self.crowds, kind: crowd.with_saved(outside)}
+        changed = crowd.without_candidates(merged.keys() - old.keys()).with_saved(outside)
+        if changed is not crowd:
+            self.crowds = {**self.crowds, kind: changed}
         return merged
 
     def merged_pairs(self, old: Mapping[Pair, Totals], parts: Mapping[Pair, Part], limit: int) -> Mapping[Pair, Totals]:
@@ -534,6 +536,11 @@ class _Merging:
                     target = OTHER_PAIR
             merged[target] = merged.get(target, _NOTHING).plus(*part)
         return merged
+
+
+def _crowd_of(crowds: Crowds, kind: str, named: Mapping[str, Totals]) -> Crowd:
+    """What is known about the names of a kind. At first, each name can have saved all that is in ``other``."""
+    return crowds.get(kind) or Crowd(unseen=tokens_of(numbers_of(named.get(OTHER, _NOTHING))))
 
 
 def _folded(named: Mapping[Name, Totals], names: set[Name], other: Name) -> Mapping[Name, Totals]:

@@ -10,11 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from savings_exporter import SavingsRecord, SavingsTracker, StoreError
-from savings_exporter.model.crowds import MOST_CANDIDATES, Crowd
 from savings_exporter.model.days import MOST_ROWS
 from savings_exporter.model.names import OTHER
 from savings_exporter.storage.repair import inspect
@@ -84,20 +81,6 @@ def test_large_name_in_other_is_known(tracker: SavingsTracker) -> None:
     assert snapshot.ledger.outsiders("project") == []
     # Its place is beyond the limit, so no other name loses one.
     assert len(snapshot.projects) == 12
-
-
-@given(st.lists(st.tuples(st.integers(0, 120), st.integers(1, 1000)), max_size=400))
-def test_bounds_of_the_sketch_hold(stream: list[tuple[int, int]]) -> None:
-    crowd, truth = Crowd(), dict.fromkeys(map(str, range(121)), 0)
-    for number, tokens in stream:
-        crowd = crowd.with_saved({str(number): tokens})
-        truth[str(number)] += tokens
-    assert len(crowd.candidates) <= MOST_CANDIDATES
-    for name, candidate in crowd.candidates.items():
-        assert candidate.least <= truth[name] <= candidate.most
-    total = sum(truth.values())
-    large = {name for name, tokens in truth.items() if tokens > total / MOST_CANDIDATES}
-    assert large <= crowd.candidates.keys()
 
 
 def test_fold_is_exact_in_all_processes(store_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from savings_exporter.model.crowds import MOST_CANDIDATES, PROJECT, Crowd
 from savings_exporter.model.names import OTHER
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.totals import OTHER_PAIR, Ledger, Limits, total_of
@@ -59,3 +60,56 @@ def test_sums_do_not_depend_on_places(records: list[SavingsRecord], cuts: list[i
     assert total_of(ledger.by_provider_model.values()) == ledger.lifetime
     assert len(ledger.by_provider_model.keys() - {OTHER_PAIR}) <= limit
     assert ledger.lifetime == counted(Ledger(), records, now=NOW).lifetime
+
+
+# Names that save tokens, and names that an operator lets in (0 tokens).
+streams = st.lists(st.tuples(st.integers(0, 120), st.integers(0, 1000)), max_size=400)
+
+# A name drops out of the sketch, and comes back when another one was let in.
+comes_back = [(0, 5), *((number, 6) for number in range(1, MOST_CANDIDATES + 1)), (10, 0), (0, 1)]
+
+
+@given(streams)
+@example(comes_back)
+def test_bounds_of_the_sketch_hold(stream: list[tuple[int, int]]) -> None:
+    crowd, truth, total = Crowd(), {str(number): 0 for number in range(121)}, 0
+    for number, tokens in stream:
+        name = str(number)
+        if name not in truth:
+            continue
+        if tokens:
+            crowd = crowd.with_saved({name: tokens})
+            truth[name] += tokens
+            total += tokens
+        elif len(crowd.admitted) < 20:
+            crowd = crowd.with_place_for(name)
+            del truth[name]
+    assert len(crowd.candidates) <= MOST_CANDIDATES
+    for name, candidate in crowd.candidates.items():
+        assert candidate.least <= truth[name] <= candidate.most
+    for name in truth.keys() - crowd.candidates.keys():
+        assert truth[name] <= crowd.unseen
+    large = {name for name, tokens in truth.items() if tokens > total / MOST_CANDIDATES}
+    assert large <= crowd.candidates.keys()
+
+
+def test_name_that_was_in_other_before_the_sketch() -> None:
+    """The ledger of an earlier version does not say which names are in other."""
+    limits = limits_of(1)
+    earlier = Ledger(projects=counted(Ledger(), [one(project="a"), one(project="b", saved=70)], limits).projects)
+    ledger = counted(earlier, [one(project="b", saved=5)], limits)
+    candidate = ledger.crowds[PROJECT].candidates["b"]
+    assert (candidate.least, candidate.most) == (5, 75)
+
+
+def test_name_that_takes_a_free_place() -> None:
+    """A place becomes free when a name is folded. The next one to take it is no longer listed among those in other."""
+    limits = limits_of(1)
+    ledger = counted(Ledger(), [one(project="a")], limits)
+    ledger = counted(ledger, [one(project="b", saved=70)], limits)
+    assert [outsider.name for outsider in ledger.outsiders(PROJECT)] == ["b"]
+    ledger = counted(ledger.folding(PROJECT, "a"), [one(project="b", saved=5)], limits)
+    assert ledger.projects["b"].tokens_saved == 5
+    assert ledger.projects[OTHER].tokens_saved == 71
+    assert ledger.outsiders(PROJECT) == []
+    assert ledger.crowds[PROJECT].candidates == {}
