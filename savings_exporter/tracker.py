@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from opentelemetry.trace import get_current_span
 
 from savings_exporter.errors import StoreError
+from savings_exporter.model.crowds import name_in_records
 from savings_exporter.model.days import LAST_DAY, Dated
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.model.snapshot import Health, Snapshot
@@ -269,10 +270,11 @@ class SavingsTracker:
             name: the name.
 
         Raises:
-            ValueError: the name has a place, or too many names were let in.
+            ValueError: the name has a place, or too many names were let in; or there is no such kind or name.
             StoreError: the document cannot be saved.
         """
-        self._change(lambda ledger: ledger.letting_in(kind, name))
+        cleaned = name_in_records(kind, name)
+        self._change(lambda ledger: ledger.letting_in(kind, cleaned))
 
     def fold(self, kind: str, name: str) -> Totals:
         """Move a name's totals to ``other``, from now on and in all processes. Its counters disappear.
@@ -285,15 +287,15 @@ class SavingsTracker:
             What the name had saved.
 
         Raises:
-            ValueError: the name has no place, or too many names were folded.
+            ValueError: the name has no place, or too many names were folded; or there is no such kind or name.
             StoreError: the document cannot be saved.
         """
-        moved = Totals()
+        cleaned, moved = name_in_records(kind, name), Totals()
 
         def folding(ledger: Ledger) -> Ledger:
             nonlocal moved
-            moved = ledger.named(kind).get(name, moved)
-            return ledger.folding(kind, name)
+            moved = ledger.named(kind).get(cleaned, moved)
+            return ledger.folding(kind, cleaned)
 
         self._change(folding)
         return moved

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import msgspec
 
 from savings_exporter.model.figures import Numbers
+from savings_exporter.model.names import clean_name, clean_project
 
 MODEL, PROJECT, AGENT, SOURCE = "model", "project", "agent", "source"
 KINDS = (MODEL, PROJECT, AGENT, SOURCE)
@@ -109,6 +110,21 @@ class Outsider(NamedTuple):
 
     name: str
     candidate: Candidate
+
+
+def name_in_records(kind: str, name: str) -> str:
+    """A name in the form that it has in records.
+
+    Raises:
+        ValueError: there is no such kind, or nothing is left of the name.
+        TypeError: the name is not a string.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    cleaned = clean_project(name) if kind == PROJECT else clean_name(kind, name)
+    if not cleaned:
+        raise ValueError("has no character that can be printed")
+    return cleaned
 
 
 def tokens_of(numbers: Numbers) -> int:

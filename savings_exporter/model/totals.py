@@ -314,10 +314,10 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             ValueError: the name has a place, or too many names were let in.
         """
-        if name in self.named(kind):
+        crowd = _crowd_of(self.crowds, kind, self.named(kind))
+        if name in self.named(kind) or name in crowd.admitted or name == OTHER:
             raise ValueError("has a place already")
-        crowd = _crowd_of(self.crowds, kind, self.named(kind)).with_place_for(name)
-        return msgspec.structs.replace(self, crowds={**self.crowds, kind: crowd})
+        return msgspec.structs.replace(self, crowds={**self.crowds, kind: crowd.with_place_for(name)})
 
     def folding(self, kind: str, name: str) -> Ledger:
         """This ledger with a name's totals moved to ``other``. The sums stay the same.
@@ -326,9 +326,10 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
             ValueError: the name has no place, or too many names were folded.
         """
         named = self.named(kind)
-        if name not in named or name == OTHER:
+        crowd = _crowd_of(self.crowds, kind, named)
+        if name == OTHER or (name not in named and name not in crowd.admitted):
             raise ValueError("has no place that could be given up")
-        crowd = _crowd_of(self.crowds, kind, named).without_place_for(name)
+        crowd = crowd.without_place_for(name)
         changes: dict[str, Any] = {_FIELDS[kind]: _folded(named, {name}, OTHER)}
         if kind == MODEL:
             pairs = {pair for pair in self.by_provider_model if pair[1] == name}
@@ -545,8 +546,11 @@ def _crowd_of(crowds: Crowds, kind: str, named: Mapping[str, Totals]) -> Crowd:
 
 def _folded(named: Mapping[Name, Totals], names: set[Name], other: Name) -> Mapping[Name, Totals]:
     """The totals with those of some names moved to ``other``."""
-    moved = total_of(named[name] for name in names)
-    kept = {name: totals for name, totals in named.items() if name not in names}
+    moving = names & named.keys()
+    if not moving:
+        return named
+    moved = total_of(named[name] for name in moving)
+    kept = {name: totals for name, totals in named.items() if name not in moving}
     return {**kept, other: kept.get(other, _NOTHING) + moved}
 
 

@@ -158,6 +158,31 @@ def test_name_that_cannot_be_folded(tracker: SavingsTracker, kind: str, name: st
     assert tracker.health().healthy
 
 
+def test_name_that_was_let_in_by_mistake(tracker: SavingsTracker) -> None:
+    record(tracker, "p", 1)
+    tracker.let_in("project", "typo")
+    with pytest.raises(ValueError, match="has a place"):
+        tracker.let_in("project", "typo")
+    assert tracker.fold("project", "typo").requests == 0
+    snapshot = tracker.snapshot()
+    assert snapshot.ledger.crowds["project"].admitted == frozenset()
+    assert snapshot.projects.keys() == {"p"}
+
+
+def test_names_are_cleaned_as_in_records(tracker: SavingsTracker) -> None:
+    name = "\x1b%41" + "x" * 5000
+    tracker.let_in("project", name)
+    record(tracker, name, 1)
+    (admitted,) = tracker.snapshot().ledger.crowds["project"].admitted
+    assert admitted.startswith("Axxx")
+    assert len(admitted) <= 128
+    assert admitted in tracker.snapshot().projects
+    assert tracker.fold("project", name).tokens_saved == 1
+    for kind, wrong, says in (("project", "\x1b", "printed"), ("agent", OTHER, "has a place"), ("agents", "a", "kind")):
+        with pytest.raises(ValueError, match=says):
+            tracker.let_in(kind, wrong)
+
+
 def test_commands_beside_a_running_service(store_path: Path) -> None:
     store = ("--store", str(store_path))
     with running("serve", *store) as service:
