@@ -439,6 +439,13 @@ MUTANTS = [
         f"{RULES}::test_both_names_at_close",
     ),
     mutant(
+        "A change of names gives the document both names",
+        "storage/store.py",
+        "self._checkpoint(operation, changed, both=True)",
+        "self._checkpoint(operation, changed)",
+        "tests/storage/test_names.py::test_fold_survives_a_damaged_document",
+    ),
+    mutant(
         "The document is replaced before the previous one",
         "storage/atomic_file.py",
         "                self._fs.replace(written[-1], self.path)\n                if both:\n",

@@ -46,11 +46,13 @@ def save(
     operation: Operation,
     *,
     closing: bool = False,
+    both: bool = False,
 ) -> View:
     """Save the document with everything that is durable now, and remove the segments that are no longer needed.
 
     The steps of the save are recorded in ``operation``. With ``closing``, this process has ended its journal. The
     document is then written under both names, so that all segments of this writer and of dead writers can be removed.
+    With ``both``, it is too: what is only in the document and in no journal then survives damage to one of the files.
 
     Raises:
         OSError: the save failed, or its outcome is unknown; no segment was removed. ESTALE: another program replaced
@@ -73,7 +75,7 @@ def save(
     document = _next_document(reader, view, gone, dead, own)
     data = encode(document)
     operation.sequence, operation.size = document.ledger.records, len(data)
-    both = closing or view.identity is None or not view.is_whole
+    both = closing or view.identity is None or not view.is_whole or both
     if view.identity is not None and not view.is_whole:
         _keep_damaged(reader, observer)
     identity = file.save(data, operation, both=both)

@@ -254,7 +254,7 @@ class Store:
                 self._agree_on_store()
                 view = self.reader.refresh(self.view)
                 changed = msgspec.structs.replace(view, ledger=change(view.ledger))
-                self._checkpoint(operation, changed, closing=False)
+                self._checkpoint(operation, changed, both=True)
             finally:
                 self._let_go()
 
@@ -263,7 +263,7 @@ class Store:
         with self._reading, suppress(OSError, StoreError):
             found = self.reader.with_document(self.view)
             if self._holds_all(found):
-                self.view = found
+                self._publish(found)
             return found.document.saved_at
         return None
 
@@ -366,11 +366,11 @@ class Store:
             self.refresh()
         return self._others
 
-    def _checkpoint(self, operation: Operation, view: View, *, closing: bool) -> None:
+    def _checkpoint(self, operation: Operation, view: View, *, closing: bool = False, both: bool = False) -> None:
         if not self.view.document.is_ours:
             # From here on, another program may read a document of ours and write its own document from it.
             self._lock.write(self.view.store, is_saved=self._lock.content().is_saved, is_begun=True)
-        view = checkpoint.save(self.reader, self._file(), view, self._observer, operation, closing=closing)
+        view = checkpoint.save(self.reader, self._file(), view, self._observer, operation, closing=closing, both=both)
         with self._reading, suppress(OSError, StoreError):
             self._publish(self.reader.follow(view))
         with suppress(OSError):

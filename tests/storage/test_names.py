@@ -6,14 +6,18 @@ import errno
 import json
 import logging
 import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from savings_exporter import SavingsRecord, SavingsTracker, StoreError
 from savings_exporter.model.days import MOST_ROWS
 from savings_exporter.model.names import OTHER
+from savings_exporter.storage.filesystem import FileSystem
 from savings_exporter.storage.repair import inspect
 from savings_exporter.watched import WatchedFile
 from tests.support.faults import FaultyFileSystem
@@ -83,6 +87,7 @@ def test_large_name_in_other_is_known(tracker: SavingsTracker) -> None:
     assert len(snapshot.projects) == 12
 
 
+@pytest.mark.slow
 def test_fold_is_exact_in_all_processes(store_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     context = multiprocessing.get_context("spawn")
     begin, done = context.Barrier(2), context.Barrier(2)
@@ -146,6 +151,90 @@ def test_fold_that_fails_changes_nothing(store_path: Path, faults: FaultyFileSys
         assert tracker.snapshot().projects.keys() == {OTHER}
 
 
+@pytest.mark.parametrize("names", [1, 2], ids=["document", "document and journals"])
+def test_fold_survives_a_damaged_document(store_path: Path, names: int) -> None:
+    """No journal holds the change, so both documents have to."""
+    with SavingsTracker(store_path, save_interval=3600) as tracker:
+        record(tracker, "gone", 10)
+        assert tracker.save()
+        tracker.let_in("agent", "later")
+        tracker.fold("project", "gone")
+        for _ in range(names - 1):
+            record(tracker, "gone", 5)
+        store_path.write_bytes(b"damaged")
+        with SavingsTracker(store_path) as another:
+            snapshot = another.snapshot()
+            assert snapshot.projects.keys() == {OTHER}
+            assert snapshot.projects[OTHER].tokens_saved == 5 + 5 * names
+            assert snapshot.ledger.crowds["agent"].admitted == {"later"}
+
+
+class KillingFileSystem(FileSystem):
+    """Kills the process at one of the calls that change something, once ``left`` is set."""
+
+    left = -1
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _CHANGES and self.left >= 0:
+            if not self.left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.left -= 1
+        return super().__getattribute__(name)
+
+
+_CHANGES = {"create", "write_all", "write_at", "write_new", "fsync_file", "fsync_path", "fsync_directory", "sync_data"}
+_CHANGES |= {"replace", "link", "rename", "unlink", "discard", "keep_copy"}
+
+
+def fold_until_killed(path: Path, calls: int) -> bool:
+    """Fold a name in a process of its own, which is killed at a call. Returns whether it was killed."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            filesystem = KillingFileSystem()
+            command = SavingsTracker(path, save_interval=3600, filesystem=filesystem)
+            filesystem.left = calls
+            command.fold("project", "gone")
+            status = 0
+        finally:
+            os._exit(status)
+    exitcode = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert exitcode in (0, -signal.SIGKILL)
+    return exitcode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.needs("linux")
+def test_killed_at_each_call_of_a_fold(store_path: Path) -> None:
+    """The name is folded or not, no token is lost or counted twice, and the fold can be made again."""
+    folded: list[bool] = []
+    while True:
+        path = store_path.with_name(f"{len(folded)}.json")
+        with SavingsTracker(path, save_interval=3600) as tracker:
+            record(tracker, "gone", 10)
+            assert tracker.save()
+            record(tracker, "gone", 7)
+            if not fold_until_killed(path, len(folded)):
+                break
+            record(tracker, "gone", 3)
+            projects = tracker.snapshot().projects
+            folded.append("gone" not in projects)
+            assert projects[OTHER if folded[-1] else "gone"].tokens_saved == 20
+            assert len(projects) == 1
+            if not folded[-1]:
+                tracker.fold("project", "gone")
+        with SavingsTracker(path) as again:
+            record(again, "gone", 4)
+            projects = again.snapshot().projects
+            assert projects.keys() == {OTHER}
+            assert projects[OTHER].tokens_saved == 24
+        assert inspect(str(path)).problems == ()
+    # Before the document is replaced, and after it.
+    assert folded == sorted(folded)
+    assert set(folded) == {False, True}
+
+
 @pytest.mark.parametrize(("kind", "name"), [("project", "nothing"), ("project", OTHER), ("model", "p")])
 def test_name_that_cannot_be_folded(tracker: SavingsTracker, kind: str, name: str) -> None:
     record(tracker, "p", 1)
@@ -183,6 +272,7 @@ def test_names_are_cleaned_as_in_records(tracker: SavingsTracker) -> None:
             tracker.let_in(kind, wrong)
 
 
+@pytest.mark.slow
 def test_commands_beside_a_running_service(store_path: Path) -> None:
     store = ("--store", str(store_path))
     with running("serve", *store) as service:
@@ -212,6 +302,7 @@ def test_commands_beside_a_running_service(store_path: Path) -> None:
     assert WatchedFile(store_path).snapshot().lifetime.tokens_saved == 28
 
 
+@pytest.mark.slow
 def test_page_and_show_tell_what_is_in_other(store_path: Path) -> None:
     with SavingsTracker(store_path, max_projects=1) as tracker:
         record(tracker, "small", 1)
