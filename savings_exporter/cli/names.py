@@ -103,20 +103,20 @@ def _begun(store: str | None) -> str:
 
 def _print_tables(snapshot: Snapshot) -> None:
     console = stdout_console()
-    for kind in KINDS:
-        named, crowd = snapshot.ledger.named(kind), snapshot.ledger.crowds.get(kind, Crowd())
+    for kind, named in views.breakdowns(snapshot):
+        crowd = snapshot.ledger.crowds.get(kind, Crowd())
         shown = table(kind, "tokens saved", "requests")
         shown.add_column("")
-        for name, totals in views.ranked(named.items()):
+        for name, totals in named:
             note = "let in" if name in crowd.admitted else ""
             shown.add_row(*map(Text, (name, f"{totals.tokens_saved:,}", f"{totals.requests:,}", note)))
-        for name in sorted(crowd.admitted - named.keys()):
+        for name in sorted(crowd.admitted - dict(named).keys()):
             shown.add_row(*map(Text, (name, "0", "0", "let in")))
         for name in sorted(crowd.folded):
             shown.add_row(*map(Text, (name, views.UNKNOWN_FIGURE, views.UNKNOWN_FIGURE, "folded")))
         if shown.row_count:
             console.print(shown)
-            for line in views.outsiders(snapshot, kind):
+            for line in views.outsiders(snapshot, kind) if kind in KINDS else ():
                 console.print(Text(line))
             console.print()
     sys.stdout.flush()

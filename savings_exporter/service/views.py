@@ -58,9 +58,8 @@ def as_rows(snapshot: Snapshot) -> Iterator[dict[str, Any]]:
 
 def breakdowns(snapshot: Snapshot) -> Iterator[tuple[str, list[tuple[str, Totals]]]]:
     """What the totals are broken down by, and how."""
-    pairs = ((f"{provider}/{model}", totals) for (provider, model), totals in snapshot.by_provider_model.items())
     yield "model", ranked(snapshot.by_model.items())
-    yield "provider/model", ranked(pairs)
+    yield "provider/model", ranked_pairs(snapshot)
     yield "project", ranked(snapshot.projects.items())
     yield "agent", ranked(snapshot.agents.items())
     yield "source", ranked(snapshot.sources.items())
@@ -74,8 +73,9 @@ def outsiders(snapshot: Snapshot, kind: str) -> Iterator[str]:
 
 
 def names_as_json(snapshot: Snapshot) -> dict[str, Any]:
-    """The names of each kind, ready for any JSON encoder."""
-    return {kind: _names_of(snapshot, kind) for kind in KINDS}
+    """The names of each kind, and the pairs of provider and model, ready for any JSON encoder."""
+    pairs = {"named": {name: figures(totals) for name, totals in ranked_pairs(snapshot)}}
+    return {**{kind: _names_of(snapshot, kind) for kind in KINDS}, "provider/model": pairs}
 
 
 def _names_of(snapshot: Snapshot, kind: str) -> dict[str, Any]:
@@ -94,6 +94,12 @@ def _names_of(snapshot: Snapshot, kind: str) -> dict[str, Any]:
 def ranked(group: Iterable[tuple[str, Totals]]) -> list[tuple[str, Totals]]:
     """Names with their totals, the one that saved most first."""
     return sorted(group, key=lambda item: (-item[1].tokens_saved, item[0]))
+
+
+def ranked_pairs(snapshot: Snapshot) -> list[tuple[str, Totals]]:
+    """The pairs of provider and model with their totals, the one that saved most first."""
+    pairs = snapshot.by_provider_model.items()
+    return ranked((f"{provider}/{model}", totals) for (provider, model), totals in pairs)
 
 
 def bar(value: int, largest: int, width: int) -> str:

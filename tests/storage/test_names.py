@@ -281,6 +281,7 @@ def test_commands_beside_a_running_service(store_path: Path) -> None:
         listed = run_cli("names", *store)
         assert listed.returncode == 0
         assert "billing" in listed.stdout
+        assert "unknown/m" in listed.stdout
         assert "\x1b" not in listed.stdout
         folded = run_cli("names", "fold", "project", "billing", *store)
         assert folded.returncode == 0, folded.stderr
@@ -299,6 +300,7 @@ def test_commands_beside_a_running_service(store_path: Path) -> None:
         assert "has no place" in again.stderr
         content = json.loads(run_cli("names", *store, "--json").stdout)
         assert content["project"]["let_in"] == ["billing"]
+        assert content["provider/model"]["named"]["unknown/m"]["tokens_saved"] == 28
     assert WatchedFile(store_path).snapshot().lifetime.tokens_saved == 28
 
 
