@@ -41,9 +41,12 @@ def test_names_without_savings_leave_places(tracker: SavingsTracker, store_path:
     tracker.close()
     with SavingsTracker(store_path, max_projects=10, max_models=10) as again:
         record(again, "engine", 50)
+        with SavingsTracker(store_path, max_projects=10, max_models=10) as another:
+            record(another, "engine", 7)
+            assert another.snapshot().projects["engine"].tokens_saved == 57
         snapshot = again.snapshot()
     real = {name: totals.tokens_saved for name, totals in snapshot.projects.items() if totals.tokens_saved}
-    assert real == {"billing": 100, "engine": 50}
+    assert real == {"billing": 100, "engine": 57}
     assert snapshot.projects[OTHER].requests == 195
     assert len(snapshot.projects.keys() - {OTHER}) == 5 + 2
     assert {"model billing", "model engine"} <= snapshot.by_model.keys()
