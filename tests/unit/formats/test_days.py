@@ -67,7 +67,7 @@ def test_oldest_days_are_dropped(some: list[DayRow], number: int) -> None:
 def test_names_of_a_day_are_bounded() -> None:
     """What exceeds the bound counts as other, and a name that has a row keeps it."""
     numbered = [
-        DayRow("2026-01-31", Names("p", f"m{n}", "x", None, "s"), (1, *ZERO[1:])) for n in (*range(500), 0, 1000)
+        DayRow("2026-01-31", Names("p", f"m{n}", "x", None, "s"), (1, 7, *ZERO[2:])) for n in (*range(500), 0, 1000)
     ]
     day = with_rows(with_rows({}, numbered[:500]), numbered[500:])["2026-01-31"]
     assert len(day) == 201
