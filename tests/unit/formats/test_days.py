@@ -20,7 +20,7 @@ from savings_exporter.formats.days import (
     encode_open,
     total,
 )
-from savings_exporter.model.days import DayRow, Days, Names, rows_of, with_rows
+from savings_exporter.model.days import MOST_ROWS, DayRow, Days, Names, rows_of, with_rows
 from savings_exporter.model.figures import ZERO, added
 
 STORE = "0123456789abcdef"
@@ -64,19 +64,21 @@ def test_oldest_days_are_dropped(some: list[DayRow], number: int) -> None:
     assert sorted(kept.lines) == sorted(closed.lines)[max(len(closed.lines) - number, 0) :]
 
 
-def test_names_of_a_day_are_bounded() -> None:
+@pytest.mark.parametrize(("tokens", "places"), [(1, MOST_ROWS), (0, MOST_ROWS // 2)], ids=["saved", "not saved"])
+def test_names_of_a_day_are_bounded(tokens: int, places: int) -> None:
     """What exceeds the bound counts as other, and a name that has a row keeps it."""
     numbered = [
-        DayRow("2026-01-31", Names("p", f"m{n}", "x", None, "s"), (1, 7, *ZERO[2:])) for n in (*range(500), 0, 1000)
+        DayRow("2026-01-31", Names("p", f"m{n}", "x", None, "s"), (1, tokens, *ZERO[2:]))
+        for n in (*range(500), 0, 1000)
     ]
     day = with_rows(with_rows({}, numbered[:500]), numbered[500:])["2026-01-31"]
-    assert len(day) == 201
+    assert len(day) == places + 1
     assert day[Names("p", "m0", "x", None, "s")][0] == 2
-    assert day[Names("other", "other", "other", None, "other")][0] == 301
+    assert day[Names("other", "other", "other", None, "other")][0] == 501 - places
     assert sum(row[0] for row in day.values()) == 502
     # Also where they are added to a day that is closed.
     closed = closed_of(with_rows({}, numbered[:150])).with_days(with_rows({}, numbered[150:]))
-    assert len(closed.day("2026-01-31")) == 201
+    assert len(closed.day("2026-01-31")) == places + 1
     assert closed.sum()[0] == 502
 
 
