@@ -73,6 +73,8 @@ class Following:
         pause = _PAUSE_SECONDS
         while not self._ended.is_set():
             try:
+                # Before the import begins, so that a source that cannot be imported is shown, too.
+                self._search()
                 with self._tracker.importing() as importer:
                     self._problem, pause = "", _PAUSE_SECONDS
                     self._follow(importer)
@@ -91,14 +93,19 @@ class Following:
         while not self._ended.is_set():
             if time.monotonic() - searched_at >= _SEARCH_SECONDS:
                 searched_at = time.monotonic()
-                for source in self._find():
-                    if source.name not in imports:
-                        logger.info("%s: following it as %s", source.path, source.kind)
-                        imports[source.name] = Importing(importer, source, self._ended.is_set)
-                        self._statuses = {**self._statuses, source.name: Status(source)}
+                self._search()
+                for name, status in self._statuses.items():
+                    if name not in imports:
+                        imports[name] = Importing(importer, status.source, self._ended.is_set)
             for name, importing in imports.items():
                 self._import(name, importing)
             self._ended.wait(_PAUSE_SECONDS)
+
+    def _search(self) -> None:
+        for source in self._find():
+            if source.name not in self._statuses:
+                logger.info("%s: following it as %s", source.path, source.kind)
+                self._statuses = {**self._statuses, source.name: Status(source)}
 
     def _import(self, name: str, importing: Importing) -> None:
         problem = ""

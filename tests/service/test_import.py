@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from savings_exporter import SavingsTracker
 from savings_exporter.storage.repair import is_begun
 from savings_exporter.watched import WatchedFile
 from tests.support.headroom_files import HeadroomFiles
@@ -138,3 +139,28 @@ def test_watch_follows_and_refuses_another_importer(store_path: Path, tmp_path: 
         process.communicate()
     assert run_cli("import", str(DOCUMENT), *store).returncode == 0
     assert saved(store_path) == 3000 + SAVED
+
+
+def test_source_that_cannot_be_imported_is_shown(store_path: Path, tmp_path: Path) -> None:
+    files = HeadroomFiles(tmp_path)
+    for _ in range(25):
+        files.request(100)
+    environment = {"HEADROOM_WORKSPACE_DIR": str(files.directory), "RTK_DB_PATH": "/nowhere"}
+    readable = 'savings_source_readable{source="headroom"}'
+    arguments = ("serve", "--discover", "--store", str(store_path))
+    with (
+        SavingsTracker(store_path) as tracker,
+        tracker.importing(),
+        running(*arguments, env=environment) as service,
+    ):
+        eventually(lambda: service.metrics().get(readable) == 0, "the problem")
+        assert saved(store_path) == 0
+    with running(*arguments, env=environment) as service:
+        eventually(lambda: service.metrics().get(readable) == 1 and saved(store_path) == 2500, "the savings")
+        files.document.write_text("{")
+        eventually(lambda: service.metrics()[readable] == 0, "the damage")
+        files.flush()
+        eventually(lambda: service.metrics()[readable] == 1, "the end of the damage")
+        status, _, err = service.stop()
+        assert status == 0
+        assert err.count("is not JSON") == 1
