@@ -246,7 +246,7 @@ class Reader:
 
 def test_damaged_and_implausible_lines_are_named(tmp_path: Path, store_path: Path) -> None:
     ledger = tmp_path / "events.jsonl"
-    good = '{"v":2,"ts":"2026-11-01T00:00:00.5+00:00","before":100,"after":60,"saved":40,"cost_usd":0.5,"model":"m"}'
+    good = '{"v":2,"ts":"2026-11-01T00:00:00.500000+00:00","before":100,"after":60,"saved":40,"cost_usd":0.5,"model":"m"}'
     lines = [
         good,
         "{",
@@ -279,7 +279,7 @@ def test_damaged_and_implausible_lines_are_named(tmp_path: Path, store_path: Pat
 
 def test_deeply_nested_line_is_damaged(tmp_path: Path, store_path: Path) -> None:
     ledger = tmp_path / "events.jsonl"
-    good = '{"ts":"2026-11-01T00:00:00.5+00:00","before":100,"after":60,"saved":40,"model":"m"'
+    good = '{"ts":"2026-11-01T00:00:00.500000+00:00","before":100,"after":60,"saved":40,"model":"m"'
     ledger.write_text(good + "}\n" + good + ',"x":' + "[" * 100_000 + "\n" + good + "}\n")
     with SavingsTracker(store_path) as tracker:
         assert imported(tracker, HeadroomLedger(str(ledger))).rejected == {DAMAGED: 1}

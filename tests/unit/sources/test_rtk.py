@@ -129,7 +129,7 @@ def test_older_copy_comes_back(history: Rtk, tracker: SavingsTracker) -> None:
 def test_more_rows_than_a_step_has(history: Rtk, tracker: SavingsTracker) -> None:
     with closing(sqlite3.connect(history.path)) as db:
         for number in range(5000):
-            db.execute(INSERT, (f"2026-11-01T{number // 250:02}:00:00.5+00:00", 1000 + number % 7, 100, 900, ""))
+            db.execute(INSERT, (f"2026-11-01T{number // 250:02}:00:00.500+00:00", 1000 + number % 7, 100, 900, ""))
         db.commit()
     source = RtkDatabase(str(history.path))
     steps = list(source.steps(None, is_complete=True))
