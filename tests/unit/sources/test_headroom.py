@@ -246,7 +246,9 @@ class Reader:
 
 def test_damaged_and_implausible_lines_are_named(tmp_path: Path, store_path: Path) -> None:
     ledger = tmp_path / "events.jsonl"
-    good = '{"v":2,"ts":"2026-11-01T00:00:00.500000+00:00","before":100,"after":60,"saved":40,"cost_usd":0.5,"model":"m"}'
+    good = (
+        '{"v":2,"ts":"2026-11-01T00:00:00.500000+00:00","before":100,"after":60,"saved":40,"cost_usd":0.5,"model":"m"}'
+    )
     lines = [
         good,
         "{",
