@@ -100,7 +100,7 @@ class Writers:
         if number % 150 == 0:
             # Rows vanish once they are imported: RTK keeps 90 days.
             self._ended.wait(3)
-            self.rtk.change("DELETE FROM commands WHERE id <= (SELECT max(id) FROM commands) - 100")
+            self.rtk.change("DELETE FROM commands WHERE id <= (SELECT max(id) FROM commands) - 400")
         if number % 200 == 0:
             good = self.rtk.path.with_suffix(".good")
             shutil.copy(self.rtk.path, good)
