@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from savings_exporter.sources import rtk
 from savings_exporter.sources.headroom import DOCUMENT_NAME, LEDGER_NAME, Headroom, HeadroomLedger
 from savings_exporter.sources.rtk import MOST_INPUT_TOKENS, RtkDatabase
 from savings_exporter.sources.source import Source, SourceError
+from savings_exporter.sources.table import JSON_LINES_SUFFIXES
 from savings_exporter.storage.filesystem import LOCAL
 
 _FIRST_BYTES = 4096
@@ -49,13 +52,22 @@ def source_of(path: str, *, most_rtk_tokens: int = MOST_INPUT_TOKENS) -> Source:
     if start.startswith(_SQLITE):
         return RtkDatabase(path, most_rtk_tokens)
     directory = os.path.dirname(path)
-    if start.lstrip().startswith(b"{") and b'"saved"' in start.partition(b"\n")[0]:
+    if _is_ledger(start.partition(b"\n")[0]):
         document = os.path.join(directory, DOCUMENT_NAME)
         is_beside = os.path.basename(path) == LEDGER_NAME and os.path.isfile(document)
         return Headroom(document, path) if is_beside else HeadroomLedger(path)
-    if start.lstrip().startswith(b"{"):
+    if start.lstrip().startswith(b"{") and not path.lower().endswith(JSON_LINES_SUFFIXES[:2]):
         return Headroom(path)
     raise SourceError(f"{path}: is not a file that is known; name its columns with --map", path=path)
+
+
+def _is_ledger(line: bytes) -> bool:
+    """Whether a first line is one of Headroom's ledger."""
+    try:
+        event = msgspec.json.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return isinstance(event, dict) and event.keys() >= {"ts", "before", "after", "saved"}
 
 
 def _headroom_paths(environ: Mapping[str, str]) -> tuple[str, str]:

@@ -9,7 +9,7 @@ names, as far as they go. What is left belongs to a model, or to no known model.
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import msgspec
 from savings_exporter.errors import CorruptStoreError
 from savings_exporter.formats import headroom
 from savings_exporter.formats.headroom import BLOCK, SCHEMA_VERSION
-from savings_exporter.model.figures import AMOUNTS, COUNTS, ZERO, Numbers, Totals, added, iso_utc, numbers_of
+from savings_exporter.model.figures import AMOUNTS, COUNTS, ZERO, Numbers, Totals, added, iso_utc, numbers_of, units_of
 from savings_exporter.model.history import POINT_KEYS
 from savings_exporter.model.jsontext import any_json
 from savings_exporter.model.names import UNKNOWN, clean_name
@@ -165,7 +165,9 @@ def read(path: str, data: bytes) -> Version:
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: is not JSON: {error}", path=path) from None
     if not isinstance(raw, dict) or not {"lifetime", "history"} & raw.keys():
-        raise SourceError(f"{path}: holds no savings of Headroom", path=path)
+        raise SourceError(
+            f"{path}: holds no savings of Headroom; name the columns of another program's file with --map", path=path
+        )
     if BLOCK in raw:
         raise SourceError(
             f"{path}: is a store of savings-exporter; use it with --store, and do not import it", path=path
@@ -204,7 +206,7 @@ def change_of(seen: Seen | None, version: Version, counted: Iterable[Event], now
         name: _difference(numbers_of(totals), _long(base.models.get(name, [])))
         for name, totals in version.ledger.by_model.items()
     }
-    splitting = _Splitting(left, models, _without_prices(version.ledger))
+    splitting = _Splitting(left, models, _without_prices(version))
     waiting: defaultdict[tuple[str, int, int], list[Event]] = defaultdict(list)
     for event in counted:
         waiting[event.kind].append(event)
@@ -413,10 +415,16 @@ def _row(
     )
 
 
-def _without_prices(ledger: Ledger) -> frozenset[str]:
+def _without_prices(version: Version) -> frozenset[str]:
     """The models whose savings have no amount."""
-    unpriced = {name for name, totals in ledger.by_model.items() if not totals.compression_savings_usd}
-    return frozenset(unpriced if ledger.lifetime.compression_savings_usd else {*unpriced, UNKNOWN})
+    amounts: Counter[str] = Counter()
+    for point in version.points:
+        amounts[_model(point.model)] += point.change[_USD]
+    for name, totals in version.ledger.by_model.items():
+        amounts[name] = units_of(totals.compression_savings_usd)
+    unpriced = {name for name, amount in amounts.items() if not amount}
+    is_unknown = not version.ledger.lifetime.compression_savings_usd
+    return frozenset({*unpriced, UNKNOWN} if is_unknown else unpriced - {UNKNOWN})
 
 
 def _points(ledger: Ledger) -> list[Point]:

@@ -201,14 +201,17 @@ class _Reading:
 
     def _found(self, place: Place) -> Place | None:
         """The place after the last lines that were read, after the other program has moved them; None without them."""
-        offset = lines = 0
+        offset = lines = seen = 0
         latest: deque[bytes] = deque(maxlen=len(place.tail))
         while data := self._read(offset)[0]:
             for line in _lines(data[: data.rfind(b"\n") + 1 or len(data)]):
                 offset += len(line)
                 lines += line.endswith(b"\n")
+                seen += 1
                 latest.append(line)
-                if _is_tail(latest, place):
+                # The first line can be a header, which stays when the lines below it are removed.
+                has_first = seen == len(latest)
+                if _is_tail(latest, place) or (has_first and _is_tail(tuple(latest)[1:], place)):
                     tail = place.tail[-len(latest) :]
                     return Place(inode=self._inode, offset=offset, lines=lines, tail=tail)
         return None

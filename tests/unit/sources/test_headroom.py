@@ -343,3 +343,19 @@ def test_half_migrated_document(tmp_path: Path, store_path: Path) -> None:
         assert snapshot.lifetime.requests == files.requests == 75
         assert snapshot.by_model["a"].tokens_saved == before.by_model["a"].tokens_saved + 250
         assert snapshot.projects["p"].tokens_saved == files.saved
+
+
+def test_other_lines_are_no_ledger(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"ts":"2026-11-01T00:00:00Z","usage":{"saved":100},"model":"gpt-5"}\n')
+    with pytest.raises(SourceError, match="--map"):
+        source_of(str(log))
+
+
+def test_models_without_amounts_are_unpriced(store_path: Path) -> None:
+    with SavingsTracker(store_path) as tracker:
+        imported(tracker, Headroom(str(DATA / "headroom" / "v3" / "proxy_savings.json")))
+        snapshot = tracker.snapshot()
+    assert snapshot.by_model["claude-opus-4-1"].savings_usd is None
+    assert snapshot.by_model["claude-opus-4-1"].unpriced_requests
+    assert snapshot.lifetime.unpriced_requests

@@ -401,3 +401,17 @@ def test_any_csv_written_in_parts(
     assert savings(steps) == sum(tokens for _, tokens in rows)
     assert sum(row.requests for step in steps for row in step.rows) == len(rows)
     assert not problems(steps)
+
+
+@pytest.mark.parametrize(("rows", "removed"), [(4, 1), (6, 1), (8, 1), (9, 1), (9, 2), (10, 4), (100, 95)])
+def test_removed_lines_below_the_header(rows: int, removed: int, table: Path, tracker: SavingsTracker) -> None:
+    lines = [line(number) for number in range(1, rows + 1)]
+    table.write_text(HEADER + "".join(lines))
+    imported(tracker, Table(str(table), FIELDS))
+    table.write_text(HEADER + "".join(lines[removed:]))
+    imported(tracker, Table(str(table), FIELDS))
+    assert saved(tracker) == sum(range(1, rows + 1))
+    with table.open("a") as file:
+        file.write(line(1000))
+    imported(tracker, Table(str(table), FIELDS))
+    assert saved(tracker) == sum(range(1, rows + 1)) + 1000
