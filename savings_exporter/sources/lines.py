@@ -192,6 +192,8 @@ class _Reading:
 
     def _ends_with(self, place: Place) -> bool:
         size = sum(length for length, _ in place.tail)
+        if size > place.offset:
+            return False
         data, position = LOCAL.read_at(self._descriptor, size, place.offset - size), 0
         for length, digest in place.tail:
             if _digest(data[position : position + length]) != digest:
@@ -210,10 +212,10 @@ class _Reading:
                 seen += 1
                 latest.append(line)
                 # The first line can be a header, which stays when the lines below it are removed.
-                has_first = seen == len(latest)
-                if _is_tail(latest, place) or (has_first and _is_tail(tuple(latest)[1:], place)):
-                    tail = place.tail[-len(latest) :]
-                    return Place(inode=self._inode, offset=offset, lines=lines, tail=tail)
+                below = tuple(latest)[1:] if seen == len(latest) else ()
+                for found in (tuple(latest), below):
+                    if _is_tail(found, place):
+                        return Place(inode=self._inode, offset=offset, lines=lines, tail=place.tail[-len(found) :])
         return None
 
 
