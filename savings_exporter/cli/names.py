@@ -14,7 +14,7 @@ from savings_exporter.cli.options import json_option, store_option
 from savings_exporter.cli.output import print_json
 from savings_exporter.cli.tables import stdout_console, table
 from savings_exporter.cli.text import plain
-from savings_exporter.model.crowds import KINDS, Crowd
+from savings_exporter.model.crowds import KINDS, MOST_CANDIDATES, Crowd
 from savings_exporter.model.snapshot import Snapshot
 from savings_exporter.model.totals import Totals
 from savings_exporter.service import logs, views
@@ -116,7 +116,7 @@ def _print_tables(snapshot: Snapshot) -> None:
             shown.add_row(*map(Text, (name, views.UNKNOWN_FIGURE, views.UNKNOWN_FIGURE, "folded")))
         if shown.row_count:
             console.print(shown)
-            for line in views.outsiders(snapshot, kind) if kind in KINDS else ():
+            for line in views.outsiders(snapshot, kind, MOST_CANDIDATES) if kind in KINDS else ():
                 console.print(Text(line))
             console.print()
     sys.stdout.flush()

@@ -87,7 +87,8 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
             f"{lifetime.tool_tokens_saved:,} more by deferred tool schemas. "
             f"Share of the input: {views.percent(lifetime.savings_percent)}. "
             f"US dollars saved: {views.dollars_saved(lifetime.savings_usd, lifetime.unpriced_requests)}"
-        )
+        ),
+        soft_wrap=True,
     )
     newest = snapshot.last_record_at
     last = views.moment_and_age(newest, snapshot.read_at) if newest else views.UNKNOWN_FIGURE

@@ -65,11 +65,14 @@ def breakdowns(snapshot: Snapshot) -> Iterator[tuple[str, list[tuple[str, Totals
     yield "source", ranked(snapshot.sources.items())
 
 
-def outsiders(snapshot: Snapshot, kind: str) -> Iterator[str]:
-    """What is known of the largest names in ``other``, as people read it."""
-    for name, candidate in snapshot.ledger.outsiders(kind):
+def outsiders(snapshot: Snapshot, kind: str, most: int = 3) -> Iterator[str]:
+    """What is known of the ``most`` largest names in ``other``, as people read it."""
+    found = snapshot.ledger.outsiders(kind)
+    for name, candidate in found[:most]:
         amount = f"{candidate.least:,}" if not candidate.error else f"{candidate.least:,} to {candidate.most:,}"
         yield f"in other: {name}, which has saved {amount} tokens, more than another {kind} with a place"
+    if len(found) > most:
+        yield f"and {len(found) - most} more names in other; savings-exporter names lists them"
 
 
 def names_as_json(snapshot: Snapshot) -> dict[str, Any]:

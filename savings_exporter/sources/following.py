@@ -124,7 +124,8 @@ class Following:
     def _note_step(self, source: Source, step: Step) -> None:
         if step.problems:
             number = sum(step.rejected.values())
-            logger.warning("%s: %d records are kept out of the totals; %s", source.path, number, step.problems[0])
+            what = "1 record is" if number == 1 else f"{number} records are"
+            logger.warning("%s: %s kept out of the totals; %s", source.path, what, step.problems[0])
 
     def _note_problem(self, problem: str) -> None:
         if problem != self._problem:
