@@ -17,7 +17,7 @@ from opentelemetry.trace import get_current_span
 from savings_exporter.errors import StoreError
 from savings_exporter.model.crowds import name_in_records
 from savings_exporter.model.days import LAST_DAY, Dated
-from savings_exporter.model.record import SavingsRecord
+from savings_exporter.model.record import DecodedRecord, SavingsRecord
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Ledger, Limits, Totals
 from savings_exporter.prices import Prices
@@ -500,7 +500,7 @@ def _checked(records: Iterable[SavingsRecord]) -> tuple[SavingsRecord, ...]:
     if not checked:
         raise ValueError("records must not be empty")
     for position, record in enumerate(checked):
-        # The journal stores only the fields of this type.
-        if type(record) is not SavingsRecord:
+        # The journal stores only the fields of these types.
+        if type(record) is not SavingsRecord and type(record) is not DecodedRecord:
             raise TypeError(f"records[{position}] must be a SavingsRecord, not {type(record).__name__}")
     return checked

@@ -26,6 +26,7 @@ _PLAIN = {
     "Number out of range": "must be a smaller number",
 }
 _WRONG_KIND = re.compile("Expected `([^`]*)`, got `([^`]*)`")
+_LIMIT = re.compile(r"Expected `(?:int|float)` ([<>]=) (-?[0-9.]+)")
 _MISSING = re.compile("Object missing required field `(.*)`", re.DOTALL)
 _UNKNOWN = re.compile("Object contains unknown field `(.*)`", re.DOTALL)
 _PATH = re.compile(r"(?:\.\w+|\[\d+\]|\[\.\.\.\])*")
@@ -53,6 +54,8 @@ class WrongValue:
             named = unknown[1]
             known = ", ".join(_fields(kind, where))
             self.text = f"{where or 'the content'} has an unknown field {named}; the fields are {known}"
+        elif limit := _LIMIT.fullmatch(what):
+            self.text = f"{where or 'the content'} {_limit(limit[1], limit[2])}"
         elif what in _PLAIN:
             self.text = f"{where} {_PLAIN[what]}"
         else:
@@ -72,6 +75,13 @@ def _taken_apart(message: str, kind: type[msgspec.Struct]) -> tuple[str, str]:
     if found and len(path) <= _LONGEST_PATH and _PATH.fullmatch(path) and _struct_at(kind, path) is not None:
         return what, path.removeprefix(".")
     return message, ""
+
+
+def _limit(sign: str, number: str) -> str:
+    number = number.removesuffix(".0")
+    if sign == "<=":
+        return f"must be at most {number}"
+    return "must not be negative" if number == "0" else f"must be at least {number}"
 
 
 def _kinds(names: str) -> str:

@@ -26,12 +26,9 @@ _MAX_DECODINGS = 3
 _ENCODED = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
 
 
-def are_clean(*values: object) -> bool:
-    """Whether each name is not empty and cleaning would not change it. A project may still be percent-encoded."""
-    for value in values:
-        if not (type(value) is str and value and _fits(value) and value.isprintable() and value == value.strip()):
-            return False
-    return True
+def is_clean(name: object) -> bool:
+    """Whether a name is not empty and cleaning would not change it. A project may still be percent-encoded."""
+    return type(name) is str and bool(name) and _fits(name) and name.isprintable() and name == name.strip()
 
 
 def clean_name(field: str, value: Any) -> str:

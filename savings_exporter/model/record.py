@@ -5,17 +5,23 @@ from __future__ import annotations
 import math
 import operator
 from datetime import datetime, timezone
-from typing import Any
+from functools import lru_cache
+from typing import Annotated, Any
 
 import msgspec
 
-from savings_exporter.model.names import UNKNOWN, are_clean, clean_name, clean_project
+from savings_exporter.model.names import UNKNOWN, clean_name, clean_project, is_clean
 
 MAX_TOKENS = 10**12
 """The maximum number of tokens in a field of a record. No request has more, so a larger number is a mistake."""
 
 MAX_USD = 1e9
 """The maximum amount in a field of a record, in US dollars, positive or negative."""
+
+# These are checked where JSON is decoded. Records that are built in Python are checked in ``__post_init__``.
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
+_Usd = Annotated[float, msgspec.Meta(ge=0, le=MAX_USD)]
+_SignedUsd = Annotated[float, msgspec.Meta(ge=-MAX_USD, le=MAX_USD)]
 
 _set_field = msgspec.structs.force_setattr
 
@@ -69,22 +75,22 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """
 
     model: str
-    tokens_saved: int
-    input_tokens: int = 0
-    tool_search_saved: int = 0
-    output_tokens_saved: int = 0
-    output_tokens: int = 0
+    tokens_saved: _Tokens
+    input_tokens: _Tokens = 0
+    tool_search_saved: _Tokens = 0
+    output_tokens_saved: _Tokens = 0
+    output_tokens: _Tokens = 0
     provider: str | None = None
     agent: str | None = None
     project: str | None = None
     source: str | None = None
-    cache_read_tokens: int = 0
-    cache_write_tokens: int = 0
-    uncached_input_tokens: int = 0
+    cache_read_tokens: _Tokens = 0
+    cache_write_tokens: _Tokens = 0
+    uncached_input_tokens: _Tokens = 0
     timestamp: datetime | None = None
-    savings_usd: float | None = None
-    cache_savings_usd: float | None = None
-    input_cost_usd: float | None = None
+    savings_usd: _SignedUsd | None = None
+    cache_savings_usd: _Usd | None = None
+    input_cost_usd: _Usd | None = None
 
     def __post_init__(self) -> None:
         # This runs on every request. Nearly all fields are valid already, and for these only the checks run.
@@ -108,30 +114,59 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         ):
             for name in _TOKEN_FIELDS:
                 _set_field(self, name, _token_count(name, getattr(self, name)))
-        if not are_clean(self.model, self.provider, self.agent):
-            if self.model is None:
-                raise TypeError("model must be a string, not None")
-            for name, value in (("model", self.model), ("provider", self.provider), ("agent", self.agent)):
-                _set_field(self, name, clean_name(name, value) or UNKNOWN)
-        project = self.project
-        if project is not None and (not are_clean(project) or "%" in project):
-            _set_field(self, "project", clean_project(project))
-        source = self.source
-        if source is not None and not are_clean(source):
-            _set_field(self, "source", clean_name("source", source) or None)
-        if self.timestamp is None:
-            _set_field(self, "timestamp", datetime.now(timezone.utc))
-        else:
-            _set_field(self, "timestamp", _utc("timestamp", self.timestamp))
-        usd = self.savings_usd
-        if usd is not None and not (type(usd) is float and -MAX_USD <= usd <= MAX_USD):
-            _set_field(self, "savings_usd", _usd("savings_usd", usd, least=-MAX_USD))
-        usd = self.cache_savings_usd
-        if usd is not None and not (type(usd) is float and 0 <= usd <= MAX_USD):
-            _set_field(self, "cache_savings_usd", _usd("cache_savings_usd", usd, least=0))
-        usd = self.input_cost_usd
-        if usd is not None and not (type(usd) is float and 0 <= usd <= MAX_USD):
-            _set_field(self, "input_cost_usd", _usd("input_cost_usd", usd, least=0))
+        _check_rest(self)
+
+
+class DecodedRecord(SavingsRecord, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A record that msgspec decodes. The decoder has checked the numbers of tokens."""
+
+    def __post_init__(self) -> None:
+        _check_rest(self)
+
+
+def _check_rest(record: SavingsRecord) -> None:
+    """Check the amounts, clean the names, and make the time one in UTC."""
+    usd = record.savings_usd
+    if usd is not None and not (type(usd) is float and -MAX_USD <= usd <= MAX_USD):
+        _set_field(record, "savings_usd", _usd("savings_usd", usd, least=-MAX_USD))
+    usd = record.cache_savings_usd
+    if usd is not None and not (type(usd) is float and 0 <= usd <= MAX_USD):
+        _set_field(record, "cache_savings_usd", _usd("cache_savings_usd", usd, least=0))
+    usd = record.input_cost_usd
+    if usd is not None and not (type(usd) is float and 0 <= usd <= MAX_USD):
+        _set_field(record, "input_cost_usd", _usd("input_cost_usd", usd, least=0))
+    try:
+        _refuse_unclean(record.model, record.provider, record.agent, record.project, record.source)
+    except (TypeError, ValueError):
+        if record.model is None:
+            raise TypeError("model must be a string, not None") from None
+        _set_field(record, "model", clean_name("model", record.model) or UNKNOWN)
+        _set_field(record, "provider", clean_name("provider", record.provider) or UNKNOWN)
+        _set_field(record, "agent", clean_name("agent", record.agent) or UNKNOWN)
+        _set_field(record, "project", clean_project(record.project))
+        _set_field(record, "source", clean_name("source", record.source) or None)
+    if record.provider is None:
+        _set_field(record, "provider", UNKNOWN)
+    if record.agent is None:
+        _set_field(record, "agent", UNKNOWN)
+    if record.timestamp is None:
+        _set_field(record, "timestamp", datetime.now(timezone.utc))
+    else:
+        _set_field(record, "timestamp", _utc("timestamp", record.timestamp))
+
+
+# Most records have names that earlier ones had. Names that are refused, which may be long, are not kept. A subclass of
+# str is another name than the equal str, because msgspec does not encode it.
+@lru_cache(maxsize=1024, typed=True)
+def _refuse_unclean(
+    model: str, provider: str | None, agent: str | None, project: str | None, source: str | None
+) -> None:
+    """Raise ValueError if a name would be changed by cleaning, and TypeError if it cannot be one."""
+    for name in (model, provider, agent, project, source):
+        if not (name is None or is_clean(name)):
+            raise ValueError
+    if model is None or (project is not None and "%" in project):
+        raise ValueError
 
 
 def parse_timestamp(value: str) -> datetime | None:
@@ -153,7 +188,7 @@ def _token_count(field: str, value: Any) -> int:
     if count < 0:
         raise ValueError(f"{field} must not be negative")
     if count > MAX_TOKENS:
-        raise ValueError(f"{field} must be at most {MAX_TOKENS}, got a larger number")
+        raise ValueError(f"{field} must be at most {MAX_TOKENS}")
     return count
 
 

@@ -18,20 +18,28 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from savings_exporter.errors import KeyConflictError, StoreError
+from savings_exporter.errors import StoreError
 from savings_exporter.service import history, problems
-from savings_exporter.service.auth import BearerToken
-from savings_exporter.service.intake import Intake, IntakeLimits, Posted, refused_key
+from savings_exporter.service.auth import BearerToken, Guarded
+from savings_exporter.service.intake import Intake, IntakeLimits
 from savings_exporter.service.pages import documents
 from savings_exporter.service.pages import status as status_page
-from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, HISTORY_PATH, READY_PATH, SAVINGS_PATH
+from savings_exporter.service.paths import (
+    DOCUMENTS_PATH,
+    HEALTHY_PATH,
+    HISTORY_PATH,
+    READY_PATH,
+    SAVINGS_PATH,
+    route_path,
+)
 from savings_exporter.service.problems import RefusedError
+from savings_exporter.service.recording import Recording
 from savings_exporter.service.requests import RequestLog, RequestLogging
 from savings_exporter.service.views import as_json
 from savings_exporter.service.webconfig import WebConfig
 from savings_exporter.tracker import SavingsTracker
-from savings_exporter.tracking.receipt import Receipt
 from savings_exporter.watched import WatchedFile
 
 if TYPE_CHECKING:
@@ -65,12 +73,12 @@ class Service:
         self.registry.register(PROCESS_COLLECTOR)
         self.registry.register(web_config)
         self._telemetry_path = telemetry_path
-        self._intake = Intake(limits)
         self.stopping = False
         self.requests = RequestLog(
             self.registry, (telemetry_path, SAVINGS_PATH, HISTORY_PATH, HEALTHY_PATH, READY_PATH, DOCUMENTS_PATH, "/")
         )
-        self.app = Starlette(
+        token = BearerToken(lambda: web_config.token)
+        routed = Starlette(
             routes=[
                 Route(telemetry_path, self._metrics),
                 Route(SAVINGS_PATH, self._savings, methods=["GET", "POST"]),
@@ -81,13 +89,17 @@ class Service:
                 Route(f"{DOCUMENTS_PATH}{{name}}", self._document),
             ],
             middleware=[
-                *_tracing(tracer_provider, telemetry_path),
                 Middleware(GZipMiddleware, minimum_size=_LEAST_COMPRESSED_BYTES),
                 Middleware(RequestLogging, log=self.requests),
-                Middleware(BearerToken, token=lambda: web_config.token),
+                Middleware(Guarded, refusal=token.refusal),
             ],
             exception_handlers=problems.HANDLERS,
         )
+        app: ASGIApp = routed
+        if isinstance(source, SavingsTracker):
+            app = _Dispatch(Recording(source, Intake(limits), self.requests, token.refusal, self._refusal), routed)
+        self.app = _traced(app, tracer_provider, telemetry_path)
+        """The ASGI application."""
 
     async def _metrics(self, request: Request) -> Response:
         try:
@@ -100,8 +112,6 @@ class Service:
     async def _savings(self, request: Request) -> Response:
         source = self._source
         if request.method == "POST":
-            if isinstance(source, SavingsTracker):
-                return await self._record(request, source)
             detail = "watch only reads; savings are taken by another service, started with: savings-exporter serve"
             raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, detail, headers={"Allow": "GET, HEAD"})
         snapshot = await run_in_threadpool(source.snapshot)
@@ -126,21 +136,6 @@ class Service:
         pieces = (history.as_csv if kind == "csv" else history.as_json)(query, query.rows(dated))
         return StreamingResponse(pieces, media_type="text/csv" if kind == "csv" else "application/json")
 
-    async def _record(self, request: Request, tracker: SavingsTracker) -> Response:
-        # Checked before the body is read: requests that arrived before the stop are still answered.
-        self._refuse_if_stopping()
-        async with self._intake.received(request) as posted:
-            receipt = await _recorded(tracker, posted)
-            answer = {
-                "sequence": receipt.sequence,
-                "writer": receipt.writer,
-                "accepted": len(posted.records),
-                "durable": receipt.durable,
-            }
-        if receipt.duplicate:
-            answer["duplicate"] = True
-        return _json_response(answer, HTTPStatus.OK if answer["durable"] else HTTPStatus.ACCEPTED)
-
     async def _healthy(self, _request: Request) -> Response:
         """Whether savings can be kept. Not a reason to restart the process: that would lose what is pending."""
         # A watched file is read when its totals are asked for, and only then is its health known.
@@ -152,7 +147,8 @@ class Service:
 
     async def _ready(self, _request: Request) -> Response:
         """Whether requests are taken, also while the store is degraded."""
-        self._refuse_if_stopping()
+        if (refusal := self._refusal()) is not None:
+            raise refusal
         return PlainTextResponse("ready\n")
 
     async def _status_page(self, request: Request) -> Response:
@@ -167,34 +163,36 @@ class Service:
             raise HTTPException(HTTPStatus.NOT_FOUND)
         return HTMLResponse(page, headers=status_page.HEADERS)
 
-    def _refuse_if_stopping(self) -> None:
-        if self.stopping:
-            raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "the service is stopping", retry=True)
+    def _refusal(self) -> RefusedError | None:
+        """Why no request is taken at present; None if requests are taken."""
+        if not self.stopping:
+            return None
+        return RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "the service is stopping", retry=True)
 
 
-def _tracing(provider: TracerProvider | None, telemetry_path: str) -> list[Middleware]:
-    """Server spans, which go on with the trace of the caller. Scrapes and health checks have none."""
+class _Dispatch:
+    """Passes ``POST /v1/savings`` to its own application, past the router and the middleware of all others."""
+
+    def __init__(self, recording: ASGIApp, others: ASGIApp) -> None:
+        self._recording = recording
+        self._others = others
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_saving = scope["type"] == "http" and scope["method"] == "POST" and route_path(scope) == SAVINGS_PATH
+        await (self._recording if is_saving else self._others)(scope, receive, send)
+
+
+def _traced(app: ASGIApp, provider: TracerProvider | None, telemetry_path: str) -> ASGIApp:
+    """The application with server spans, which go on with the trace of the caller. Scrapes and checks have none."""
     if provider is None:
-        return []
+        return app
     # Imported here, because it takes time, and most services do not trace.
     from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 
     excluded = ",".join(f"{re.escape(path)}$" for path in (telemetry_path, HEALTHY_PATH, READY_PATH))
-    return [
-        Middleware(
-            OpenTelemetryMiddleware,
-            tracer_provider=provider,
-            excluded_urls=excluded,
-            exclude_spans=["receive", "send"],
-        )
-    ]
-
-
-async def _recorded(tracker: SavingsTracker, posted: Posted) -> Receipt:
-    try:
-        return await tracker.record_many_async(posted.records, idempotency_key=posted.idempotency_key)
-    except KeyConflictError as error:
-        raise refused_key(error) from None
+    return OpenTelemetryMiddleware(
+        app, tracer_provider=provider, excluded_urls=excluded, exclude_spans=["receive", "send"]
+    )
 
 
 def _wrong_query(name: str, problem: str) -> RefusedError:

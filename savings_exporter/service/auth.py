@@ -8,36 +8,44 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_PATH
-from savings_exporter.service.problems import problem
+from savings_exporter.service import problems
+from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_PATH, route_path
+from savings_exporter.service.problems import RefusedError
 
 
 class BearerToken:
-    """Middleware that refuses requests without the token. Health, readiness and the documents need none.
+    """Which requests need the token, and whether they have it. Health, readiness and the documents need none.
 
     Args:
         token: the token that is asked for at present; None when none is.
     """
 
-    def __init__(self, app: ASGIApp, token: Callable[[], str | None]) -> None:
-        self._app = app
+    def __init__(self, token: Callable[[], str | None]) -> None:
         self._token = token
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it with 401."""
-        if scope["type"] == "http" and not _is_public(scope["path"]) and not self._is_allowed(scope):
-            response = problem(HTTPStatus.UNAUTHORIZED, "bearer token missing or wrong")
-            response.headers["WWW-Authenticate"] = "Bearer"
-            await response(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _is_allowed(self, scope: Scope) -> bool:
+    def refusal(self, scope: Scope) -> RefusedError | None:
+        """Why a request is refused; None if it is not."""
         token = self._token()
-        if token is None:
-            return True
+        if token is None or _is_public(route_path(scope)):
+            return None
         scheme, _, shown = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(shown.strip(), token.encode())
+        if scheme.lower() == b"bearer" and hmac.compare_digest(shown.strip(), token.encode()):
+            return None
+        detail = "bearer token missing or wrong"
+        return RefusedError(HTTPStatus.UNAUTHORIZED, detail, headers={"WWW-Authenticate": "Bearer"})
+
+
+class Guarded:
+    """Middleware that answers requests that are refused."""
+
+    def __init__(self, app: ASGIApp, refusal: Callable[[Scope], RefusedError | None]) -> None:
+        self._app = app
+        self._refusal = refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it."""
+        error = self._refusal(scope) if scope["type"] == "http" else None
+        await (self._app if error is None else problems.refusal(error))(scope, receive, send)
 
 
 def _is_public(path: str) -> bool:

@@ -1,7 +1,19 @@
 """The paths of the service that other modules and the command line name, too."""
 
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
 SAVINGS_PATH = "/v1/savings"
 HISTORY_PATH = "/v1/history"
 HEALTHY_PATH = "/-/healthy"
 READY_PATH = "/-/ready"
 DOCUMENTS_PATH = "/docs/"
+
+
+def route_path(scope: MutableMapping[str, Any]) -> str:
+    """The path of a request within the application, which may be mounted under a prefix."""
+    path: str = scope["path"]
+    prefix = scope.get("root_path")
+    return path.removeprefix(prefix) if prefix else path

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from http import HTTPStatus
 
 import msgspec
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ExceptionHandler
 
@@ -24,21 +25,30 @@ class RefusedError(Exception):
 
     Attributes:
         status: the status of the answer.
-        detail: the reason, for people.
+        detail: the reason, for people, of bounded length.
         field: the field of the request that is wrong, None when it is not one field.
         retry: whether the client may try again soon.
         close: whether the connection is closed, because the rest of the request is not read.
+        headers: more headers of the answer.
     """
 
     def __init__(
-        self, status: HTTPStatus, detail: str, *, field: str | None = None, retry: bool = False, close: bool = False
+        self,
+        status: HTTPStatus,
+        detail: str,
+        *,
+        field: str | None = None,
+        retry: bool = False,
+        close: bool = False,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(detail)
         self.status = status
-        self.detail = detail
+        self.detail = _cut(detail)
         self.field = field
         self.retry = retry
         self.close = close
+        self.headers = headers or {}
 
 
 def problem(status: HTTPStatus, detail: str, field: str | None = None) -> Response:
@@ -53,14 +63,25 @@ def _cut(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 
 
-async def _refused(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, RefusedError)
+def refusal(error: RefusedError) -> Response:
+    """The answer to a request that is refused."""
     response = problem(error.status, error.detail, error.field)
+    response.headers.update(error.headers)
     if error.retry:
         response.headers["Retry-After"] = _RETRY_AFTER_SECONDS
     if error.close:
         response.headers["Connection"] = "close"
     return response
+
+
+def unexpected() -> Response:
+    """The answer to a request at which an exception was raised that nothing expects."""
+    return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "the request failed; the service's log says why")
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)
+    return refusal(error)
 
 
 async def _http_error(_request: Request, error: Exception) -> Response:
@@ -75,20 +96,14 @@ async def _http_error(_request: Request, error: Exception) -> Response:
     return response
 
 
-async def _client_disconnected(_request: Request, _error: Exception) -> Response:
-    # The client does not get this answer. It is counted and logged.
-    return problem(HTTPStatus.BAD_REQUEST, "the client closed the connection before its request was complete")
-
-
 async def _unexpected(_request: Request, _error: Exception) -> Response:
     # Starlette raises the error again after this answer, and the server logs it.
-    return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "the request failed; the service's log says why")
+    return unexpected()
 
 
 HANDLERS: dict[type[Exception], ExceptionHandler] = {
     HTTPException: _http_error,
     RefusedError: _refused,
-    ClientDisconnect: _client_disconnected,
     Exception: _unexpected,
 }
 """What answers each kind of error, for Starlette."""

@@ -8,12 +8,13 @@ import time
 from collections.abc import Collection
 from contextvars import Context
 from http import HTTPStatus
+from typing import NamedTuple
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_PATH, SAVINGS_PATH
+from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_PATH, SAVINGS_PATH, route_path
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class RequestLog:
             buckets=_BOUNDS,
             registry=registry,
         )
+        self._series: dict[tuple[str, str, int], _Series] = {}
         self._refusals: dict[tuple[str, str, int], _Refusal] = {}
         for code in _POST_CODES:
             self._count.labels("POST", SAVINGS_PATH, str(code))
@@ -57,17 +59,27 @@ class RequestLog:
         method = method if method in _METHODS else _OTHER
         route = DOCUMENTS_PATH if path.startswith(DOCUMENTS_PATH) else path
         route = route if route in self._routes else _OTHER
-        self._count.labels(method, route, str(code)).inc()
-        self._seconds.labels(method, route).observe(seconds)
+        kind = method, route, int(code)
+        series = self._series.get(kind)
+        if series is None:
+            # Kept, because looking a series up by its labels costs as much as decoding a record.
+            count, duration = self._count.labels(method, route, str(kind[2])), self._seconds.labels(method, route)
+            series = self._series[kind] = _Series(count, duration)
+        series.requests.inc()
+        series.seconds.observe(seconds)
         # Health and readiness are questions: 503 is an answer.
         if code >= HTTPStatus.BAD_REQUEST and route not in (HEALTHY_PATH, READY_PATH):
-            kind = method, route, code
             self._refusals.setdefault(kind, _Refusal(f"{method} {route}", code)).note(detail)
 
     def flush(self) -> None:
         """Log the refused requests that wait for their line."""
         for refusal in self._refusals.values():
             refusal.log()
+
+
+class _Series(NamedTuple):
+    requests: Counter
+    seconds: Histogram
 
 
 class RequestLogging:
@@ -88,7 +100,7 @@ class RequestLogging:
             await self._app(scope, receive, answer.send)
         finally:
             seconds = time.perf_counter() - began
-            self._log.note(scope["method"], scope["path"], answer.code, seconds, answer.detail())
+            self._log.note(scope["method"], route_path(scope), answer.code, seconds, answer.detail())
 
 
 class _Answer:
