@@ -154,7 +154,7 @@ class WatchedFile:
         """A description of the problem. It omits the remedy, because the file belongs to another program."""
         if isinstance(error, StoreError):
             return error.problem
-        return f"{self._reader.path}: cannot be read: {error.strerror} ({error_symbol(error)})"
+        return f"{error.filename or self._reader.path}: cannot be read: {error.strerror} ({error_symbol(error)})"
 
     def _note_unreadable(self, problem: str) -> None:
         read_at = f"{self._read_at:%Y-%m-%d %H:%M:%S} UTC"

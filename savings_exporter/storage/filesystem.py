@@ -35,6 +35,7 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 _SYNCHRONOUS = getattr(os, "O_DSYNC", 0)
 _TEMPORARY = ".tmp"
 _NEW_FILE_MODE = 0o600
+_LAST_STANDARD_DESCRIPTOR = 2
 _ZEROS = bytes(256 * 1024)
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _BOOT_ID_BYTES = 16
@@ -165,11 +166,8 @@ class FileSystem:
     @contextmanager
     def opened(self, path: str) -> Iterator[int]:
         """Open a regular file for reading."""
-        # O_NONBLOCK: opening a FIFO at this path would otherwise wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | _NO_WAIT | _CLOSE_ON_EXEC | _BINARY)
+        descriptor = _open_regular(path, os.O_RDONLY)
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise NotAFileError(path)
             yield descriptor
         finally:
             self.close(descriptor)
@@ -187,7 +185,7 @@ class FileSystem:
 
         This detects a shutdown of XFS: an fsync of a directory may still succeed then, but an open fails with EIO.
         """
-        self.close(os.open(path, os.O_RDONLY | _NO_WAIT | _CLOSE_ON_EXEC | _BINARY))
+        self.close(_open(path, os.O_RDONLY | _NO_WAIT))
 
     # Making and writing files.
 
@@ -204,8 +202,7 @@ class FileSystem:
         Raises:
             FileExistsError: a file with this name exists.
         """
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _CLOSE_ON_EXEC | _BINARY
-        descriptor = os.open(path, flags, _NEW_FILE_MODE)
+        descriptor = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW)
         try:
             self._make_like(descriptor, like)
         except BaseException:
@@ -215,8 +212,8 @@ class FileSystem:
         return descriptor
 
     def open_to_write(self, path: str) -> int:
-        """Open an existing file for reading and writing."""
-        return os.open(path, os.O_RDWR | _NO_FOLLOW | _NO_WAIT | _CLOSE_ON_EXEC | _BINARY)
+        """Open an existing regular file for reading and writing."""
+        return _open_regular(path, os.O_RDWR | _NO_FOLLOW)
 
     def open_direct(self, path: str) -> int:
         """Open a file for writes that bypass the page cache and are on stable storage when they return (open(2)).
@@ -226,7 +223,7 @@ class FileSystem:
         """
         if not _DIRECT or not _SYNCHRONOUS:
             raise OSError(errno.EINVAL, "No direct I/O on this platform", path)
-        return os.open(path, os.O_WRONLY | _DIRECT | _SYNCHRONOUS | _NO_FOLLOW | _CLOSE_ON_EXEC)
+        return _open_regular(path, os.O_WRONLY | _DIRECT | _SYNCHRONOUS | _NO_FOLLOW)
 
     def write_all(self, descriptor: int, data: bytes | memoryview) -> None:
         """Write all bytes, with as many calls as necessary."""
@@ -298,7 +295,7 @@ class FileSystem:
             DirectoryFsyncUnsupportedError: the platform or the file system does not support this operation.
             OSError: the sync failed. EROFS is also a failure: ext4 reports it after it has aborted because of an error.
         """
-        descriptor = os.open(path, os.O_RDONLY | _DIRECTORY | _CLOSE_ON_EXEC)
+        descriptor = _open(path, os.O_RDONLY | _DIRECTORY)
         try:
             self._fsync(descriptor)
         except OSError as error:
@@ -390,10 +387,10 @@ class FileSystem:
         """Open a lock file. If it does not exist, create it with the mode and, if permitted, the owner of the file
         ``like``. A lock file is never renamed or removed.
         """
-        flags = os.O_RDWR | _NO_FOLLOW | _NO_WAIT | _CLOSE_ON_EXEC | _BINARY
+        flags = os.O_RDWR | _NO_FOLLOW
         with suppress(FileNotFoundError):
-            return os.open(path, flags)
-        descriptor = os.open(path, flags | os.O_CREAT, _NEW_FILE_MODE)
+            return _open_regular(path, flags)
+        descriptor = _open_regular(path, flags | os.O_CREAT)
         try:
             self._make_like(descriptor, like)
         except BaseException:
@@ -560,11 +557,43 @@ def socket_at(path: str) -> tuple[int, int] | None:
 @contextmanager
 def opened_directory(path: str) -> Iterator[int]:
     """Open a directory, so that its entries can be addressed relative to it."""
-    descriptor = os.open(path, os.O_RDONLY | _DIRECTORY | _CLOSE_ON_EXEC)
+    descriptor = _open(path, os.O_RDONLY | _DIRECTORY)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _open(path: str, flags: int) -> int:
+    """Open a path. The descriptor is never that of a standard stream."""
+    descriptor = os.open(path, flags | _CLOSE_ON_EXEC | _BINARY, _NEW_FILE_MODE)
+    if descriptor > _LAST_STANDARD_DESCRIPTOR or sys.platform == "win32":
+        return descriptor
+    # This process was started without one of these streams. What anything prints would become content of the file.
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _LAST_STANDARD_DESCRIPTOR + 1)
+    finally:
+        os.close(descriptor)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a regular file.
+
+    Raises:
+        OSError: it cannot be opened; ``NotAFileError`` if it is something else.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO would otherwise wait for another process.
+        descriptor = _open(path, flags | _NO_WAIT)
+    except OSError as error:
+        # A socket, a device without a driver, or a FIFO that nobody reads.
+        if error.errno in (errno.ENXIO, errno.ENODEV):
+            raise NotAFileError(path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotAFileError(path)
+    return descriptor
 
 
 # rename() replaces an existing file on POSIX, but fails on Windows.
