@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 
 import click
 
-from savings_exporter.cli import standard_output
+from savings_exporter.cli import standard_streams
 from savings_exporter.cli.errors import INTERRUPTED, CommandError
-from savings_exporter.cli.text import plain
 from savings_exporter.errors import SettingsError, StoreError
+from savings_exporter.escaping import plain
 from savings_exporter.version import VERSION
 
 _LONGEST_MESSAGE = 1000
@@ -75,9 +75,9 @@ def app(context: click.Context) -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
+    standard_streams.prepare()
     if sys.stdout is None:  # as Python has it when standard output was closed before the start
         _exit(1, "standard output is closed; redirect it to /dev/null if it is not needed")
-    standard_output.install()
     if sys.argv[1:2] in (["serve"], ["watch"]):
         _hold_hangup()
     try:
@@ -95,11 +95,11 @@ def main() -> NoReturn:
         _exit(error.exit_code, f"{message} (--help says more)")
     except BrokenPipeError:
         # The reader has closed the pipe.
-        standard_output.discard()
+        standard_streams.discard()
         sys.exit(1)
     except OSError as error:
-        if error.filename == standard_output.NAME:
-            standard_output.discard()
+        if error.filename == standard_streams.OUTPUT:
+            standard_streams.discard()
         _exit(1, f"{error.filename or ''}: {error.strerror or error}".lstrip(": "))
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -111,6 +111,6 @@ def _hold_hangup() -> None:
 
 
 def _exit(status: int, line: str) -> NoReturn:
-    # Arguments and names of files can hold control characters.
+    # One line, whatever arguments and names of files hold.
     print(f"savings-exporter: {plain(line)}", file=sys.stderr)
     sys.exit(status)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from savings_exporter.cli import standard_streams
 from savings_exporter.cli.errors import CommandError, WrongUsageError
 from savings_exporter.cli.options import store_option
 from savings_exporter.errors import StoreError
@@ -56,9 +56,7 @@ def backfill(
     if not found.times:
         raise WrongUsageError(f"--until {until} is before the first day with savings, {dated.rows[0].day}")
     if output == _STANDARD_OUTPUT:
-        sys.stdout.flush()
-        sys.stdout.buffer.writelines(found.text())
-        sys.stdout.buffer.flush()
+        standard_streams.write_exactly(found.text())
     else:
         _write(output, found.text())
         first, end = (utc(datetime.fromtimestamp(time, timezone.utc)) for time in (found.times[0], found.times[-1]))

@@ -19,7 +19,7 @@ from savings_exporter.cli.options import (
 )
 from savings_exporter.cli.output import announce
 from savings_exporter.cli.sources import most_rtk_tokens_option, print_summaries
-from savings_exporter.cli.text import plain
+from savings_exporter.escaping import plain
 from savings_exporter.service import logs
 from savings_exporter.sources.discovery import usual_sources
 from savings_exporter.sources.following import Following

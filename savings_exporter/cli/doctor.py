@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from savings_exporter.cli import standard_streams
 from savings_exporter.cli.options import expanded, json_option, option
 from savings_exporter.cli.output import print_json
 from savings_exporter.cli.tables import stdout_console, table
 from savings_exporter.doctor import Report, directory_of, examine, readable
+from savings_exporter.escaping import plain
 from savings_exporter.service import logs
 
 
@@ -35,7 +37,7 @@ def doctor(
     directory = directory_of(store)
     # An exception in the main thread, so that temporary files are removed on the way out.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    with Console(stderr=True).status(f"measuring {escape(directory)}"):
+    with Console(file=standard_streams.styled(sys.stderr)).status(f"measuring {escape(plain(directory))}"):
         report = examine(directory)
     if as_json:
         print_json(report)

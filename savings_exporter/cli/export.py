@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
-from rich.text import Text
 
+from savings_exporter.cli import standard_streams
 from savings_exporter.cli.errors import CommandError, WrongUsageError
 from savings_exporter.cli.options import json_option, store_option
 from savings_exporter.cli.tables import stdout_console, table
@@ -78,10 +77,7 @@ def export(
         raise CommandError(str(error)) from None
     rows = query.rows(dated)
     if as_json or as_csv:
-        sys.stdout.flush()
-        for piece in (history.as_csv if as_csv else history.as_json)(query, rows):
-            sys.stdout.buffer.write(piece)
-        sys.stdout.buffer.flush()
+        standard_streams.write_text((history.as_csv if as_csv else history.as_json)(query, rows))
     else:
         _print_table(query.by, list(rows))
 
@@ -113,5 +109,5 @@ def _print_table(by: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         names = [row[name] or ("before" if name == "day" else views.UNKNOWN_FIGURE) for name in by]
-        shown.add_row(*map(Text, names), *(Text(figure(row)) for figure in _FIGURES.values()))
+        shown.add_row(*names, *(figure(row) for figure in _FIGURES.values()))
     console.print(shown)

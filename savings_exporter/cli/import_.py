@@ -11,10 +11,11 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from savings_exporter.cli import standard_streams
 from savings_exporter.cli.errors import CommandError, WrongUsageError
 from savings_exporter.cli.options import prices_option, store_option, sync_method_option
 from savings_exporter.cli.sources import most_rtk_tokens_option, print_summaries
-from savings_exporter.cli.text import plain
+from savings_exporter.escaping import plain
 from savings_exporter.model.cursors import Cursors
 from savings_exporter.prices import Prices, load_prices
 from savings_exporter.service import logs
@@ -142,7 +143,7 @@ def _imported(importer: Importer, source: Source, names: Sequence[str]) -> Summa
 @contextmanager
 def _progress(source: Source) -> Iterator[Note]:
     """A progress bar, if standard error is a terminal."""
-    console = Console(file=sys.stderr)
+    console = Console(file=standard_streams.styled(sys.stderr))
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     is_hidden = not console.is_terminal
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=is_hidden) as bar:

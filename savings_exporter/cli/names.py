@@ -13,7 +13,7 @@ from savings_exporter.cli.errors import CommandError
 from savings_exporter.cli.options import json_option, store_option
 from savings_exporter.cli.output import print_json
 from savings_exporter.cli.tables import stdout_console, table
-from savings_exporter.cli.text import plain
+from savings_exporter.escaping import plain
 from savings_exporter.model.crowds import KINDS, MOST_CANDIDATES, Crowd
 from savings_exporter.model.snapshot import Snapshot
 from savings_exporter.model.totals import Totals
@@ -109,11 +109,11 @@ def _print_tables(snapshot: Snapshot) -> None:
         shown.add_column("")
         for name, totals in named:
             note = "let in" if name in crowd.admitted else ""
-            shown.add_row(*map(Text, (name, f"{totals.tokens_saved:,}", f"{totals.requests:,}", note)))
+            shown.add_row(name, f"{totals.tokens_saved:,}", f"{totals.requests:,}", note)
         for name in sorted(crowd.admitted - dict(named).keys()):
-            shown.add_row(*map(Text, (name, "0", "0", "let in")))
+            shown.add_row(name, "0", "0", "let in")
         for name in sorted(crowd.folded):
-            shown.add_row(*map(Text, (name, views.UNKNOWN_FIGURE, views.UNKNOWN_FIGURE, "folded")))
+            shown.add_row(name, views.UNKNOWN_FIGURE, views.UNKNOWN_FIGURE, "folded")
         if shown.row_count:
             console.print(shown)
             for line in views.outsiders(snapshot, kind, MOST_CANDIDATES) if kind in KINDS else ():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sys
 from datetime import datetime
 from typing import Any
 
 import msgspec
 
-from savings_exporter.cli import standard_output
+from savings_exporter.cli import standard_streams
+from savings_exporter.escaping import plain
 from savings_exporter.service.views import utc
 from savings_exporter.version import VERSION
 
@@ -18,9 +18,7 @@ logger = logging.getLogger(__name__)
 
 def print_json(content: Any) -> None:
     """Print anything that msgspec encodes, indented."""
-    # JSON is UTF-8 (RFC 8259), whatever the output's encoding is.
-    sys.stdout.flush()
-    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
+    standard_streams.write_text([msgspec.json.format(msgspec.json.encode(content)) + b"\n"])
 
 
 def saved(moment: datetime | None) -> str:
@@ -34,9 +32,9 @@ def announce(lines: str) -> None:
         print(lines, flush=True)
     except OSError as error:
         logger.warning("the address could not be printed: %s", error.strerror)
-        standard_output.discard()
+        standard_streams.discard()
 
 
 def announcement(what: str, path: str, url: str, *more: str) -> str:
     """What a service prints when it answers requests."""
-    return "\n".join((f"savings-exporter {VERSION} {what} {path}, on {url}", *more))
+    return "\n".join(map(plain, (f"savings-exporter {VERSION} {what} {path}, on {url}", *more)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from savings_exporter.cli import standard_output
+from savings_exporter.cli import standard_streams
 from savings_exporter.cli.errors import CommandError, WrongUsageError
 from savings_exporter.cli.options import prices_option, store_option, sync_method_option
 from savings_exporter.errors import KeyConflictError
@@ -88,4 +88,4 @@ def _report(line: str) -> None:
         print(line, flush=True)
     except OSError as error:
         print(f"savings-exporter: {line} (standard output: {error.strerror})", file=sys.stderr)
-        standard_output.discard()
+        standard_streams.discard()

@@ -15,6 +15,7 @@ from savings_exporter.cli.errors import CommandError, WrongUsageError
 from savings_exporter.cli.options import json_option, store_option
 from savings_exporter.cli.output import print_json, saved
 from savings_exporter.cli.tables import stdout_console, table
+from savings_exporter.escaping import plain
 from savings_exporter.model.crowds import KINDS
 from savings_exporter.model.names import UNKNOWN
 from savings_exporter.model.snapshot import Snapshot
@@ -60,7 +61,7 @@ def show(
         rows = list(views.as_rows(snapshot))
         writer = csv.DictWriter(sys.stdout, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(map(views.csv_row, rows))
     elif snapshot.lifetime.is_empty:
         print(f"{watched.storage_path}: the store is empty: no savings are recorded yet")
     else:
@@ -99,13 +100,13 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
         shown = table(kind)
         columns = _columns(rows, ascii_only=console.options.ascii_only)
         # On a narrow terminal columns go from the right, and never the names.
-        name_width = min(max(len(name) for name, _ in rows), _LONGEST_NAME)
+        name_width = min(max(len(plain(name)) for name, _ in rows), _LONGEST_NAME)
         while len(columns) > 1 and name_width + sum(map(_width, columns.items())) > console.width:
             columns.popitem()
         for heading in columns:
             shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
         for position, (name, _) in enumerate(rows):
-            shown.add_row(Text(name), *(Text(cells[position]) for cells in columns.values()))
+            shown.add_row(name, *(cells[position] for cells in columns.values()))
         console.print()
         console.print(shown)
         for line in views.outsiders(snapshot, kind) if kind in KINDS else ():

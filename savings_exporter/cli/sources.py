@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 from savings_exporter.cli.options import option
-from savings_exporter.cli.text import plain
+from savings_exporter.escaping import plain
 from savings_exporter.model.totals import Totals
 from savings_exporter.service import views
 from savings_exporter.sources.importing import Summary

@@ -13,7 +13,7 @@ import msgspec
 
 from savings_exporter.model.days import COLUMNS, LAST_DAY, Dated, Group, grouped
 from savings_exporter.model.figures import ZERO, Totals, added
-from savings_exporter.service.views import figures
+from savings_exporter.service.views import csv_row, figures
 
 _ROWS_AT_ONCE = 500
 
@@ -82,7 +82,7 @@ def as_csv(query: Query, rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:
     writer = csv.DictWriter(text, (*query.by, *_figures(Totals())), lineterminator="\n")
     writer.writeheader()
     for some in _some(rows):
-        writer.writerows(some)
+        writer.writerows(map(csv_row, some))
         yield text.getvalue().encode()
         text.seek(0)
         text.truncate()

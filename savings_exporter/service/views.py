@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from savings_exporter.escaping import cell
 from savings_exporter.model.crowds import KINDS, Crowd
 from savings_exporter.model.history import LARGEST_NUMBER
 from savings_exporter.model.snapshot import Health, Snapshot
@@ -54,6 +55,11 @@ def as_rows(snapshot: Snapshot) -> Iterator[dict[str, Any]]:
     for kind, group in breakdowns(snapshot):
         for name, totals in group:
             yield {"kind": kind, "name": name, **figures(totals)}
+
+
+def csv_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with names that neither a terminal nor a spreadsheet takes for something else."""
+    return {key: cell(value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def breakdowns(snapshot: Snapshot) -> Iterator[tuple[str, list[tuple[str, Totals]]]]:

@@ -91,6 +91,6 @@ def test_running_service_answers(tmp_path: Path, pattern: str, thing: str) -> No
         assert service.post(saving)[0] in (200, 202)
         for each in (service, watching):
             assert each.metrics()
-            for path in ("/v1/savings", "/-/healthy", "/"):
-                assert each.get(path)[0] in (200, 503)
+            for route in ("/v1/savings", "/-/healthy", "/"):
+                assert each.get(route)[0] in (200, 503)
             assert each.stop(signal.SIGTERM)[0] in (0, 1)
