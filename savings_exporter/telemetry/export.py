@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _STARTED_NS = time.time_ns()
 _LONGEST_CLOSE_SECONDS = 0.8
+_LONGEST_COMMAND_CLOSE_SECONDS = 0.4
 _USUAL_INTERVAL_MS = 60_000
 
 
@@ -46,6 +47,8 @@ class Export:
 
     def __init__(self, instance: str | None = None) -> None:
         self.tracer_provider: TracerProvider | None = None
+        # A hook may run a command for each prompt.
+        self._close_seconds = _LONGEST_CLOSE_SECONDS if instance is not None else _LONGEST_COMMAND_CLOSE_SECONDS
         self._metrics: _Metrics | None = None
         self._push: _Push | None = None
         names = ", ".join(sorted(name for name in os.environ if name.startswith("OTEL_")))
@@ -79,13 +82,15 @@ class Export:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        """Send what is left, for at most 0.8 seconds: a collector that does not answer must not delay the end."""
+        """Send what is left, for at most 0.8 seconds, or 0.4 in a command that ends at once: a collector that does not
+        answer must not delay the end.
+        """
         endings = [self.tracer_provider.shutdown] if self.tracer_provider is not None else []
         if self._push is not None:
             endings.append(self._push.close)
         # The exporters' own ends wait for up to 30 s.
         threads = [threading.Thread(target=end, daemon=True) for end in endings]
-        deadline = time.monotonic() + _LONGEST_CLOSE_SECONDS
+        deadline = time.monotonic() + self._close_seconds
         for thread in threads:
             thread.start()
         for thread in threads:
