@@ -6,10 +6,12 @@ Each command is a function in the module of its name. The module is imported whe
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from importlib import import_module
 from keyword import iskeyword
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -21,6 +23,9 @@ from savings_exporter.escaping import plain
 from savings_exporter.version import VERSION
 
 _LONGEST_MESSAGE = 1000
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# With one of these, prometheus_client keeps values in files, which another process with the same number goes on with.
+_VALUES_IN_FILES = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
 COMMANDS = (
     "serve",
     "watch",
@@ -78,8 +83,9 @@ def main() -> NoReturn:
     standard_streams.prepare()
     if sys.stdout is None:  # as Python has it when standard output was closed before the start
         _exit(1, "standard output is closed; redirect it to /dev/null if it is not needed")
-    if sys.argv[1:2] in (["serve"], ["watch"]):
-        _hold_hangup()
+    for name in _VALUES_IN_FILES:
+        os.environ.pop(name, None)
+    _handle_signals(is_service=sys.argv[1:2] in (["serve"], ["watch"]))
     try:
         status = app(standalone_mode=False, prog_name="savings-exporter")
         sys.stdout.flush()
@@ -104,10 +110,21 @@ def main() -> NoReturn:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _hold_hangup() -> None:
-    """Make SIGHUP do nothing until the service handles it, unless it is ignored anyway (nohup)."""
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, lambda _number, _frame: None)
+def _handle_signals(*, is_service: bool) -> None:
+    """End by an exception, so that what is pending is saved and temporary files are removed on the way out. In a
+    service, SIGHUP does nothing until the service handles it. A signal that is ignored (nohup) stays ignored.
+    """
+    for number in _ENDING:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            is_held = is_service and number != signal.SIGTERM
+            signal.signal(number, (lambda _number, _frame: None) if is_held else _end)
+
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    # The last save follows, and a further signal must not interrupt it.
+    for ending in _ENDING:
+        signal.signal(ending, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def _exit(status: int, line: str) -> NoReturn:

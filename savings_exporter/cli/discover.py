@@ -62,8 +62,10 @@ def discover(
 
 def _watch(store: str | None, sync_method: SyncMethod, most_rtk_tokens: int) -> None:
     ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: ended.set())
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: ended.set())
     with SavingsTracker(store, sync_method=sync_method) as tracker:
         with Following(tracker, lambda: usual_sources(os.environ, most_rtk_tokens=most_rtk_tokens)):
             announce(f"savings-exporter follows other programs' savings for {tracker.storage_path}; Ctrl-C ends it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 
 import click
@@ -35,8 +34,6 @@ def doctor(
     """Measure a disk for some seconds, and check that it suits a store."""
     logs.be_quiet()
     directory = directory_of(store)
-    # An exception in the main thread, so that temporary files are removed on the way out.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     with Console(file=standard_streams.styled(sys.stderr)).status(f"measuring {escape(plain(directory))}"):
         report = examine(directory)
     if as_json:

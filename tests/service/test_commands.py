@@ -718,3 +718,17 @@ def test_advice_of_a_long_error_is_whole(tmp_path: Path) -> None:
     directory = tmp_path.joinpath(*["d" * 200] * 8)
     done = run_cli("record", "--model", "m", "--tokens-saved", "1", "--store", str(directory / "p.json"))
     assert done.stderr.endswith(f"make it first: mkdir -p {directory}\n")
+
+
+@pytest.mark.parametrize("name", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_values_are_not_kept_in_files(tmp_path: Path, store_path: Path, name: str, exists: bool) -> None:
+    """prometheus_client would continue the values of an earlier process with the same number, and hide failures."""
+    directory = tmp_path / "values"
+    if exists:
+        directory.mkdir()
+    with running("serve", "--store", str(store_path), env={name: os.fspath(directory)}) as service:
+        assert service.post({"model": "m"})[0] == 422
+        refused = 'savings_http_requests_total{code="422",method="POST",route="/v1/savings"}'
+        assert service.metrics()[refused] == 1
+    assert not exists or list(directory.iterdir()) == []

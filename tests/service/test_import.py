@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from savings_exporter import SavingsTracker
 from savings_exporter.storage.repair import is_begun
 from savings_exporter.watched import WatchedFile
@@ -113,7 +115,8 @@ def test_discover(store_path: Path, tmp_path: Path) -> None:
     assert "is not JSON" in damaged.stderr
 
 
-def test_watch_follows_and_refuses_another_importer(store_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_watch_follows_and_refuses_another_importer(store_path: Path, tmp_path: Path, number: int) -> None:
     files = HeadroomFiles(tmp_path)
     files.flush()
     store = ("--store", str(store_path))
@@ -132,7 +135,7 @@ def test_watch_follows_and_refuses_another_importer(store_path: Path, tmp_path: 
         refused = run_cli("import", str(DOCUMENT), *store)
         assert (refused.returncode, refused.stdout) == (1, "")
         assert "another process imports into this store" in refused.stderr
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert process.wait(WAIT_SECONDS) == 0
     finally:
         process.kill()

@@ -1,0 +1,67 @@
+"""Commands that are ended by SIGTERM or, because their terminal was closed, by SIGHUP: they still save."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from savings_exporter import SavingsTracker
+from tests.support.service import Service, run_cli, running
+from tests.support.wait import WAIT_SECONDS, eventually
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_import_saves_what_it_has_imported(tmp_path: Path, store_path: Path, number: int) -> None:
+    table = tmp_path / "savings.csv"
+    table.write_text("m,t\n" + "model,5\n" * 1_000_000)
+    mapped = [str(table), "--map", "model=m", "--map", "tokens_saved=t", "--store", str(store_path)]
+    with subprocess.Popen([sys.executable, "-m", "savings_exporter", "import", *mapped]) as process:
+        try:
+            eventually(lambda: list(tmp_path.glob("*.journal.*")), "the import to have begun")
+            process.send_signal(number)
+            assert process.wait(WAIT_SECONDS) == 128 + number
+        finally:
+            process.kill()
+    assert list(tmp_path.glob("*.journal.*")) == []
+    assert run_cli("verify", "--store", str(store_path)).returncode == 0
+    assert run_cli("import", *mapped).returncode == 0
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.snapshot().lifetime.tokens_saved == 5_000_000
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_service_saves(store_path: Path, number: int) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with running("serve", "--store", str(store_path), faulty=True) as service:
+            _record_while_it_fails(service)
+            assert service.stop(number)[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.snapshot().lifetime.tokens_saved == 5
+
+
+def _record_while_it_fails(service: Service) -> None:
+    service.tell("fail fsync_journal")
+    assert service.post({"model": "m", "tokens_saved": 5})[0] == 202
+    service.tell("mend")
+
+
+def test_nohup(tmp_path: Path, store_path: Path) -> None:
+    """A signal that is ignored stays ignored."""
+    table = tmp_path / "savings.csv"
+    table.write_text("m,t\n" + "model,5\n" * 300_000)
+    mapped = f"{table} --map model=m --map tokens_saved=t --store {store_path}"
+    command = f"trap '' HUP; exec {sys.executable} -m savings_exporter import {mapped}"
+    with subprocess.Popen(["bash", "-c", command]) as process:
+        try:
+            eventually(lambda: list(tmp_path.glob("*.journal.*")), "the import to have begun")
+            process.send_signal(signal.SIGHUP)
+            assert process.wait(WAIT_SECONDS) == 0
+        finally:
+            process.kill()
