@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from savings_exporter.cli import standard_streams
-from savings_exporter.cli.options import expanded, json_option, option
+from savings_exporter.cli.options import json_option, option, store_path
 from savings_exporter.cli.output import print_json
 from savings_exporter.cli.tables import stdout_console, table
 from savings_exporter.doctor import Report, directory_of, examine, readable
@@ -23,7 +23,7 @@ from savings_exporter.service import logs
     "--store",
     metavar="PATH",
     variable="STORE",
-    callback=expanded,
+    callback=store_path,
     help="A store's document, or a directory. Default: the default store.",
 )
 @json_option

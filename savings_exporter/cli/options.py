@@ -10,6 +10,7 @@ import click
 
 from savings_exporter.cli.errors import WrongUsageError
 from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, HISTORY_PATH, READY_PATH, SAVINGS_PATH
+from savings_exporter.tracker import DOCUMENT_NAME
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _LAST_PORT = 65535
@@ -27,6 +28,13 @@ def expanded(_context: click.Context, option: click.Parameter, path: str | None)
             f"an empty PATH; name the document{', or leave it out for the default one' if not option.required else ''}"
         )
     return os.path.expanduser(path) if path is not None else None
+
+
+def store_path(context: click.Context, option: click.Parameter, path: str | None) -> str | None:
+    """The path that was given, or that in the state directory of a systemd unit; None for the user's default."""
+    if path is None and (directory := os.environ.get("STATE_DIRECTORY", "").partition(":")[0]):
+        return os.path.join(directory, DOCUMENT_NAME)
+    return expanded(context, option, path)
 
 
 def _address(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, int]:
@@ -56,8 +64,8 @@ store_option = option(
     "--store",
     metavar="PATH",
     variable="STORE",
-    callback=expanded,
-    help="The document. Default: in the user's state directory.",
+    callback=store_path,
+    help="The document. Default: in $STATE_DIRECTORY (systemd), or in the user's state directory.",
 )
 listen_address_option = option(
     "--web.listen-address",

@@ -21,6 +21,7 @@ import uvicorn
 from savings_exporter.errors import SettingsError
 from savings_exporter.service.app import Service
 from savings_exporter.service.paths import SAVINGS_PATH
+from savings_exporter.service.systemd import Systemd
 from savings_exporter.service.webconfig import WebConfig
 
 _GRACE_SECONDS = 10
@@ -101,7 +102,8 @@ def instance_of(listener: socket.socket) -> str:
 
 def run(service: Service, listener: socket.socket, web_config: WebConfig, started: Callable[[], None]) -> None:
     """Answer requests until SIGTERM or SIGINT. Then answer those in flight, and return. SIGHUP reads the web
-    configuration file again; without one it is like SIGTERM, because it then comes from a terminal that was closed.
+    configuration file again. Without one it does nothing in a unit of systemd, whose reload sends it, and is otherwise
+    like SIGTERM, because it then comes from a terminal that was closed.
 
     ``started`` is called when requests are answered and the signals are handled.
     """
@@ -151,17 +153,20 @@ class _Server(uvicorn.Server):
         self._service = service
         self._web_config = web_config
         self._call_when_started = started
+        self._systemd = Systemd()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._call_when_started()
+        self._systemd.ready("answers requests")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.stopping = True
+        self._systemd.stopping("answers the requests in flight, then saves a last time")
         super().handle_exit(sig, frame)
 
     def _hang_up(self, number: int, frame: FrameType | None) -> None:
-        if self._web_config.has_file:
+        if self._web_config.has_file or self._systemd.is_manager:
             self._web_config.wants_reload = True
         else:
             self.handle_exit(number, frame)

@@ -49,6 +49,9 @@ NEEDS = {
         target="unstable",
     ),
     "strace": Need(lambda: shutil.which("strace"), "strace is not installed (Debian: apt-get install strace)"),
+    "systemd": Need(
+        lambda: shutil.which("systemd-analyze"), "systemd-analyze is not installed (Debian: apt-get install systemd)"
+    ),
     "openssl": Need(lambda: shutil.which("openssl"), "openssl is not installed (Debian: apt-get install openssl)"),
     "curl": Need(lambda: shutil.which("curl"), "curl is not installed (Debian: apt-get install curl)"),
     "usual-ports": Need(
