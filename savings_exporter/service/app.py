@@ -24,8 +24,8 @@ from savings_exporter.errors import StoreError
 from savings_exporter.service import history, problems
 from savings_exporter.service.auth import BearerToken, Guarded
 from savings_exporter.service.intake import Intake, IntakeLimits
-from savings_exporter.service.pages import documents
 from savings_exporter.service.pages import status as status_page
+from savings_exporter.service.pages.documents import Documents
 from savings_exporter.service.paths import (
     DOCUMENTS_PATH,
     HEALTHY_PATH,
@@ -86,7 +86,7 @@ class Service:
                 Route(HEALTHY_PATH, self._healthy),
                 Route(READY_PATH, self._ready),
                 Route("/", self._status_page),
-                Route(f"{DOCUMENTS_PATH}{{name}}", self._document),
+                *Documents().routes(),
             ],
             middleware=[
                 Middleware(GZipMiddleware, minimum_size=_LEAST_COMPRESSED_BYTES),
@@ -156,12 +156,6 @@ class Service:
         snapshot = await run_in_threadpool(source.snapshot)
         page = status_page.render(snapshot, source.health(), source.storage_path, prefix, self._telemetry_path)
         return HTMLResponse(page.encode("utf-8", "backslashreplace"), headers=status_page.HEADERS)
-
-    async def _document(self, request: Request) -> Response:
-        page = await run_in_threadpool(documents.render, request.path_params["name"])
-        if page is None:
-            raise HTTPException(HTTPStatus.NOT_FOUND)
-        return HTMLResponse(page, headers=status_page.HEADERS)
 
     def _refusal(self) -> RefusedError | None:
         """Why no request is taken at present; None if requests are taken."""

@@ -1,4 +1,4 @@
-"""What ``savings-exporter assets`` writes, and the documents that the service serves."""
+"""What ``savings-exporter assets`` writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 
 from tests.support.paths import ROOT
 from tests.support.rules import SCENARIOS, groups_of, only, promtool, promtool_files, promtool_tests, series_of
-from tests.support.service import run_cli, running
+from tests.support.service import run_cli
 
 SETTINGS = """
 job: llm-savings
@@ -109,34 +109,6 @@ def test_wrong_setting_gets_one_line(tmp_path: Path, content: str, said: str) ->
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert said in done.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_documents_are_served_as_pages(store_path: Path, tmp_path: Path) -> None:
-    """With anchors for the links of alerts, with links between them, and without the token."""
-    (tmp_path / "token").write_text("secret")
-    config = tmp_path / "web.yml"
-    config.write_text("authorization: {credentials_file: token}")
-    with running("serve", "--store", str(store_path), "--web.config.file", str(config)) as service:
-        pages = {path.stem: service.get(f"/docs/{path.stem}") for path in (ROOT / "docs").glob("*.md")}
-        assert {status for status, _ in pages.values()} == {200}
-        for name, (_, page) in pages.items():
-            anchors = {other: set(re.findall(r'id="([^"]*)"', text)) for other, (_, text) in pages.items()}
-            assert not re.search(r'href="[^"]*\.md|<img ', page)
-            for target in re.findall(r'href="(?!https?://|\.\.")([^"]*)"', page):
-                other, _, anchor = target.partition("#")
-                assert (other or name) in pages, target
-                assert not anchor or anchor in anchors[other or name], f"{name}: {target}"
-        assert '<h2 id="savingsdirectoryfsyncfailing">SavingsDirectoryFsyncFailing</h2>' in pages["runbook"][1]
-        assert [service.get(f"/docs/{name}")[0] for name in ("nothing", "..%2fREADME", "examples")] == [404] * 3
-
-
-@pytest.mark.needs("root")
-def test_runbook_is_served_while_the_store_fails(store_path: Path) -> None:
-    with running("serve", "--store", str(store_path), faulty=True) as service:
-        service.tell("fail fsync_journal")
-        assert service.post({"model": "m", "tokens_saved": 1})[0] == 202
-        assert service.get("/docs/runbook")[0] == 200
-        assert 'href="/docs/runbook"' in service.get("/")[1]
 
 
 def test_installed_package_has_the_documents_and_dashboards(tmp_path: Path) -> None:
