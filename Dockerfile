@@ -3,6 +3,7 @@ FROM python:3.13.7-slim-bookworm AS build
 WORKDIR /build
 COPY pyproject.toml README.md LICENSE ./
 COPY dashboards dashboards
+COPY deploy deploy
 COPY docs docs
 COPY savings_exporter savings_exporter
 RUN python -m venv /opt/venv && /opt/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check .

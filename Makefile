@@ -56,7 +56,9 @@ dashboards: .venv/.dev ## generate Grafana's dashboards, and pictures of their l
 	@.venv/bin/python dashboards/grafana/build.py
 
 rules: .venv/.package ## write Prometheus's rules from savings_exporter/assets
-	@.venv/bin/savings-exporter assets --output dashboards > /dev/null
+	@rm -rf build/assets
+	@.venv/bin/savings-exporter assets --output build/assets > /dev/null
+	@cp -R build/assets/prometheus dashboards
 
 frameworks: .venv/.frameworks ## install the web frameworks that the examples of docs/embedding.md use
 

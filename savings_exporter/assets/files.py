@@ -13,15 +13,26 @@ from savings_exporter.assets.settings import RuleSettings
 from savings_exporter.shipped import shipped
 
 _DASHBOARDS = ("savings.json", "durability.json")
+# What is copied as it is, by its place in the project.
+_COPIED = {
+    "alertmanager": "dashboards/alertmanager",
+    "deploy": "deploy",
+    "docs": "docs",
+    "grafana/provisioning": "dashboards/grafana/provisioning",
+    "prometheus/prometheus.yml": "dashboards/prometheus/prometheus.yml",
+}
 # What all queries of the dashboards select by.
 _SELECTED = 'instance=~"$instance"'
 
 
-def asset_files(settings: RuleSettings) -> dict[str, str]:
-    """The contents of all files, by path: the rules for Prometheus and the dashboards for Grafana."""
-    rules = {f"prometheus/{path}": text for path, text in rule_files(settings).items()}
-    dashboards = {f"grafana/{name}": _dashboard(name, settings.selector) for name in _DASHBOARDS}
-    return rules | dashboards
+def asset_files(settings: RuleSettings) -> dict[str, bytes]:
+    """The contents of all files, by path: rules and configuration of Prometheus and Alertmanager, the dashboards for
+    Grafana, the documents, and the files for deployment.
+    """
+    rules = {f"prometheus/{path}": text.encode() for path, text in rule_files(settings).items()}
+    dashboards = {f"grafana/{name}": _dashboard(name, settings.selector).encode() for name in _DASHBOARDS}
+    copied = {path: content for target, source in _COPIED.items() for path, content in _copied(target, source).items()}
+    return rules | dashboards | copied
 
 
 def read_settings(path: str | None, **changes: str | None) -> RuleSettings:
@@ -41,3 +52,12 @@ def _dashboard(name: str, selector: str) -> str:
     if not selector:
         return text
     return text.replace(json.dumps(_SELECTED)[1:-1], json.dumps(f"{_SELECTED}, {selector}")[1:-1])
+
+
+def _copied(target: str, source: str) -> dict[str, bytes]:
+    """A file, or all files of a directory, by their new paths."""
+    path = shipped(source)
+    if path.is_file():
+        return {target: path.read_bytes()}
+    files = (file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return {f"{target}/{file.relative_to(path).as_posix()}": file.read_bytes() for file in sorted(files)}

@@ -64,6 +64,8 @@ class RuleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name in ("runbook_url", "dashboard_url"):
             if not getattr(self, name).startswith(("http://", "https://")):
                 raise SettingsError(f"{name} must begin with http:// or https://, unlike {getattr(self, name)!r}")
+        if re.search(r"[#\s]", self.runbook_url):
+            raise SettingsError(f"runbook_url must not contain # or spaces, unlike {self.runbook_url!r}")
         for name in ("commit_seconds", "save_seconds"):
             if getattr(self, name) not in LATENCY_BOUNDS[:-1]:
                 bounds = ", ".join(f"{bound:g}" for bound in LATENCY_BOUNDS[:-1])

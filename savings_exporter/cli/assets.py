@@ -7,23 +7,51 @@ from pathlib import Path
 import click
 
 from savings_exporter.assets.files import asset_files, read_settings
+from savings_exporter.cli.errors import CommandError
+from savings_exporter.cli.options import option
 from savings_exporter.service import logs
 
 
 @click.command()
 @click.option("--output", metavar="DIR", required=True, help="Where to write; it is created if needed.")
+@click.option("--force", is_flag=True, help="Replace files that have other contents.")
 @click.option("--settings", "settings_file", metavar="PATH", help="YAML with thresholds, objectives and addresses.")
 @click.option("--selector", metavar="MATCHERS", help="Label matchers of the exporters, such as 'namespace=\"llm\"'.")
 @click.option("--job", metavar="NAME", help="The job under which Prometheus scrapes the exporters.")
-@click.option("--runbook-url", metavar="URL", help="Where people reach an exporter's /docs/runbook.")
+@option("--runbook-url", variable="RUNBOOK_URL", metavar="URL", help="Where people reach an exporter's /docs/runbook.")
 def assets(
-    output: str, settings_file: str | None, selector: str | None, job: str | None, runbook_url: str | None
+    output: str,
+    force: bool,
+    settings_file: str | None,
+    selector: str | None,
+    job: str | None,
+    runbook_url: str | None,
 ) -> None:
-    """Write Prometheus rules and Grafana dashboards for your labels and thresholds."""
+    """Write rules, dashboards, documents and files for deployment.
+
+    The rules and dashboards are for your labels, thresholds and addresses.
+    """
     logs.be_quiet()
     found = read_settings(settings_file, selector=selector, job=job, runbook_url=runbook_url)
-    for path, text in asset_files(found).items():
-        target = Path(output, path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-        print(target)
+    files = {Path(output, path): content for path, content in asset_files(found).items()}
+    try:
+        # All are compared before the first is written.
+        edited = [target for target, content in files.items() if target.exists() and _content(target) != content]
+        if edited and not force:
+            more = f" (and {len(edited) - 1} more files)" if len(edited) > 1 else ""
+            raise CommandError(
+                f"{edited[0]}{more}: has other contents, so nothing was written. Name another directory, or give "
+                "--force to replace it"
+            )
+        for target, content in files.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+            print(target)
+    except OSError as error:
+        raise CommandError(f"{error.filename}: cannot be written: {error.strerror}. Choose another --output") from None
+
+
+def _content(path: Path) -> bytes:
+    if not path.is_file():
+        raise CommandError(f"{path}: is not a regular file; remove it, or name another directory")
+    return path.read_bytes()

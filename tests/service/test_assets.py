@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,8 @@ pending_records: 50
 def written(directory: Path, *arguments: str) -> Path:
     done = run_cli("assets", "--output", str(directory), *arguments)
     assert (done.returncode, done.stderr) == (0, "")
-    assert [Path(line).is_file() for line in done.stdout.splitlines()] == [True] * 5
+    files = {str(path) for path in directory.rglob("*") if path.is_file()}
+    assert set(done.stdout.splitlines()) == files
     return directory
 
 
@@ -94,6 +93,7 @@ def test_dashboards_follow_the_selector(tmp_path: Path) -> None:
         ("objective: 1.5", "objective must be more than 0 and less than 1"),
         ('job: ""', "job must not be empty"),
         ("runbook_url: wiki/runbook", "runbook_url must begin with http:// or https://, unlike 'wiki/runbook'"),
+        ("runbook_url: https://wiki.example/#top", "runbook_url must not contain # or spaces"),
         ("save_seconds: 3", "save_seconds must be a bucket's bound"),
         ("selector: namespace=llm", 'selector must be label matchers such as namespace="llm", not namespace=llm'),
         ("idle_hours: 0", "idle_hours must be at least 1"),
@@ -111,12 +111,59 @@ def test_wrong_setting_gets_one_line(tmp_path: Path, content: str, said: str) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_installed_package_has_the_documents_and_dashboards(tmp_path: Path) -> None:
-    """A wheel, unpacked where no checkout is."""
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(tmp_path / "site")
-    done = run_cli("assets", "--output", "out", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")})
+def test_what_the_project_ships_is_written(tmp_path: Path) -> None:
+    """The documents with their pictures, the files for deployment, the configuration around rules and dashboards."""
+    out = written(tmp_path / "out")
+    files = [path for folder in ("docs", "deploy") for path in (ROOT / folder).rglob("*.*") if path.is_file()]
+    copied = {path.relative_to(ROOT).as_posix(): path for path in files if path.suffix != ".pyc"}
+    copied |= {
+        "alertmanager/alertmanager.yml": ROOT / "dashboards/alertmanager/alertmanager.yml",
+        "prometheus/prometheus.yml": ROOT / "dashboards/prometheus/prometheus.yml",
+        "grafana/provisioning/dashboards/dashboards.yml": ROOT
+        / "dashboards/grafana/provisioning/dashboards/dashboards.yml",
+    }
+    assert {"docs/runbook.md", "deploy/systemd/savings-exporter.service"} <= copied.keys()
+    for target, source in copied.items():
+        assert (out / target).read_bytes() == source.read_bytes()
+
+
+def test_address_of_the_runbook_from_the_environment(tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yml"
+    settings.write_text(SETTINGS)
+    variable = {"SAVINGS_EXPORTER_RUNBOOK_URL": "https://savings.example/docs/runbook"}
+    done = run_cli("assets", "--output", str(tmp_path / "out"), "--settings", str(settings), env=variable)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out/grafana/savings.json").read_text() == (ROOT / "dashboards/grafana/savings.json").read_text()
-    assert (tmp_path / "site/savings_exporter/docs/runbook.md").read_text() == (ROOT / "docs/runbook.md").read_text()
+    links = re.findall(r"runbook_url: (.*)", (tmp_path / "out/prometheus/rules/alerts.yml").read_text())
+    assert links
+    assert [link for link in links if not link.startswith("https://savings.example/docs/runbook#")] == []
+
+
+def test_what_somebody_has_edited_is_kept(tmp_path: Path) -> None:
+    out = written(tmp_path / "out")
+    edited, removed = out / "alertmanager/alertmanager.yml", out / "prometheus/rules/alerts.yml"
+    edited.write_text("receivers: [mine]")
+    removed.unlink()
+    done = run_cli("assets", "--output", str(out))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert f"{edited}: has other contents, so nothing was written" in done.stderr
+    assert edited.read_text() == "receivers: [mine]"
+    assert not removed.exists()
+    written(out, "--force")
+    assert edited.read_bytes() == (ROOT / "dashboards/alertmanager/alertmanager.yml").read_bytes()
+    written(out)  # nothing differs
+
+
+@pytest.mark.parametrize("obstacle", ["file", "directory", "pipe"])
+def test_what_is_in_the_way_gets_one_line(tmp_path: Path, obstacle: str) -> None:
+    out = tmp_path / "out"
+    target = out / "prometheus/prometheus.yml"
+    if obstacle == "file":
+        out.write_text("a file")
+    elif obstacle == "directory":
+        target.mkdir(parents=True)
+    else:
+        target.parent.mkdir(parents=True)
+        os.mkfifo(target)
+    done = run_cli("assets", "--output", str(out))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert str(out) in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -52,6 +53,26 @@ def test_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
 def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert tops == {"savings_exporter", next(top for top in tops if top.endswith(".dist-info"))}
+
+
+def test_installed_package_writes_the_same_assets(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """A wheel, unpacked where no checkout is."""
+    wheel.extractall(tmp_path / "site")
+    places = {"installed": tmp_path / "site", "checkout": ROOT}
+    for name, place in places.items():
+        command = [sys.executable, "-m", "savings_exporter", "assets", "--output", str(tmp_path / name)]
+        done = subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(place)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    installed, checkout = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (tmp_path / "installed", tmp_path / "checkout")
+    )
+    assert installed == checkout
+    names = {path.as_posix() for path in installed}
+    assert {"docs/runbook.md", "grafana/savings.json", "prometheus/rules/alerts.yml"} <= names
+    assert "deploy/systemd/savings-exporter.service" in names
 
 
 def test_wheel_holds_the_license(wheel: zipfile.ZipFile, metadata: Message) -> None:
