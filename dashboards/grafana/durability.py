@@ -199,6 +199,12 @@ def _why() -> Row:
                 Query(of_instances("savings_recoveries_total"), "{{instance}} {{kind}}"),
                 width=12,
             ),
+            bars(
+                "Dropped log lines",
+                "Log lines that nothing read, or that could not be written. The service went on without them.",
+                Query(happened("savings_log_lines_dropped_total")),
+                width=24,
+            ),
         ),
     )
 

@@ -128,6 +128,10 @@ def _end(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _exit(status: int, line: str) -> NoReturn:
+    if (logging := sys.modules.get("logging")) is not None:
+        # What was logged before comes first.
+        for handler in logging.getLogger().handlers:
+            handler.flush()
     # One line, whatever arguments and names of files hold.
-    print(f"savings-exporter: {plain(line)}", file=sys.stderr)
+    standard_streams.print_error(f"savings-exporter: {plain(line)}")
     sys.exit(status)

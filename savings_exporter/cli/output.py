@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from datetime import datetime
 from typing import Any
 
@@ -27,7 +28,12 @@ def saved(moment: datetime | None) -> str:
 
 
 def announce(lines: str) -> None:
-    """Print what a service says when it answers requests. A closed pipe does not end the service."""
+    """Print what a service says when it answers requests. A closed pipe does not end the service, and one that nobody
+    reads does not stop it.
+    """
+    if not standard_streams.takes_more(sys.stdout):
+        logger.warning("the address could not be printed: nothing reads standard output")
+        return
     try:
         print(lines, flush=True)
     except OSError as error:

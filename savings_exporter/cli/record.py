@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
@@ -87,5 +86,5 @@ def _report(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError as error:
-        print(f"savings-exporter: {line} (standard output: {error.strerror})", file=sys.stderr)
+        standard_streams.print_error(f"savings-exporter: {line} (standard output: {error.strerror})")
         standard_streams.discard()

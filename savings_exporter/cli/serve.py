@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import sys
 import tempfile
 from contextlib import ExitStack
 from typing import NoReturn
@@ -26,11 +25,13 @@ from savings_exporter.cli.options import (
 )
 from savings_exporter.cli.output import announce, announcement
 from savings_exporter.cli.sources import most_rtk_tokens_option
+from savings_exporter.cli.standard_streams import print_error
 from savings_exporter.prices import Prices, load_prices
 from savings_exporter.service import logs, server
 from savings_exporter.service.app import Service
 from savings_exporter.service.demo import DemoTraffic
 from savings_exporter.service.drill import taking_drills
+from savings_exporter.service.log_metrics import LogCollector
 from savings_exporter.service.paths import SAVINGS_PATH
 from savings_exporter.service.webconfig import WebConfig
 from savings_exporter.sources.discovery import usual_sources
@@ -80,7 +81,7 @@ def serve(
     enable_drill: bool,
 ) -> None:
     """Take savings over HTTP, and serve metrics and totals."""
-    logs.configure(log_level, log_format)
+    log = logs.configure(log_level, log_format)
     web_config = WebConfig(web_config_file)
     loaded = load_prices(prices)
     with ExitStack() as stack:
@@ -106,6 +107,7 @@ def serve(
             web_config=web_config,
             tracer_provider=export.tracer_provider,
         )
+        service.registry.register(LogCollector(log))
         if following is not None:
             service.registry.register(FollowingCollector(following))
         what = "keeps made-up savings in" if demo else "keeps savings in"
@@ -153,6 +155,6 @@ def _end_at_once(tracker: SavingsTracker) -> NoReturn:
             f"{health.pending_records} records ({health.pending_tokens} tokens saved) were not durable and may be lost"
         )
     line = f"savings-exporter: {tracker.storage_path}: interrupted before the last save had ended; {lost}"
-    print(line, file=sys.stderr, flush=True)
+    print_error(line)
     # Any other way to exit waits for that save again.
     os._exit(INTERRUPTED)

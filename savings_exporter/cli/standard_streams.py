@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -92,6 +93,18 @@ def write_exactly(pieces: Iterable[bytes]) -> None:
         sys.stdout.flush()
         sys.stdout.buffer.writelines(pieces)
         sys.stdout.buffer.flush()
+
+
+def takes_more(stream: TextIO) -> bool:
+    """Whether a stream can be written to within a second. A pipe that is full and that nobody reads cannot."""
+    # On Windows only sockets can be waited for.
+    return not isinstance(stream, _PlainText) or os.name == "nt" or bool(select.select([], [stream], [], 1.0)[1])
+
+
+def print_error(line: str) -> None:
+    """Print a line to standard error at the end of the process, which does not wait for a reader that has stopped."""
+    if takes_more(sys.stderr):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _is_plain(piece: bytes) -> bool:

@@ -17,6 +17,7 @@ from savings_exporter.cli.output import announce, announcement
 from savings_exporter.errors import StoreError
 from savings_exporter.service import logs, server
 from savings_exporter.service.app import Service
+from savings_exporter.service.log_metrics import LogCollector
 from savings_exporter.service.webconfig import WebConfig
 from savings_exporter.telemetry.export import Export
 from savings_exporter.telemetry.metrics import WatchCollector
@@ -42,7 +43,7 @@ def watch(
 
     PATH is a proxy_savings.json, for example Headroom's. It is only read.
     """
-    logs.configure(log_level, log_format)
+    log = logs.configure(log_level, log_format)
     web_config = WebConfig(web_config_file)
     try:
         watched = WatchedFile(path)
@@ -56,6 +57,7 @@ def watch(
             web_config=web_config,
             tracer_provider=export.tracer_provider,
         )
+        service.registry.register(LogCollector(log))
         url = server.url_of(listener, tls=web_config.tls is not None)
         lines = announcement("watches", watched.storage_path, url, f"metrics: {url}{telemetry_path}")
         export.push_metrics(service.registry.collect, watched.snapshot)

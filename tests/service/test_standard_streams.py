@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from savings_exporter import SavingsTracker
-from tests.support.service import run_cli
-from tests.support.wait import WAIT_SECONDS
+from tests.support.service import Service, free_port, run_cli
+from tests.support.wait import WAIT_SECONDS, eventually
 
 LOCK_BYTES = 88
 EMBEDDED = """
@@ -96,3 +98,47 @@ def test_nothing_is_cut_in_a_pipe(store_path: Path) -> None:
         assert "…" not in printed
     (row,) = (line for line in printed.splitlines() if "123,456" in line)
     assert all(name in row for name in names)
+
+
+def full_pipe() -> tuple[int, int]:
+    """A pipe that takes nothing more until it is read."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 4096)
+    os.set_blocking(writing, True)
+    return reading, writing
+
+
+def test_service_with_pipes_that_nobody_reads(store_path: Path) -> None:
+    """It answers, counts what waits, and ends, also when there is an error to print."""
+    address = f"127.0.0.1:{free_port()}"
+    reading, writing = full_pipe()
+    command = [sys.executable, "-m", "savings_exporter", "serve", "--store", str(store_path)]
+    process = subprocess.Popen(
+        [*command, "--web.listen-address", address], stdin=subprocess.DEVNULL, stdout=writing, stderr=writing
+    )
+    try:
+        service = Service(process, "", f"http://{address}")  # type: ignore[arg-type]
+        eventually(lambda: _is_ready(service), "the service")
+        assert service.post({"model": "m", "tokens_saved": 5})[0] == 200
+        assert service.post({"model": "m"})[0] == 422
+        assert service.metrics()["savings_log_lines_dropped_total"] == 0
+        refused = subprocess.run([*command, "--web.listen-address", address], stderr=writing, timeout=WAIT_SECONDS)
+        assert refused.returncode == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_SECONDS) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reading)
+        os.close(writing)
+    assert_intact(store_path, 5)
+
+
+def _is_ready(service: Service) -> bool:
+    try:
+        return service.get("/-/ready")[0] == 200
+    except OSError:
+        return False

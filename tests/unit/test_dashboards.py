@@ -55,8 +55,8 @@ def exported(tracker: SavingsTracker) -> list[str]:
     requests = CollectorRegistry()
     RequestLog(requests, []).note("POST", "/", 422, 0.1, "")
     families = (*collector.collect(), *requests.collect())
-    watched = "savings_watched_file_readable"
-    return [*samples(collector), *samples(requests), watched, *(one.name for one in families if not one.samples)]
+    others = "savings_watched_file_readable", "savings_log_lines_dropped_total"
+    return [*samples(collector), *samples(requests), *others, *(one.name for one in families if not one.samples)]
 
 
 # The newer kind of dashboard is for Grafana 12 and later only.
