@@ -98,10 +98,10 @@ def stack(directory: Path, *targets: str) -> Iterator[Stack]:
     with listening(take) as webhooks:
         changes = [(rf"http://replace-with-your-{who}.invalid/", f"{webhooks}/{who}") for who in RECEIVERS]
         changes += [(r"group_(wait|interval): \w+", r"group_\1: 100ms")]
-        runbook = ("http://localhost:9478/", f"http://{targets[0]}/")
+        runbook = f"http://{targets[0]}/docs/runbook"
         with (
             alertmanager(directory / "alertmanager", alerts, *changes),
-            prometheus(directory / "prometheus", port, list(targets), alerts, *SHORTER, runbook) as url,
+            prometheus(directory / "prometheus", port, list(targets), alerts, runbook, *SHORTER) as url,
         ):
             yield Stack(url, calls)
 
@@ -111,9 +111,25 @@ def assert_it_says_what_to_do(alert: dict[str, Any], address: str, severity: str
     assert {"severity": severity, "job": "savings-exporter", "instance": address}.items() <= alert["labels"].items()
     assert alert["called"] == ("/pager" if severity == "critical" else "/team-chat")
     assert address in alert["annotations"]["summary"]
-    page, _, section = alert["annotations"]["runbook_url"].partition("#")
-    assert section == name.lower()
-    assert f'<h2 id="{section}">{name}</h2>' in fetched(page).decode()
+    assert_link_leads_to_section(alert["annotations"]["runbook_url"], name)
+
+
+def assert_link_leads_to_section(link: str, alert: str) -> None:
+    page, _, section = link.partition("#")
+    assert section == alert.lower()
+    assert f'<h2 id="{section}">{alert}</h2>' in fetched(page).decode()
+
+
+def test_the_link_of_each_alert_leads_to_its_section(tmp_path: Path, store_path: Path) -> None:
+    """In the rules as Prometheus has read them, on a service whose address is the one setting that was changed."""
+    address = f"127.0.0.1:{free_port()}"
+    with running("serve", "--store", str(store_path), address=address), stack(tmp_path, address) as seen:
+        groups = json.loads(fetched(f"{seen.url}/api/v1/rules?type=alert"))["data"]["groups"]
+        alerts = [rule for group in groups for rule in group["rules"]]
+        assert {"SavingsDirectoryFsyncFailing", "SavingsExporterDown", "Watchdog"} <= {rule["name"] for rule in alerts}
+        for rule in alerts:
+            assert rule["annotations"]["runbook_url"].startswith(f"http://{address}/docs/")
+            assert_link_leads_to_section(rule["annotations"]["runbook_url"], rule["name"])
 
 
 @pytest.mark.needs("strace")

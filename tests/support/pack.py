@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.compose import dockerfile, edit, laid_out
+from tests.support.service import run_cli
 from tests.support.wait import WAIT_SECONDS, eventually
 
 
@@ -79,15 +80,18 @@ def alertmanager(root: Path, port: int, *changes: tuple[str, str]) -> Iterator[s
 
 @contextmanager
 def prometheus(
-    root: Path, port: int, targets: list[str], alertmanager_port: int, *changes: tuple[str, str]
+    root: Path, port: int, targets: list[str], alertmanager_port: int, runbook: str, *changes: tuple[str, str]
 ) -> Iterator[str]:
     """A Prometheus as the compose file starts it, with other targets and intervals. Yields its address.
 
-    ``changes`` are made in its rules.
+    Its rules are written for the address ``runbook``, and then ``changes`` are made in them.
     """
     url = f"http://127.0.0.1:{port}"
     command = [argument.replace("http://localhost:9090", url) for argument in laid_out("prometheus", root)]
     command = ["prometheus", *command, f"--web.listen-address=127.0.0.1:{port}"]
+    address = {"SAVINGS_EXPORTER_RUNBOOK_URL": runbook}
+    written = run_cli("assets", "--output", str(root / "etc"), "--force", env=address)
+    assert written.returncode == 0, written.stderr
     edit(
         root / "etc/prometheus/prometheus.yml",
         ('"exporter:9478"', ", ".join(f'"{target}"' for target in targets)),
