@@ -97,7 +97,15 @@ class Service:
         )
         app: ASGIApp = routed
         if isinstance(source, SavingsTracker):
-            app = _Dispatch(Recording(source, Intake(limits), self.requests, token.refusal, self._refusal), routed)
+            recording = Recording(
+                source,
+                Intake(limits),
+                self.requests,
+                token.refusal,
+                self._refusal,
+                is_traced=tracer_provider is not None,
+            )
+            app = _Dispatch(recording, routed)
         self.app = _traced(app, tracer_provider, telemetry_path)
         """The ASGI application."""
 

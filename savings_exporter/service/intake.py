@@ -60,14 +60,16 @@ class Intake:
         return Reception(self)
 
     async def decoded(self, decode: Callable[[bytes], T], body: bytes) -> T:
-        """What a function makes of a body. A large body is decoded in a thread, and one at a time."""
-        if len(body) <= _LARGE_BODY_BYTES:
-            return decode(body)
+        """What a function makes of a large body. It is called in a thread, and for one body at a time."""
         async with self._decoding_a_large_body:
             return await run_in_threadpool(decode, body)
 
     async def read(self, receive: Receive, reception: Reception) -> bytes:
-        """Read a body. A slow sender is cut off after some time."""
+        """Read the body of a request. A slow sender is cut off after some time.
+
+        Raises:
+            RefusedError: the body is too large, or too late, or other requests hold too much.
+        """
         task = asyncio.current_task()
         assert task is not None
         self._reading[task] = time.monotonic()
@@ -154,13 +156,10 @@ class Reception:
         self._intake.posts_in_flight -= 1
         self.release()
 
-    async def body(self, receive: Receive) -> bytes:
-        """The body of the request.
-
-        Raises:
-            RefusedError: the body is too large, or too late, or other requests hold too much.
-        """
-        return await self._intake.read(receive, self)
+    @property
+    def is_large(self) -> bool:
+        """Whether the body is so large that decoding it would keep other requests waiting."""
+        return self._held > _LARGE_BODY_BYTES
 
     def hold(self, size: int) -> None:
         """Account for bytes that are kept in memory until the request is answered."""

@@ -34,7 +34,7 @@ class RefusedError(Exception):
 
     def __init__(
         self,
-        status: HTTPStatus,
+        status: int,
         detail: str,
         *,
         field: str | None = None,
@@ -43,7 +43,7 @@ class RefusedError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(detail)
-        self.status = status
+        self.status = HTTPStatus(status)
         self.detail = _cut(detail)
         self.field = field
         self.retry = retry

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
-from http import HTTPStatus
+from typing import Any, TypeAlias
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 from savings_exporter.model.keys import checked_key
+from savings_exporter.model.record import SavingsRecord
 from savings_exporter.service import problems
 from savings_exporter.service.intake import Intake, decode_records
 from savings_exporter.service.paths import SAVINGS_PATH
 from savings_exporter.service.problems import RefusedError
 from savings_exporter.service.requests import RequestLog
 from savings_exporter.tracker import SavingsTracker
+from savings_exporter.tracking.receipt import Receipt
+
+# HTTPStatus is slow to compare and to encode.
+_OK, _ACCEPTED, _UNSUPPORTED_MEDIA_TYPE, _UNPROCESSABLE, _FAILED = 200, 202, 415, 422, 500
+
+# The receipt of a call that recorded a request's records, how many records came after them in that call, and how many
+# they are.
+_Recorded: TypeAlias = "tuple[Receipt, int, int]"
 
 _JSON = b"application/json"
 _encode = msgspec.json.Encoder().encode
@@ -24,7 +34,8 @@ _encode = msgspec.json.Encoder().encode
 class Recording:
     """Records the savings of a request, and answers when they are durable, or when they cannot become durable now.
 
-    ``refusal`` says why a request is refused, and ``closed`` why all are. ``log`` accounts for each answer.
+    ``refusal`` says why a request is refused, and ``closed`` why all are. ``log`` accounts for each answer. With
+    ``is_traced``, each request is recorded on its own, so that its span is linked to its commit.
     """
 
     def __init__(
@@ -34,35 +45,50 @@ class Recording:
         log: RequestLog,
         refusal: Callable[[Scope], RefusedError | None],
         closed: Callable[[], RefusedError | None],
+        *,
+        is_traced: bool,
     ) -> None:
         self._tracker = tracker
         self._intake = intake
+        self._most = intake.limits.records
         self._log = log
         self._refusal = refusal
         self._closed = closed
+        self._is_traced = is_traced
+        self._round: _Round | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        began, code, detail = time.perf_counter(), HTTPStatus.INTERNAL_SERVER_ERROR, "the request failed"
+        began, code, detail = time.perf_counter(), _FAILED, "the request failed"
         try:
             try:
-                answer = await self._answer(scope, receive)
+                receipt, after, count = await self._recorded(scope, receive)
             except RefusedError as error:
-                code, detail = error.status, error.detail
+                code, detail = int(error.status), error.detail
                 await problems.refusal(error)(scope, receive, send)
                 return
             except Exception:
                 await problems.unexpected()(scope, receive, send)
                 raise  # for the server, which logs it
-            code = HTTPStatus.OK if answer["durable"] else HTTPStatus.ACCEPTED
-            body = _encode(answer) + b"\n"
+            last, body = receipt.sequence, b""
+            if last is not None and not receipt.duplicate:
+                code = _OK
+                body = b'{"sequence":%d,"writer":"%s","accepted":%d,"durable":true}\n' % (
+                    last - after,
+                    (receipt.writer or "").encode(),
+                    count,
+                )
+            else:
+                code = _ACCEPTED if last is None else _OK
+                body = _encode(_answer(receipt, count)) + b"\n"
             headers = [(b"content-type", _JSON), (b"content-length", b"%d" % len(body))]
             await send({"type": "http.response.start", "status": code, "headers": headers})
             await send({"type": "http.response.body", "body": body})
         finally:
             self._log.note("POST", SAVINGS_PATH, code, time.perf_counter() - began, detail)
 
-    async def _answer(self, scope: Scope, receive: Receive) -> dict[str, object]:
+    async def _recorded(self, scope: Scope, receive: Receive) -> _Recorded:
+        """Record what a request holds."""
         # Checked before the body is read: requests that arrived before the stop are still answered.
         refusal = self._refusal(scope) or self._closed()
         if refusal is not None:
@@ -76,27 +102,85 @@ class Recording:
             elif name == b"content-encoding":
                 encoding = value
         with self._intake.request() as request:
-            body = await request.body(receive)
+            body = await self._intake.read(receive, request)
             if content_type != _JSON and not _is_json(content_type):
-                raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the Content-Type must be application/json")
+                raise RefusedError(_UNSUPPORTED_MEDIA_TYPE, "the Content-Type must be application/json")
             if encoding is not None and encoding.strip().lower() not in (b"", b"identity"):
-                raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body must be sent without Content-Encoding")
-            most = self._intake.limits.records
-            records = await self._intake.decoded(lambda body: decode_records(body, most), body)
+                raise RefusedError(_UNSUPPORTED_MEDIA_TYPE, "the body must be sent without Content-Encoding")
+            if request.is_large:
+                records = await self._intake.decoded(lambda body: decode_records(body, self._most), body)
+            else:
+                records = decode_records(body, self._most)
+            if key is None and len(records) == 1 and not self._is_traced:
+                part = self._round
+                if part is None:
+                    part = self._round = _Round()
+                    asyncio.get_running_loop().call_soon(self._end_round)
+                return await part.added(records[0])
             try:
                 checked = checked_key(key.decode("latin-1")) if key is not None else None
-                receipt = await self._tracker.record_many_async(records, idempotency_key=checked)
+                return await self._tracker.record_many_async(records, idempotency_key=checked), 0, len(records)
             except ValueError as error:  # KeyConflictError is one
                 raise _refused_key(error) from None
-        answer: dict[str, object] = {
-            "sequence": receipt.sequence,
-            "writer": receipt.writer,
-            "accepted": len(records),
-            "durable": receipt.durable,
-        }
-        if receipt.duplicate:
-            answer["duplicate"] = True
-        return answer
+
+    def _end_round(self) -> None:
+        part, self._round = self._round, None
+        assert part is not None
+        part.task = asyncio.create_task(self._record_round(part))
+
+    async def _record_round(self, part: _Round) -> None:
+        try:
+            receipt = await self._tracker.record_many_async(part.records)
+        except BaseException as error:
+            part.fail(error)
+            raise
+        part.end(receipt)
+
+
+class _Round:
+    """The records of the requests that one round of the event loop reads. They are recorded in one call, because a call
+    for each costs more than decoding it.
+    """
+
+    __slots__ = ("_waiting", "records", "task")
+
+    def __init__(self) -> None:
+        self.records: list[SavingsRecord] = []
+        # One for each request. A request that is cancelled leaves the others alone.
+        self._waiting: list[asyncio.Future[_Recorded]] = []
+        # Kept, because the event loop keeps no reference to a task.
+        self.task: asyncio.Task[None] | None = None
+
+    def added(self, record: SavingsRecord) -> asyncio.Future[_Recorded]:
+        """Add the record of a request. It is recorded when the result comes."""
+        waiting: asyncio.Future[_Recorded] = asyncio.get_running_loop().create_future()
+        self.records.append(record)
+        self._waiting.append(waiting)
+        return waiting
+
+    def end(self, receipt: Receipt) -> None:
+        after = len(self.records)
+        for waiting in self._waiting:
+            after -= 1
+            if not waiting.done():
+                waiting.set_result((receipt, after, 1))
+
+    def fail(self, error: BaseException) -> None:
+        for waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_exception(error)
+
+
+def _answer(receipt: Receipt, count: int) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        "sequence": receipt.sequence,
+        "writer": receipt.writer,
+        "accepted": count,
+        "durable": receipt.durable,
+    }
+    if receipt.duplicate:
+        answer["duplicate"] = True
+    return answer
 
 
 def _is_json(content_type: bytes | None) -> bool:
@@ -106,4 +190,4 @@ def _is_json(content_type: bytes | None) -> bool:
 def _refused_key(error: ValueError) -> RefusedError:
     """The refusal of an idempotency key, which is a header here and an argument in Python."""
     detail = str(error).replace("idempotency_key", "Idempotency-Key", 1)
-    return RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, detail, field="Idempotency-Key")
+    return RefusedError(_UNPROCESSABLE, detail, field="Idempotency-Key")

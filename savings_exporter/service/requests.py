@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
-from collections.abc import Collection
+from bisect import bisect_left
+from collections.abc import Collection, Iterator
 from contextvars import Context
 from http import HTTPStatus
-from typing import NamedTuple
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_PATH, SAVINGS_PATH, route_path
@@ -24,52 +27,60 @@ _METHODS = ("GET", "HEAD", "POST")
 _POST_CODES = (200, 202, 400, 401, 405, 408, 413, 415, 422, 500, 503)
 _BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _LOG_INTERVAL_SECONDS = 60.0
+_REFUSED = 400
 
 
-class RequestLog:
+class RequestLog(Collector):
     """Counts answered requests, and logs refused ones: at most one line a minute for each method, route and status.
 
     The label values are bounded: a path that is not one of ``routes`` counts as ``other``, and so does any method
-    other than GET, HEAD and POST.
+    other than GET, HEAD and POST. Only the event loop calls ``note``, so that the counters need no locks.
     """
 
     def __init__(self, registry: CollectorRegistry, routes: Collection[str]) -> None:
         self._routes = frozenset(routes)
-        self._count = Counter(
-            "savings_http_requests",
-            "Requests that this process answered.",
-            ["method", "route", "code"],
-            registry=registry,
-        )
-        self._seconds = Histogram(
-            "savings_http_request_duration_seconds",
-            "Duration of a request, from its headers to the end of its answer.",
-            ["method", "route"],
-            buckets=_BOUNDS,
-            registry=registry,
-        )
-        self._series: dict[tuple[str, str, int], _Series] = {}
+        self._began = time.time()
+        self._answered: dict[tuple[str, str, int], _Answered] = {}
         self._refusals: dict[tuple[str, str, int], _Refusal] = {}
         for code in _POST_CODES:
-            self._count.labels("POST", SAVINGS_PATH, str(code))
-        self._seconds.labels("POST", SAVINGS_PATH)
+            self._answered["POST", SAVINGS_PATH, code] = _Answered()
+        registry.register(self)
 
     def note(self, method: str, path: str, code: int, seconds: float, detail: str) -> None:
         """Account for one answer. ``detail`` says why a request was refused."""
-        method = method if method in _METHODS else _OTHER
-        route = DOCUMENTS_PATH if path.startswith(DOCUMENTS_PATH) else path
-        route = route if route in self._routes else _OTHER
-        kind = method, route, int(code)
-        series = self._series.get(kind)
-        if series is None:
-            # Kept, because looking a series up by its labels costs as much as decoding a record.
-            count, duration = self._count.labels(method, route, str(kind[2])), self._seconds.labels(method, route)
-            series = self._series[kind] = _Series(count, duration)
-        series.requests.inc()
-        series.seconds.observe(seconds)
-        # Health and readiness are questions: 503 is an answer.
-        if code >= HTTPStatus.BAD_REQUEST and route not in (HEALTHY_PATH, READY_PATH):
-            self._refusals.setdefault(kind, _Refusal(f"{method} {route}", code)).note(detail)
+        answered = self._answered.get((method, path, code))
+        if answered is None or code >= _REFUSED:
+            method = method if method in _METHODS else _OTHER
+            path = DOCUMENTS_PATH if path.startswith(DOCUMENTS_PATH) else path
+            route = path if path in self._routes else _OTHER
+            kind = method, route, int(code)
+            answered = self._answered.setdefault(kind, _Answered())
+            # Health and readiness are questions: 503 is an answer.
+            if code >= _REFUSED and route not in (HEALTHY_PATH, READY_PATH):
+                self._refusals.setdefault(kind, _Refusal(f"{method} {route}", code)).note(detail)
+        answered.seconds += seconds
+        answered.buckets[bisect_left(_BOUNDS, seconds)] += 1
+
+    def collect(self) -> Iterator[Metric]:
+        """The counters as metrics."""
+        answered = sorted(self._answered.copy().items())
+        count = CounterMetricFamily(
+            "savings_http_requests", "Requests that this process answered.", labels=["method", "route", "code"]
+        )
+        durations = HistogramMetricFamily(
+            "savings_http_request_duration_seconds",
+            "Duration of a request, from its headers to the end of its answer.",
+            labels=["method", "route"],
+        )
+        for (method, route, code), group in answered:
+            count.add_metric([method, route, str(code)], sum(group.buckets), created=self._began)
+        for (method, route), several in itertools.groupby(answered, key=lambda item: item[0][:2]):
+            same = [each for _, each in several]
+            numbers = itertools.accumulate(map(sum, zip(*(each.buckets for each in same), strict=True)))
+            buckets = [(str(bound), number) for bound, number in zip((*_BOUNDS, "+Inf"), numbers, strict=True)]
+            durations.add_metric([method, route], buckets, sum(each.seconds for each in same))
+        yield count
+        yield durations
 
     def flush(self) -> None:
         """Log the refused requests that wait for their line."""
@@ -77,9 +88,14 @@ class RequestLog:
             refusal.log()
 
 
-class _Series(NamedTuple):
-    requests: Counter
-    seconds: Histogram
+class _Answered:
+    """The answers of one kind: how many took at most each bound and how many longer, and how long all took."""
+
+    __slots__ = ("buckets", "seconds")
+
+    def __init__(self) -> None:
+        self.buckets = [0] * (len(_BOUNDS) + 1)
+        self.seconds = 0.0
 
 
 class RequestLogging:
