@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Any
 
 import msgspec
@@ -118,7 +118,11 @@ class SavingsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class DecodedRecord(SavingsRecord, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A record that msgspec decodes. The decoder has checked the numbers of tokens."""
+    """A record that msgspec decodes. The decoder has checked the numbers of tokens, and set what is missing."""
+
+    provider: str | None = UNKNOWN
+    agent: str | None = UNKNOWN
+    timestamp: datetime | None = msgspec.field(default_factory=partial(datetime.now, timezone.utc))
 
     def __post_init__(self) -> None:
         _check_rest(self)
@@ -149,10 +153,11 @@ def _check_rest(record: SavingsRecord) -> None:
         _set_field(record, "provider", UNKNOWN)
     if record.agent is None:
         _set_field(record, "agent", UNKNOWN)
-    if record.timestamp is None:
+    moment = record.timestamp
+    if moment is None:
         _set_field(record, "timestamp", datetime.now(timezone.utc))
-    else:
-        _set_field(record, "timestamp", _utc("timestamp", record.timestamp))
+    elif not (type(moment) is datetime and moment.tzinfo is timezone.utc):
+        _set_field(record, "timestamp", _utc("timestamp", moment))
 
 
 # Most records have names that earlier ones had. Names that are refused, which may be long, are not kept. A subclass of
@@ -203,8 +208,6 @@ def _usd(field: str, value: Any, *, least: float) -> float:
 
 
 def _utc(field: str, value: Any) -> datetime:
-    if type(value) is datetime and value.tzinfo is timezone.utc:
-        return value
     if isinstance(value, datetime):
         value = value.isoformat()
     if not isinstance(value, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -179,9 +180,9 @@ class _Dispatch:
         self._recording = recording
         self._others = others
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         is_saving = scope["type"] == "http" and scope["method"] == "POST" and route_path(scope) == SAVINGS_PATH
-        await (self._recording if is_saving else self._others)(scope, receive, send)
+        return (self._recording if is_saving else self._others)(scope, receive, send)
 
 
 def _traced(app: ASGIApp, provider: TracerProvider | None, telemetry_path: str) -> ASGIApp:

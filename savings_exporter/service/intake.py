@@ -47,56 +47,106 @@ class Intake:
 
     def __init__(self, limits: IntakeLimits) -> None:
         self.limits = limits
-        self.posts_in_flight = 0
+        self.requests: dict[Reception, None] = {}
         self.body_bytes_in_flight = 0
-        # The tasks that read a body, with the time at which each began, the oldest first.
-        self._reading: dict[asyncio.Task[Any], float] = {}
-        self._cut_off: set[asyncio.Task[Any]] = set()
-        self._watch: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._watched: asyncio.AbstractEventLoop | None = None
         self._decoding_a_large_body = asyncio.Lock()
-
-    def request(self) -> Reception:
-        """One request, as a context manager. It counts as in flight until the block ends."""
-        return Reception(self)
 
     async def decoded(self, decode: Callable[[bytes], T], body: bytes) -> T:
         """What a function makes of a large body. It is called in a thread, and for one body at a time."""
         async with self._decoding_a_large_body:
             return await run_in_threadpool(decode, body)
 
-    async def read(self, receive: Receive, reception: Reception) -> bytes:
-        """Read the body of a request. A slow sender is cut off after some time.
+    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Cut off the requests whose bodies are late. One timer for all of them costs less than one for each."""
+        # A program may use an application in one event loop after the other.
+        if self._timer is None or self._watched is not loop:
+            self._watched = loop
+            self._timer = loop.call_later(self.limits.body_seconds, self._cut_off_late, loop)
+
+    def _cut_off_late(self, loop: asyncio.AbstractEventLoop) -> None:
+        now, self._timer = time.perf_counter(), None
+        for request in self.requests:
+            left = request.began + self.limits.body_seconds - now
+            if left > 0:
+                self._timer = loop.call_later(left, self._cut_off_late, loop)
+                break
+            request.cut_off()
+
+
+class Reception:
+    """One request, as a context manager: it counts as in flight until the block ends.
+
+    Args:
+        began: when the request began, on the performance counter.
+
+    Raises:
+        RefusedError: on entry: too many requests are being answered.
+    """
+
+    __slots__ = ("_held", "_intake", "_is_cut_off", "_is_read", "_task", "began")
+
+    def __init__(self, intake: Intake, began: float) -> None:
+        self.began = began
+        self._intake = intake
+        self._held = 0
+        self._task: asyncio.Task[Any] | None = None
+        self._is_read = self._is_cut_off = False
+
+    def __enter__(self) -> Reception:
+        requests = self._intake.requests
+        if len(requests) >= self._intake.limits.posts_in_flight:
+            raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests are being answered", retry=True)
+        requests[self] = None
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        del self._intake.requests[self]
+        self._intake.body_bytes_in_flight -= self._held
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the body is so large that decoding it would keep other requests waiting."""
+        return self._held > _LARGE_BODY_BYTES
+
+    async def body(self, receive: Receive, loop: asyncio.AbstractEventLoop) -> bytes:
+        """The body of the request. A slow sender is cut off after some time.
 
         Raises:
             RefusedError: the body is too large, or too late, or other requests hold too much.
         """
-        task = asyncio.current_task()
-        assert task is not None
-        self._reading[task] = time.monotonic()
-        if self._watch is None:
-            self._watch = asyncio.get_running_loop().call_later(self.limits.body_seconds, self._cut_off_late)
+        intake = self._intake
+        intake.watch(loop)
+        self._task = asyncio.current_task(loop)
         try:
             message = await receive()
             if message["type"] == "http.request" and not message.get("more_body"):
                 body: bytes = message.get("body", b"")
-                if len(body) <= self.limits.body_bytes:
-                    reception.hold(len(body))
+                if len(body) <= intake.limits.body_bytes:
+                    self._hold(len(body))
                     return body
-            return await self._read_rest(message, receive, reception)
+            return await self._rest(message, receive)
         except asyncio.CancelledError:
-            if task not in self._cut_off:
+            if not self._is_cut_off:
                 raise
-            self._cut_off.discard(task)
-            if hasattr(task, "uncancel"):  # since Python 3.11
-                task.uncancel()
-            detail = f"the body did not arrive within {self.limits.body_seconds:g} seconds; nothing was recorded"
+            assert self._task is not None
+            if hasattr(self._task, "uncancel"):  # since Python 3.11
+                self._task.uncancel()
+            detail = f"the body did not arrive within {intake.limits.body_seconds:g} seconds; nothing was recorded"
             raise RefusedError(HTTPStatus.REQUEST_TIMEOUT, detail, close=True) from None
         finally:
-            self._reading.pop(task, None)
+            self._is_read = True
 
-    async def _read_rest(self, message: Any, receive: Receive, reception: Reception) -> bytes:
+    def cut_off(self) -> None:
+        """Stop reading the body, unless it is read."""
+        if self._task is not None and not self._is_read and not self._is_cut_off:
+            self._is_cut_off = True
+            self._task.cancel()
+
+    async def _rest(self, message: Any, receive: Receive) -> bytes:
         """Read a body that comes in parts, or is too large."""
-        limits, size, body = self.limits, 0, bytearray()
+        limits, size, body = self._intake.limits, 0, bytearray()
         while True:
             if message["type"] == "http.disconnect":
                 detail = "the client closed the connection before its request was complete"
@@ -106,10 +156,11 @@ class Intake:
             if size > _MAX_DROPPED_BYTES:
                 break
             if size > limits.body_bytes:
-                reception.release()
+                self._intake.body_bytes_in_flight -= self._held
+                self._held = 0
                 body.clear()
             else:
-                reception.hold(len(chunk))
+                self._hold(len(chunk))
                 body += chunk
             if not message.get("more_body"):
                 break
@@ -119,49 +170,7 @@ class Intake:
             raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail, close=True)
         return bytes(body)
 
-    def _cut_off_late(self) -> None:
-        """Cut off the bodies that are late. One timer for all of them costs a request less than one for each."""
-        now, self._watch = time.monotonic(), None
-        for task, began in list(self._reading.items()):
-            left = began + self.limits.body_seconds - now
-            if left > 0:
-                self._watch = asyncio.get_running_loop().call_later(left, self._cut_off_late)
-                break
-            del self._reading[task]
-            self._cut_off.add(task)
-            task.cancel()
-
-
-class Reception:
-    """One request that is being answered.
-
-    Raises:
-        RefusedError: on entry: too many requests are being answered.
-    """
-
-    __slots__ = ("_held", "_intake")
-
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
-        self._held = 0
-
-    def __enter__(self) -> Reception:
-        intake = self._intake
-        if intake.posts_in_flight >= intake.limits.posts_in_flight:
-            raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests are being answered", retry=True)
-        intake.posts_in_flight += 1
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._intake.posts_in_flight -= 1
-        self.release()
-
-    @property
-    def is_large(self) -> bool:
-        """Whether the body is so large that decoding it would keep other requests waiting."""
-        return self._held > _LARGE_BODY_BYTES
-
-    def hold(self, size: int) -> None:
+    def _hold(self, size: int) -> None:
         """Account for bytes that are kept in memory until the request is answered."""
         intake = self._intake
         if intake.body_bytes_in_flight + size > intake.limits.body_bytes_in_flight:
@@ -169,11 +178,6 @@ class Reception:
             raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, detail, retry=True)
         intake.body_bytes_in_flight += size
         self._held += size
-
-    def release(self) -> None:
-        """Account for bytes that are not kept any more."""
-        self._intake.body_bytes_in_flight -= self._held
-        self._held = 0
 
 
 class _Batch(msgspec.Struct, forbid_unknown_fields=True):

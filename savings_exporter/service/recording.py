@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import msgspec
@@ -13,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from savings_exporter.model.keys import checked_key
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.service import problems
-from savings_exporter.service.intake import Intake, decode_records
+from savings_exporter.service.intake import Intake, Reception, decode_records
 from savings_exporter.service.paths import SAVINGS_PATH
 from savings_exporter.service.problems import RefusedError
 from savings_exporter.service.requests import RequestLog
@@ -28,7 +29,7 @@ _OK, _ACCEPTED, _UNSUPPORTED_MEDIA_TYPE, _UNPROCESSABLE, _FAILED = 200, 202, 415
 _Recorded: TypeAlias = "tuple[Receipt, int, int]"
 
 _JSON = b"application/json"
-_encode = msgspec.json.Encoder().encode
+_DURABLE = '{"sequence":%d,"writer":"%s","accepted":%d,"durable":true}\n'
 
 
 class Recording:
@@ -62,7 +63,8 @@ class Recording:
         began, code, detail = time.perf_counter(), _FAILED, "the request failed"
         try:
             try:
-                receipt, after, count = await self._recorded(scope, receive)
+                with Reception(self._intake, began) as request:
+                    receipt, after, count = await self._recorded(scope, request, receive)
             except RefusedError as error:
                 code, detail = int(error.status), error.detail
                 await problems.refusal(error)(scope, receive, send)
@@ -70,24 +72,19 @@ class Recording:
             except Exception:
                 await problems.unexpected()(scope, receive, send)
                 raise  # for the server, which logs it
-            last, body = receipt.sequence, b""
+            last = receipt.sequence
             if last is not None and not receipt.duplicate:
                 code = _OK
-                body = b'{"sequence":%d,"writer":"%s","accepted":%d,"durable":true}\n' % (
-                    last - after,
-                    (receipt.writer or "").encode(),
-                    count,
-                )
+                body = _DURABLE % (last - after, receipt.writer, count)
             else:
                 code = _ACCEPTED if last is None else _OK
-                body = _encode(_answer(receipt, count)) + b"\n"
-            headers = [(b"content-type", _JSON), (b"content-length", b"%d" % len(body))]
-            await send({"type": "http.response.start", "status": code, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
+                body = _other_answer(receipt, count)
+            await send({"type": "http.response.start", "status": code, "headers": _headers(len(body))})
+            await send({"type": "http.response.body", "body": body.encode()})
         finally:
             self._log.note("POST", SAVINGS_PATH, code, time.perf_counter() - began, detail)
 
-    async def _recorded(self, scope: Scope, receive: Receive) -> _Recorded:
+    async def _recorded(self, scope: Scope, request: Reception, receive: Receive) -> _Recorded:
         """Record what a request holds."""
         # Checked before the body is read: requests that arrived before the stop are still answered.
         refusal = self._refusal(scope) or self._closed()
@@ -101,27 +98,27 @@ class Recording:
                 key = value
             elif name == b"content-encoding":
                 encoding = value
-        with self._intake.request() as request:
-            body = await self._intake.read(receive, request)
-            if content_type != _JSON and not _is_json(content_type):
-                raise RefusedError(_UNSUPPORTED_MEDIA_TYPE, "the Content-Type must be application/json")
-            if encoding is not None and encoding.strip().lower() not in (b"", b"identity"):
-                raise RefusedError(_UNSUPPORTED_MEDIA_TYPE, "the body must be sent without Content-Encoding")
-            if request.is_large:
-                records = await self._intake.decoded(lambda body: decode_records(body, self._most), body)
-            else:
-                records = decode_records(body, self._most)
-            if key is None and len(records) == 1 and not self._is_traced:
-                part = self._round
-                if part is None:
-                    part = self._round = _Round()
-                    asyncio.get_running_loop().call_soon(self._end_round)
-                return await part.added(records[0])
-            try:
-                checked = checked_key(key.decode("latin-1")) if key is not None else None
-                return await self._tracker.record_many_async(records, idempotency_key=checked), 0, len(records)
-            except ValueError as error:  # KeyConflictError is one
-                raise _refused_key(error) from None
+        loop = asyncio.get_running_loop()
+        body = await request.body(receive, loop)
+        if content_type != _JSON and not _is_json(content_type):
+            raise RefusedError(_UNSUPPORTED_MEDIA_TYPE, "the Content-Type must be application/json")
+        if encoding is not None and encoding.strip().lower() not in (b"", b"identity"):
+            raise RefusedError(_UNSUPPORTED_MEDIA_TYPE, "the body must be sent without Content-Encoding")
+        if request.is_large:
+            records = await self._intake.decoded(lambda body: decode_records(body, self._most), body)
+        else:
+            records = decode_records(body, self._most)
+        if key is None and len(records) == 1 and not self._is_traced:
+            part = self._round
+            if part is None:
+                part = self._round = _Round()
+                loop.call_soon(self._end_round)
+            return await part.added(records[0], loop.create_future())
+        try:
+            checked = checked_key(key.decode("latin-1")) if key is not None else None
+            return await self._tracker.record_many_async(records, idempotency_key=checked), 0, len(records)
+        except ValueError as error:  # KeyConflictError is one
+            raise _refused_key(error) from None
 
     def _end_round(self) -> None:
         part, self._round = self._round, None
@@ -151,9 +148,8 @@ class _Round:
         # Kept, because the event loop keeps no reference to a task.
         self.task: asyncio.Task[None] | None = None
 
-    def added(self, record: SavingsRecord) -> asyncio.Future[_Recorded]:
-        """Add the record of a request. It is recorded when the result comes."""
-        waiting: asyncio.Future[_Recorded] = asyncio.get_running_loop().create_future()
+    def added(self, record: SavingsRecord, waiting: asyncio.Future[_Recorded]) -> asyncio.Future[_Recorded]:
+        """Add the record of a request, and a future for the result."""
         self.records.append(record)
         self._waiting.append(waiting)
         return waiting
@@ -171,7 +167,12 @@ class _Round:
                 waiting.set_exception(error)
 
 
-def _answer(receipt: Receipt, count: int) -> dict[str, Any]:
+@lru_cache(maxsize=1024)
+def _headers(size: int) -> list[tuple[bytes, bytes]]:
+    return [(b"content-type", _JSON), (b"content-length", b"%d" % size)]
+
+
+def _other_answer(receipt: Receipt, count: int) -> str:
     answer: dict[str, Any] = {
         "sequence": receipt.sequence,
         "writer": receipt.writer,
@@ -180,7 +181,7 @@ def _answer(receipt: Receipt, count: int) -> dict[str, Any]:
     }
     if receipt.duplicate:
         answer["duplicate"] = True
-    return answer
+    return msgspec.json.encode(answer).decode() + "\n"
 
 
 def _is_json(content_type: bytes | None) -> bool:

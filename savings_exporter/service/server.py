@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import http.client
@@ -20,6 +21,7 @@ import uvicorn
 
 from savings_exporter.errors import SettingsError
 from savings_exporter.service.app import Service
+from savings_exporter.service.connections import Connections, usual_limits
 from savings_exporter.service.paths import SAVINGS_PATH
 from savings_exporter.service.systemd import Systemd
 from savings_exporter.service.webconfig import WebConfig
@@ -110,15 +112,15 @@ def run(service: Service, listener: socket.socket, web_config: WebConfig, starte
     config = uvicorn.Config(
         service.app,
         access_log=False,
-        log_config=None,
+        interface="asgi3",
         lifespan="off",
+        log_config=None,
+        proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=_GRACE_SECONDS,
         ws="none",
     )
     config.load()
-    # Versions of uvicorn that take a context as an argument are newer than those that other packages allow.
-    config.ssl = web_config.ssl_context()
     refusals = _ProtocolErrors(service)
     logging.getLogger("uvicorn.error").addFilter(refusals)
     try:
@@ -154,16 +156,41 @@ class _Server(uvicorn.Server):
         self._web_config = web_config
         self._call_when_started = started
         self._systemd = Systemd()
+        self._must_exit = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._accepting: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        assert sockets is not None
+        loop = self._loop = asyncio.get_running_loop()
+        self.servers = []
+        connections = Connections(
+            self.config,
+            self.server_state,
+            usual_limits(),
+            self._web_config.ssl_context,
+            lambda status, why: self._service.requests.note("", "", status, 0.0, why),
+        )
+        self._accepting = [loop.create_task(connections.accept(listener)) for listener in sockets]
+        self.started = True
         self._call_when_started()
         self._systemd.ready("answers requests")
+
+    async def main_loop(self) -> None:
+        # uvicorn's own wakes up ten times a second.
+        await self._must_exit.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for accepting in self._accepting:
+            accepting.cancel()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.stopping = True
         self._systemd.stopping("answers the requests in flight, then saves a last time")
         super().handle_exit(sig, frame)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._must_exit.set)
 
     def _hang_up(self, number: int, frame: FrameType | None) -> None:
         if self._web_config.has_file or self._systemd.is_manager:

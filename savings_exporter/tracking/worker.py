@@ -14,6 +14,8 @@ from savings_exporter.tracking.retry import FIRST_SECONDS
 
 logger = logging.getLogger(__name__)
 
+_JOIN_SECONDS = 0.5
+
 
 class Worker:
     """A thread that calls ``work`` when it is due. ``due`` returns that time, on the monotonic clock."""
@@ -50,8 +52,9 @@ class Worker:
         self._is_ended = True
         self.wake()
         for thread in self._running[:1]:
-            if thread is not threading.current_thread():
-                thread.join()
+            # A signal that comes just before a wait without a limit is not handled until that wait ends.
+            while thread is not threading.current_thread() and thread.is_alive():
+                thread.join(_JOIN_SECONDS)
 
     def _run(self) -> None:
         self._running.append(threading.current_thread())
