@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -180,9 +179,9 @@ class _Dispatch:
         self._recording = recording
         self._others = others
 
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_saving = scope["type"] == "http" and scope["method"] == "POST" and route_path(scope) == SAVINGS_PATH
-        return (self._recording if is_saving else self._others)(scope, receive, send)
+        await (self._recording if is_saving else self._others)(scope, receive, send)
 
 
 def _traced(app: ASGIApp, provider: TracerProvider | None, telemetry_path: str) -> ASGIApp:

@@ -79,7 +79,7 @@ class Recording:
             else:
                 code = _ACCEPTED if last is None else _OK
                 body = _other_answer(receipt, count)
-            await send({"type": "http.response.start", "status": code, "headers": _headers(len(body))})
+            await send({"type": "http.response.start", "status": code, "headers": _headers(len(body)).copy()})
             await send({"type": "http.response.body", "body": body.encode()})
         finally:
             self._log.note("POST", SAVINGS_PATH, code, time.perf_counter() - began, detail)
