@@ -231,9 +231,12 @@ def _name(path: str, name: Any) -> str:
 
 def _day_of_change(path: str) -> str:
     try:
-        return f"{datetime.fromtimestamp(os.stat(path).st_mtime, timezone.utc):%Y-%m-%d}"
+        return f"{datetime.fromtimestamp(os.stat(path).st_mtime, timezone.utc).date()}"
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, OverflowError):
+        # Some file systems keep times after the year 9999.
+        return "an unknown day"
 
 
 def _own_price(path: str, name: str, entry: Any) -> _OwnPrice:

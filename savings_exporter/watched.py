@@ -14,7 +14,7 @@ from savings_exporter.model.days import LAST_DAY, Dated
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Ledger, Limits
 from savings_exporter.storage.closed_days import read_with_days
-from savings_exporter.storage.filesystem import LOCAL, FileSystem, place
+from savings_exporter.storage.filesystem import LOCAL, FileSystem, Identity, place
 from savings_exporter.storage.lock import LockContent, read_lock
 from savings_exporter.storage.operation import error_symbol
 from savings_exporter.storage.other_program import included_in
@@ -23,6 +23,8 @@ from savings_exporter.storage.recovery import examine, refuse_losses
 from savings_exporter.storage.view import View
 
 logger = logging.getLogger(__name__)
+
+_Files = tuple[tuple[str, Identity | None], ...]
 
 OWNER_HAS_TO_FIX_IT = "This process only reads the file: the program that writes it, or its operator, has to fix it"
 
@@ -42,11 +44,14 @@ class WatchedFile:
         self._fs = fs
         self._reading = threading.Lock()
         self._health = Health(healthy=True)
+        self._refused: _Files | None = None
+        self._problems: tuple[str, ...] = ()
         self._reader = self._reader_now()
         try:
             self._view, self._read_at = self._examined(), _now()
         except OSError as error:
             raise StoreError(self._problem(error), path=self._reader.path) from error
+        self._log_problems()
 
     def snapshot(self) -> Snapshot:
         """The current totals, or the last ones if reading fails or another thread is still reading the store."""
@@ -100,13 +105,38 @@ class WatchedFile:
 
     def _update(self) -> None:
         """Read the store again. The caller holds the lock."""
+        files = self._files()
+        if files is not None and files == self._refused:
+            # They have not changed since they were refused, and reading them can take long.
+            return
+        self._refused = None
         try:
             self._view, self._read_at = self._refreshed(), _now()
             if not self._health.healthy:
                 logger.info("%s: can be read again", self._reader.path)
             self._health = Health(healthy=True)
+            self._log_problems()
         except (OSError, StoreError) as error:
+            self._refused = files if isinstance(error, StoreError) else None
             self._note_unreadable(self._problem(error))
+
+    def _log_problems(self) -> None:
+        """Log what was left out of the document, unless it is the same as before."""
+        problems = self._view.document.problems
+        if problems != self._problems:
+            for problem in problems:
+                logger.warning("%s: %s", self._reader.path, problem)
+        self._problems = problems
+
+    def _files(self) -> _Files | None:
+        """The files of the store as they are now; None when that cannot be determined."""
+        try:
+            path = self._fs.resolved(self.storage_path)
+            directory = os.path.dirname(path)
+            names = sorted(self._fs.names_beside(path))
+            return tuple((name, self._fs.identity(os.path.join(directory, name))) for name in names)
+        except OSError:
+            return None
 
     def _store_id(self) -> str:
         """The store's name in the document, or before the first save in the lock file. Otherwise a name of the path."""
@@ -146,8 +176,6 @@ class WatchedFile:
         if not found.exists:
             raise StoreError(f"{path}: there is no such file", path=path)
         refuse_losses(path, found)
-        for problem in found.view.document.problems:
-            logger.warning("%s: %s", path, problem)
         return found.view
 
     def _problem(self, error: OSError | StoreError) -> str:

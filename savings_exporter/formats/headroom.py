@@ -7,6 +7,7 @@ because other figures include their values.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -33,6 +34,10 @@ TOTALS_FIELDS = frozenset(Totals.__struct_fields__)
 
 # The savings of compression can be negative. In Headroom, every other amount is zero or more.
 _SIGNED_AMOUNTS = frozenset({"compression_savings_usd", "compression_savings_list_usd"})
+
+# How many problems are described, and how long a value in a description is.
+_MOST_PROBLEMS = 20
+_MOST_SHOWN = 60
 
 _POINT_OF_LIST = (
     "timestamp",
@@ -63,7 +68,7 @@ def read(raw: Mapping[str, Any]) -> Foreign:
     Raises:
         CorruptStoreError: a figure cannot be read; ``field`` names it.
     """
-    problems: list[str] = []
+    problems = _Problems()
     points = sorted(_points(raw.get("history"), problems), key=lambda point: str(point["timestamp"]))
     by_model, kept_by_model = _named(raw.get("by_model"), "by_model", _model, problems)
     projects, kept_projects = _named(raw.get("projects"), "projects", clean_project, problems)
@@ -78,7 +83,27 @@ def read(raw: Mapping[str, Any]) -> Foreign:
         history=History(points),
     )
     lifetime_keys = _basis(raw) | unknown_keys(raw.get("lifetime"))
-    return Foreign(ledger, kept_of(raw, lifetime_keys, kept_projects, kept_by_model), tuple(problems))
+    return Foreign(ledger, kept_of(raw, lifetime_keys, kept_projects, kept_by_model), problems.told())
+
+
+class _Problems:
+    """Descriptions of what is left out. There can be one for each entry of a large document."""
+
+    def __init__(self) -> None:
+        self._first: list[str] = []
+        self._more = 0
+
+    def add(self, problem: str) -> None:
+        """Describe another one."""
+        if len(self._first) < _MOST_PROBLEMS:
+            self._first.append(problem)
+        else:
+            self._more += 1
+
+    def told(self) -> tuple[str, ...]:
+        """The first ones, and how many more there are."""
+        more = (f"there are {self._more:,} more problems like these",) if self._more else ()
+        return (*self._first, *more)
 
 
 def kept_of(
@@ -124,7 +149,7 @@ def _without_tools(projects: Mapping[str, Totals], raw: Mapping[str, Any]) -> Ma
     }
 
 
-def _lifetime(raw: Mapping[str, Any], models: Totals, point: Mapping[str, Any], problems: list[str]) -> Totals:
+def _lifetime(raw: Mapping[str, Any], models: Totals, point: Mapping[str, Any], problems: _Problems) -> Totals:
     """The lifetime totals. They are never lower than other parts of the document show.
 
     The last point of the history is cumulative and is written together with the totals. If the point is higher than the
@@ -165,7 +190,7 @@ def _last_activity(raw: Mapping[str, Any], lifetime: Totals, point: Mapping[str,
     return max(filter(None, [*named, lifetime.last_activity_at, point.get("timestamp")]), default=None)
 
 
-def _totals(entry: Mapping[str, Any], where: str, problems: list[str]) -> Totals:
+def _totals(entry: Mapping[str, Any], where: str, problems: _Problems) -> Totals:
     values: dict[str, Any] = {}
     for name in COUNTS:
         if name in entry:
@@ -176,7 +201,7 @@ def _totals(entry: Mapping[str, Any], where: str, problems: list[str]) -> Totals
     last_activity = entry.get("last_activity_at")
     moment = parse_timestamp(last_activity) if isinstance(last_activity, str) else None
     if moment is None and last_activity is not None:
-        problems.append(f"{where}.last_activity_at is not a timestamp: {shown(last_activity)}")
+        problems.add(f"{where}.last_activity_at is not a timestamp: {shown(last_activity)}")
     return Totals(**values, last_activity_at=iso_utc(moment) if moment else None)
 
 
@@ -200,19 +225,19 @@ def _damaged(field: str, value: Any) -> CorruptStoreError:
 
 
 def _named(
-    raw: Any, where: str, cleaned: Callable[[str], str | None], problems: list[str]
+    raw: Any, where: str, cleaned: Callable[[str], str | None], problems: _Problems
 ) -> tuple[dict[str, Totals], dict[str, dict[str, Any]]]:
     """The totals by name, and the unknown keys of each entry."""
     named: dict[str, Totals] = {}
     kept: dict[str, dict[str, Any]] = {}
     if not isinstance(raw, dict):
         if raw is not None:
-            problems.append(f"{where} is left out because it is not an object: {shown(raw)}")
+            problems.add(f"{where} is left out because it is not an object: {shown(raw)}")
         return named, kept
     for key, value in raw.items():
         name = cleaned(key)
         if name is None or not isinstance(value, dict):
-            problems.append(f"{where}[{shown(key)}] is left out: {shown(value)}")
+            problems.add(f"{where}[{shown(key)}] is left out: {shown(value)}")
             continue
         totals = _totals(value, f"{where}[{shown(key)}]", problems).with_assumed_records()
         named[name] = named[name] + totals if name in named else totals
@@ -225,18 +250,18 @@ def _model(name: str) -> str:
     return clean_name("model", name) or UNKNOWN
 
 
-def _points(raw: Any, problems: list[str]) -> Iterator[dict[str, Any]]:
+def _points(raw: Any, problems: _Problems) -> Iterator[dict[str, Any]]:
     """The points of the history, with their figures as numbers. Headroom's first releases wrote points as lists."""
     if not isinstance(raw, list):
         if raw is not None:
-            problems.append(f"history is left out because it is not a list: {shown(raw)}")
+            problems.add(f"history is left out because it is not a list: {shown(raw)}")
         return
     for position, value in enumerate(raw):
         point = dict(zip(_POINT_OF_LIST, value, strict=False)) if isinstance(value, list) else value
         stamp = point.get("timestamp") if isinstance(point, dict) else None
         moment = parse_timestamp(stamp) if isinstance(stamp, str) else None
         if moment is None:
-            problems.append(f"history[{position}] is left out because it has no timestamp: {shown(value)}")
+            problems.add(f"history[{position}] is left out because it has no timestamp: {shown(value)}")
             continue
         yield {**point, "timestamp": iso_utc(moment), **_figures(point, f"history[{position}]")}
 
@@ -251,5 +276,10 @@ def _figures(point: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def shown(value: Any) -> str:
     """A short text of a value, for a message."""
+    # No more of a large value is made into text than what is shown.
+    if isinstance(value, (str, list)):
+        value = value[:_MOST_SHOWN]
+    elif isinstance(value, dict):
+        value = dict(itertools.islice(value.items(), _MOST_SHOWN))
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."

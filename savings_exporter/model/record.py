@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
 from typing import Annotated, Any
 
@@ -181,6 +181,16 @@ def parse_timestamp(value: str) -> datetime | None:
         return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)
     except (ValueError, OverflowError):
         return None
+
+
+def shifted(moment: datetime, by: timedelta) -> datetime:
+    """A time in UTC that is earlier or later than another one; the first or the last one that there is, if it would be
+    before or after that.
+    """
+    try:
+        return moment + by
+    except OverflowError:
+        return (datetime.min if by < timedelta() else datetime.max).replace(tzinfo=timezone.utc)
 
 
 def _token_count(field: str, value: Any) -> int:

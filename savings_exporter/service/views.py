@@ -164,7 +164,7 @@ def moment_and_age(moment: datetime, now: datetime) -> str:
 
 def utc(moment: datetime) -> str:
     """A time as people read it, to the second."""
-    return f"{moment.astimezone(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+    return f"{moment.astimezone(timezone.utc).replace(tzinfo=None).isoformat(' ', 'seconds')} UTC"
 
 
 def _age(seconds: float) -> str:

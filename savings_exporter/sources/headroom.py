@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from savings_exporter.model.cursors import JUMP
-from savings_exporter.model.record import parse_timestamp
+from savings_exporter.model.record import parse_timestamp, shifted
 from savings_exporter.model.totals import Row, Sums
 from savings_exporter.sources import headroom_document
 from savings_exporter.sources.building import StepBuilder
@@ -40,9 +40,6 @@ _LOST = timedelta(hours=1)
 
 # How many events wait for their counterpart. While more lines wait for the document, the ledger is not read further.
 _MOST_EVENTS = 1000
-
-# Headroom's own has about a megabyte.
-_MOST_DOCUMENT_BYTES = 64 * 1024 * 1024
 
 
 class _Waiting(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -106,8 +103,6 @@ class Headroom:
                 return None
             if state is not None and (identity, state["seen"]) == self._unchanged:
                 return None
-            if identity is not None and identity.size > _MOST_DOCUMENT_BYTES:
-                raise SourceError(f"{self.path}: has more than {_MOST_DOCUMENT_BYTES:,} bytes", path=self.path)
             data, self._identity = LOCAL.read(self.path)
         except OSError as error:
             raise SourceError(f"{self.path}: cannot be read: {error.strerror}", path=self.path) from None
@@ -171,7 +166,7 @@ class _LedgerEvents:
             return None
         event = event_of(line.second, line.model, line.saved - line.saved_tool_schema, line.saved_tool_schema)
         points = self._points[event.kind]
-        earliest = _second(_moment(event.second) - _DELAY)
+        earliest = _second(shifted(_moment(event.second), -_DELAY))
         for position, point in enumerate(points):
             if earliest <= point.second <= event.second:
                 del points[position]
@@ -194,18 +189,18 @@ def _after(waiting: _Waiting, change: Change) -> _Waiting:
     newest = parse_timestamp(change.seen.stamp)
     if newest is None:
         return waiting
-    since = max(waiting.since, _second(newest - _LATEST))
+    since = max(waiting.since, _second(shifted(newest, -_LATEST)))
     lines = list(waiting.lines)
     for event in change.counted:
         lines.remove(event)
     # Events that Headroom has lost. They stay counted.
-    lines = [event for event in lines if event.second >= _second(newest - _LOST)]
+    lines = [event for event in lines if event.second >= _second(shifted(newest, -_LOST))]
     points = sorted([*waiting.points, *change.events])
     if len(points) > _MOST_EVENTS:
         points = points[-_MOST_EVENTS:]
-        since = max(since, _second(_moment(points[0].second) + _DELAY))
+        since = max(since, _second(shifted(_moment(points[0].second), _DELAY)))
     # A line can be a little later than its point.
-    points = [event for event in points if event.second >= _second(_moment(since) - _DELAY)]
+    points = [event for event in points if event.second >= _second(shifted(_moment(since), -_DELAY))]
     return _Waiting(lines, points, since)
 
 
@@ -220,7 +215,8 @@ def _merged(rows: Sequence[Row]) -> list[Row]:
 
 
 def _second(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%dT%H:%M:%S}"
+    # strftime() does not pad the year everywhere.
+    return moment.replace(tzinfo=None).isoformat(timespec="seconds")
 
 
 def _moment(second: str) -> datetime:

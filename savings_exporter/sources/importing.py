@@ -36,7 +36,7 @@ class Summary:
         """Add a step."""
         for row in step.rows:
             self.numbers = added(self.numbers, _numbers_of(row))
-            day = f"{row.newest:%Y-%m-%d}"
+            day = row.newest.date().isoformat()
             self.last = max(self.last, day)
             if not row.undated:
                 self.first = min(self.first or day, day)

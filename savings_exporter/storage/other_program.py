@@ -26,7 +26,7 @@ from savings_exporter.formats.frame import Frame, decode_groups, scan
 from savings_exporter.model.figures import AMOUNTS, COUNTS, Numbers, Totals, added, iso_utc, numbers_of
 from savings_exporter.model.history import NAMES_OF_POINT, POINT_KEYS
 from savings_exporter.model.names import UNKNOWN
-from savings_exporter.model.record import parse_timestamp
+from savings_exporter.model.record import parse_timestamp, shifted
 from savings_exporter.model.totals import Ledger, Sums
 from savings_exporter.storage.filesystem import NO_SUCH_FILE, FileSystem
 from savings_exporter.storage.reader import Reader, bounded
@@ -147,7 +147,7 @@ def _beyond(ours: Sequence[_Point], theirs: Sequence[_Point]) -> Iterable[_Point
 def _oldest_kept(points: Sequence[_Point]) -> str:
     newest = parse_timestamp(points[-1][0])
     assert newest is not None
-    return iso_utc(newest - timedelta(days=_DAYS_OF_POINTS))
+    return iso_utc(shifted(newest, -timedelta(days=_DAYS_OF_POINTS)))
 
 
 def _shows_nothing_of(ours: Document, copy: Ledger | None, points: Sequence[_Point]) -> bool:

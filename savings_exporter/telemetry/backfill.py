@@ -116,7 +116,7 @@ def _completed(snapshot: Snapshot, days: Iterable[str]) -> dict[str, float]:
     when the day ended, or when the totals were read.
     """
     moments = (parse_timestamp(point["timestamp"]) for point in snapshot.history)
-    last = {f"{moment:%Y-%m-%d}": moment.timestamp() + 1 for moment in moments if moment is not None}
+    last = {moment.date().isoformat(): moment.timestamp() + 1 for moment in moments if moment is not None}
     now = _seconds(snapshot.read_at)
     return {day: min(last.get(day, now), _midnight(day) + DAY.total_seconds(), now) for day in days}
 

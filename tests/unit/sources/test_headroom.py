@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -359,3 +360,17 @@ def test_models_without_amounts_are_unpriced(store_path: Path) -> None:
     assert snapshot.by_model["claude-opus-4-1"].savings_usd is None
     assert snapshot.by_model["claude-opus-4-1"].unpriced_requests
     assert snapshot.lifetime.unpriced_requests
+
+
+@pytest.mark.parametrize("stamp", ["0001-01-01T00:00:00Z", "0999-01-01T00:00:00Z", "9999-12-31T23:59:59Z"])
+def test_times_at_the_ends_of_the_calendar(tmp_path: Path, stamp: str) -> None:
+    """They come from a wrong clock, and the rest of the file counts."""
+    document = (DATA / "headroom" / "v6-latest" / "proxy_savings.json").read_text(encoding="utf-8")
+    path = tmp_path / "proxy_savings.json"
+    path.write_text(re.sub(r'"20\d\d-\d\d-\d\dT[^"]*"', f'"{stamp}"', document))
+    with SavingsTracker(tmp_path / "store.json") as tracker:
+        imported(tracker, Headroom(str(path)))
+        assert tracker.snapshot().lifetime.tokens_saved == 2_672_322
+        path.write_text(path.read_text(encoding="utf-8") + " ")
+        imported(tracker, Headroom(str(path)))
+        assert tracker.snapshot().lifetime.tokens_saved == 2_672_322
