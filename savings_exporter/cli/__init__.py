@@ -6,6 +6,7 @@ Each command is a function in the module of its name. The module is imported whe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -21,6 +22,9 @@ from savings_exporter.cli.errors import INTERRUPTED, CommandError
 from savings_exporter.errors import SettingsError, StoreError
 from savings_exporter.escaping import plain
 from savings_exporter.version import VERSION
+
+COMPLETION_VARIABLE = "_SAVINGS_EXPORTER_COMPLETE"
+"""The variable in which the scripts for completion say what they ask the program for; Click makes its name."""
 
 _LONGEST_MESSAGE = 1000
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -51,8 +55,11 @@ class _Commands(click.Group):
         # Click's suggestions for a misspelt command come from these names.
         self.commands = dict.fromkeys(COMMANDS, click.Command(None))
 
-    def _main_shell_completion(self, *_arguments: Any, **_named: Any) -> None:
-        """Off: Click would complete, and fail with a traceback, whenever a variable of the environment is set."""
+    def _main_shell_completion(self, *arguments: Any, **named: Any) -> None:
+        """Answer a script for completion. Variables that none of the scripts sets mean nothing."""
+        if os.environ.get(COMPLETION_VARIABLE, "").endswith("_complete"):
+            with contextlib.suppress(LookupError, ValueError):
+                super()._main_shell_completion(*arguments, **named)
 
     def list_commands(self, _context: click.Context) -> list[str]:
         return list(COMMANDS)

@@ -8,14 +8,23 @@ import click
 
 from savings_exporter.assets.files import asset_files, read_settings
 from savings_exporter.cli.errors import CommandError
+from savings_exporter.cli.manual import manual_files
 from savings_exporter.cli.options import option
 from savings_exporter.service import logs
 
 
 @click.command()
-@click.option("--output", metavar="DIR", required=True, help="Where to write; it is created if needed.")
+@click.option(
+    "--output", metavar="DIR", type=click.Path(), required=True, help="Where to write; it is created if needed."
+)
 @click.option("--force", is_flag=True, help="Replace files that have other contents.")
-@click.option("--settings", "settings_file", metavar="PATH", help="YAML with thresholds, objectives and addresses.")
+@click.option(
+    "--settings",
+    "settings_file",
+    metavar="PATH",
+    type=click.Path(),
+    help="YAML with thresholds, objectives and addresses.",
+)
 @click.option("--selector", metavar="MATCHERS", help="Label matchers of the exporters, such as 'namespace=\"llm\"'.")
 @click.option("--job", metavar="NAME", help="The job under which Prometheus scrapes the exporters.")
 @option("--runbook-url", variable="RUNBOOK_URL", metavar="URL", help="Where people reach an exporter's /docs/runbook.")
@@ -33,7 +42,10 @@ def assets(
     """
     logs.be_quiet()
     found = read_settings(settings_file, selector=selector, job=job, runbook_url=runbook_url)
-    files = {Path(output, path): content for path, content in asset_files(found).items()}
+    contents = asset_files(found)
+    for path, text in manual_files(click.get_current_context().find_root().command).items():
+        contents[f"deploy/{path}"] = text.encode()
+    files = {Path(output, path): content for path, content in contents.items()}
     try:
         # All are compared before the first is written.
         edited = [target for target, content in files.items() if target.exists() and _content(target) != content]

@@ -22,6 +22,7 @@ from savings_exporter.service import logs
 @option(
     "--store",
     metavar="PATH",
+    type=click.Path(),
     variable="STORE",
     callback=store_path,
     help="A store's document, or a directory. Default: the default store.",

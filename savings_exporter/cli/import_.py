@@ -33,7 +33,7 @@ from savings_exporter.watched import WatchedFile
 
 
 @click.command(name="import")
-@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.argument("paths", metavar="PATH...", type=click.Path(), nargs=-1, required=True)
 @store_option
 @sync_method_option
 @most_rtk_tokens_option

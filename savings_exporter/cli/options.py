@@ -32,7 +32,8 @@ def expanded(_context: click.Context, option: click.Parameter, path: str | None)
 
 def store_path(context: click.Context, option: click.Parameter, path: str | None) -> str | None:
     """The path that was given, or that in the state directory of a systemd unit; None for the user's default."""
-    if path is None and (directory := os.environ.get("STATE_DIRECTORY", "").partition(":")[0]):
+    # A command of a command has None: the store of the outer one is its object.
+    if path is None and context.obj is None and (directory := os.environ.get("STATE_DIRECTORY", "").partition(":")[0]):
         return os.path.join(directory, DOCUMENT_NAME)
     return expanded(context, option, path)
 
@@ -63,6 +64,7 @@ def option(*names: str, variable: str, **attributes: Any) -> Callable[[_Command]
 store_option = option(
     "--store",
     metavar="PATH",
+    type=click.Path(),
     variable="STORE",
     callback=store_path,
     help="The document. Default: in $STATE_DIRECTORY (systemd), or in the user's state directory.",
@@ -89,6 +91,7 @@ web_config_file_option = option(
     "--web.config.file",
     "web_config_file",
     metavar="PATH",
+    type=click.Path(),
     variable="WEB_CONFIG_FILE",
     help="YAML with tls_server_config (cert_file, key_file) and authorization (credentials_file).",
 )
@@ -103,6 +106,7 @@ sync_method_option = option(
 prices_option = option(
     "--prices",
     metavar="FILE",
+    type=click.Path(),
     variable="PRICES",
     help="YAML with your own prices, for requests without --savings-usd or savings_usd.",
 )

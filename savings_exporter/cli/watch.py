@@ -25,7 +25,7 @@ from savings_exporter.watched import OWNER_HAS_TO_FIX_IT, WatchedFile
 
 
 @click.command()
-@click.argument("path", metavar="PATH", callback=expanded)
+@click.argument("path", metavar="PATH", type=click.Path(), callback=expanded)
 @listen_address_option
 @telemetry_path_option
 @web_config_file_option

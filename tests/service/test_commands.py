@@ -633,12 +633,6 @@ def test_arguments_reach_the_terminal_without_control_characters(tmp_path: Path)
     assert len(run_cli("record", "--model", "m", "--tokens-saved", "x" * 100_000).stderr) < 3000
 
 
-@pytest.mark.parametrize("value", ["bash_complete", "zsh_source", "x"])
-def test_shell_completion_is_off(value: str) -> None:
-    done = run_cli("--version", env={"_SAVINGS_EXPORTER_COMPLETE": value})
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 @pytest.mark.parametrize(("value", "is_on"), [("false", False), ("0", False), ("no", False), ("true", True)])
 def test_variable_turns_drills_on_and_off(store_path: Path, value: str, is_on: bool) -> None:
     with running("serve", "--store", str(store_path), env={"SAVINGS_EXPORTER_ENABLE_DRILL": value}):

@@ -52,6 +52,12 @@ NEEDS = {
     "systemd": Need(
         lambda: shutil.which("systemd-analyze"), "systemd-analyze is not installed (Debian: apt-get install systemd)"
     ),
+    "mandoc": Need(lambda: shutil.which("mandoc"), "mandoc is not installed (Debian: apt-get install mandoc)"),
+    "shellcheck": Need(
+        lambda: shutil.which("shellcheck"), "shellcheck is not installed (Debian: apt-get install shellcheck)"
+    ),
+    "zsh": Need(lambda: shutil.which("zsh"), "zsh is not installed (Debian: apt-get install zsh)"),
+    "fish": Need(lambda: shutil.which("fish"), "fish is not installed (Debian: apt-get install fish)"),
     "openssl": Need(lambda: shutil.which("openssl"), "openssl is not installed (Debian: apt-get install openssl)"),
     "curl": Need(lambda: shutil.which("curl"), "curl is not installed (Debian: apt-get install curl)"),
     "usual-ports": Need(
