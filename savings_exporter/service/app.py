@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 from prometheus_client import PROCESS_COLLECTOR, CollectorRegistry
@@ -14,14 +14,14 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from savings_exporter.errors import StoreError
 from savings_exporter.service import history, problems
+from savings_exporter.service.answers import Answers
 from savings_exporter.service.auth import BearerToken, Guarded
 from savings_exporter.service.intake import Intake, IntakeLimits
 from savings_exporter.service.pages import status as status_page
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 _USUAL_LIMITS = IntakeLimits()
 _OPEN = WebConfig(None)
-_LEAST_COMPRESSED_BYTES = 1024
 
 
 class Service:
@@ -73,6 +72,7 @@ class Service:
         self.registry.register(PROCESS_COLLECTOR)
         self.registry.register(web_config)
         self._telemetry_path = telemetry_path
+        self._answers = Answers()
         self.stopping = False
         self.requests = RequestLog(
             self.registry, (telemetry_path, SAVINGS_PATH, HISTORY_PATH, HEALTHY_PATH, READY_PATH, DOCUMENTS_PATH, "/")
@@ -89,7 +89,6 @@ class Service:
                 *Documents().routes(),
             ],
             middleware=[
-                Middleware(GZipMiddleware, minimum_size=_LEAST_COMPRESSED_BYTES),
                 Middleware(RequestLogging, log=self.requests),
                 Middleware(Guarded, refusal=token.refusal),
             ],
@@ -115,15 +114,21 @@ class Service:
         except (TypeError, ValueError):
             # The client asked for an invalid version: it gets the default format.
             encode, content_type = choose_encoder("")
-        return Response(await run_in_threadpool(encode, self.registry), headers={"Content-Type": content_type})
+        headers = {"Content-Type": content_type}
+        return await self._answers.response(request, content_type, lambda: encode(self.registry), headers)
 
     async def _savings(self, request: Request) -> Response:
         source = self._source
         if request.method == "POST":
             detail = "watch only reads; savings are taken by another service, started with: savings-exporter serve"
             raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, detail, headers={"Allow": "GET, HEAD"})
-        snapshot = await run_in_threadpool(source.snapshot)
-        return _json_response(as_json(snapshot, source.health(), source.storage_path))
+
+        def build() -> bytes:
+            content = as_json(source.snapshot(), source.health(), source.storage_path)
+            # The newline is for people: without it, a shell's prompt follows the answer in the same line.
+            return msgspec.json.encode(content) + b"\n"
+
+        return await self._answers.response(request, SAVINGS_PATH, build, {"Content-Type": "application/json"})
 
     async def _history(self, request: Request) -> Response:
         given = request.query_params
@@ -142,12 +147,13 @@ class Service:
         except StoreError as error:
             raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from None
         pieces = (history.as_csv if kind == "csv" else history.as_json)(query, query.rows(dated))
-        return StreamingResponse(pieces, media_type="text/csv" if kind == "csv" else "application/json")
+        content_type = "text/csv; charset=utf-8" if kind == "csv" else "application/json"
+        return await self._answers.stream(request, pieces, {"Content-Type": content_type})
 
     async def _healthy(self, _request: Request) -> Response:
         """Whether savings can be kept. Not a reason to restart the process: that would lose what is pending."""
         # A watched file is read when its totals are asked for, and only then is its health known.
-        await run_in_threadpool(self._source.snapshot)
+        await self._answers.built(HEALTHY_PATH, self._source.snapshot)
         health = self._source.health()
         if not health.healthy:
             raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, health.reason or "the store is degraded")
@@ -161,9 +167,14 @@ class Service:
 
     async def _status_page(self, request: Request) -> Response:
         source, prefix = self._source, request.scope.get("root_path", "")
-        snapshot = await run_in_threadpool(source.snapshot)
-        page = status_page.render(snapshot, source.health(), source.storage_path, prefix, self._telemetry_path)
-        return HTMLResponse(page.encode("utf-8", "backslashreplace"), headers=status_page.HEADERS)
+
+        def build() -> bytes:
+            snapshot, health = source.snapshot(), source.health()
+            page = status_page.render(snapshot, health, source.storage_path, prefix, self._telemetry_path)
+            return page.encode("utf-8", "backslashreplace")
+
+        headers = {"Content-Type": "text/html; charset=utf-8", **status_page.HEADERS}
+        return await self._answers.response(request, ("/", prefix), build, headers)
 
     def _refusal(self) -> RefusedError | None:
         """Why no request is taken at present; None if requests are taken."""
@@ -199,8 +210,3 @@ def _traced(app: ASGIApp, provider: TracerProvider | None, telemetry_path: str) 
 
 def _wrong_query(name: str, problem: str) -> RefusedError:
     return RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, f"{name} {problem}", field=name)
-
-
-def _json_response(content: Any, status: HTTPStatus = HTTPStatus.OK) -> Response:
-    # The newline is for people: without it, a shell's prompt follows the answer in the same line.
-    return Response(msgspec.json.encode(content) + b"\n", status, media_type="application/json")

@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from email.utils import formatdate
+from functools import partial
 from http import HTTPStatus
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import uvicorn
@@ -88,8 +90,8 @@ class Connections:
         self._state = state
         self._context = context
         self._protocol = _protocol()
-        # The sockets of connections that uvicorn does not have yet, because of their TLS handshakes.
-        self._beginning: dict[asyncio.Task[None], socket.socket] = {}
+        # The connections that uvicorn does not have yet, because of their TLS handshakes: since when, and the socket.
+        self._beginning: dict[asyncio.Task[None], tuple[float, socket.socket]] = {}
         self._room = asyncio.Event()
         self._look: asyncio.TimerHandle | None = None
         self._logged_at = float("-inf")
@@ -109,7 +111,7 @@ class Connections:
                 # Anything else is an error of that connection.
                 continue
             task = loop.create_task(self._begin(accepted))
-            self._beginning[task] = accepted
+            self._beginning[task] = time.monotonic(), accepted
             self._keep_looking()
 
     @property
@@ -149,15 +151,10 @@ class Connections:
     async def _make_room(self) -> None:
         """End the connection that has waited longest, and wait a moment for any connection to end."""
         self._room.clear()
-        waiting = [(each.waiting_since, each) for each in self._open if each.waiting_since is not None]
+        waiting = [(each.waiting_since, each.end_at_once) for each in self._open if each.waiting_since is not None]
+        waiting += [(since, partial(_end_stream, beginning)) for since, beginning in self._beginning.values()]
         if waiting:
-            min(waiting, key=lambda pair: pair[0])[1].end_at_once()
-        else:
-            for beginning in self._beginning.values():
-                # The handshake sees the end of the stream, and fails.
-                with suppress(OSError):
-                    beginning.shutdown(socket.SHUT_RDWR)
-                break
+            min(waiting, key=itemgetter(0))[1]()
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._room.wait(), _LOOK_SECONDS)
 
@@ -183,6 +180,12 @@ class Connections:
     def _set_date(self) -> None:
         # In place: an answer may have begun with this list.
         self._state.default_headers[:] = [(b"date", formatdate(usegmt=True).encode()), *self._config.encoded_headers]
+
+
+def _end_stream(beginning: socket.socket) -> None:
+    """Let a handshake see the end of the stream, so that it fails."""
+    with suppress(OSError):
+        beginning.shutdown(socket.SHUT_RDWR)
 
 
 class _Connection:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,20 +89,25 @@ class Service:
 
 @contextmanager
 def running(
-    *arguments: str, env: dict[str, str] | None = None, address: str = "127.0.0.1:0", faulty: bool = False
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    address: str = "127.0.0.1:0",
+    faulty: bool = False,
+    preexec_fn: Callable[[], None] | None = None,
 ) -> Iterator[Service]:
     """A ``savings-exporter`` command, by default on a free loopback port. It is killed at the end if it still runs.
 
     With ``faulty`` its disk fails and hangs on command.
     """
-    module = "tests.support.faulty" if faulty else "savings_exporter"
+    module, given = "tests.support.faulty" if faulty else "savings_exporter", env or {}
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments, "--web.listen-address", address],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+        env={**os.environ, **given, "PYTHONPATH": os.pathsep.join(filter(None, (given.get("PYTHONPATH"), str(ROOT))))},
+        preexec_fn=preexec_fn,
     )
     try:
         assert process.stdout is not None
