@@ -18,6 +18,7 @@ from http import HTTPStatus
 from types import FrameType
 
 import uvicorn
+from starlette.concurrency import run_in_threadpool
 
 from savings_exporter.errors import SettingsError
 from savings_exporter.service.app import Service
@@ -162,6 +163,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         assert sockets is not None
+        # It loads modules when it is used for the first time, and they may be upgraded until then.
+        await run_in_threadpool(lambda: None)
         loop = self._loop = asyncio.get_running_loop()
         self.servers = []
         connections = Connections(

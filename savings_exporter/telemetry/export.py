@@ -102,6 +102,9 @@ class Export:
         traces, metrics = _wanted_traces(), _wanted_metrics() if instance is not None else "none"
         if traces == metrics == "none":
             return
+        # The exporters' HTTP client imports it when it sends, and Python may be upgraded until then.
+        import netrc  # noqa: F401
+
         resource = _resource(instance)
         if metrics != "none":
             self._metrics = _Metrics(_metric_exporter(metrics), resource, _interval_seconds())
@@ -123,6 +126,10 @@ class _Push:
     def __init__(
         self, metrics: _Metrics, collect: Callable[[], Iterable[Family]], snapshot: Callable[[], Snapshot]
     ) -> None:
+        # Imported here and not when it is used: the package may be upgraded while the service runs.
+        from savings_exporter.telemetry.otlp import metrics_data
+
+        self._converted = metrics_data
         self._exporter, self._resource, self._interval = metrics
         self._collect = collect
         self._snapshot = snapshot
@@ -148,13 +155,11 @@ class _Push:
             self._export()
 
     def _export(self) -> None:
-        from savings_exporter.telemetry.otlp import metrics_data
-
         with self._exporting:
             try:
                 # The exporter logs why an export fails.
                 created_ns = self._created_ns()
-                self._exporter.export(metrics_data(self._collect(), created_ns, _STARTED_NS, self._resource))
+                self._exporter.export(self._converted(self._collect(), created_ns, _STARTED_NS, self._resource))
             except Exception:
                 logger.warning("metrics could not be exported", exc_info=True)
 
