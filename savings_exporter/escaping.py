@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 _FORMULA = ("=", "+", "-", "@")
 
 
@@ -27,5 +25,8 @@ def cell(text: str) -> str:
 
 
 def _escaped(character: str) -> str:
-    # The library leaves U+007F as it is.
-    return f"\\u{ord(character):04x}" if ord(character) <= 0xFFFF else json.dumps(character)[1:-1]
+    code = ord(character)
+    if code <= 0xFFFF:
+        return f"\\u{code:04x}"
+    # JSON has two surrogates for it (RFC 8259, section 7).
+    return f"\\u{0xD800 + (code - 0x10000 >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"

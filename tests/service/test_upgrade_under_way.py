@@ -164,3 +164,38 @@ def test_watch(installed: Installed, tmp_path: Path) -> None:
         status, _, logged = service.stop(signal.SIGTERM)
     assert (status, "Traceback" in logged) == (0, False)
     assert installed.late() == ""
+
+
+@pytest.mark.slow
+def test_settings_that_change(installed: Installed, tmp_path: Path, store_path: Path) -> None:
+    """The web configuration is read again, and sources are followed."""
+    token, config, prices = tmp_path / "token", tmp_path / "web.yml", tmp_path / "prices.yml"
+    token.write_text("first")
+    config.write_text(f"authorization: {{credentials_file: {token}}}")
+    prices.write_text("models: {m: {input: 1}}")
+    headroom = tmp_path / "headroom"
+    headroom.mkdir()
+    document = DATA / "headroom" / "v6-latest" / "proxy_savings.json"
+    shutil.copy(document, headroom)
+    arguments = ["--web.config.file", str(config), "--prices", str(prices), "--discover", "--store", str(store_path)]
+    with installed.running("serve", *arguments, env={"HEADROOM_WORKSPACE_DIR": str(headroom)}) as service:
+        installed.upgrade()
+        token.write_text("second")
+        (headroom / document.name).write_text(document.read_text() + " ")
+        service.process.send_signal(signal.SIGHUP)
+        allowed = {"Authorization": "Bearer second"}
+        eventually(lambda: service.get("/metrics", allowed)[0] == 200, "the token to be read again")
+        assert service.post({"model": "m", "tokens_saved": 5}, headers=allowed)[0] == 200
+        assert service.post({"model": "m", "tokens_saved": 5})[0] == 401
+        good = config.read_text()
+        for wrong in ("authorization: [", "authorization: {none: 1}", "tls_server_config: {cert_file: a, key_file: b}"):
+            for content, successful in ((wrong, 0), (good, 1)):
+                config.write_text(content)
+                service.process.send_signal(signal.SIGHUP)
+                shown = f"savings_web_config_last_reload_successful {successful}.0"
+                eventually(lambda shown=shown: shown in service.get("/metrics", allowed)[1], shown)  # type: ignore[misc]
+        followed = 'savings_source_tokens_saved_total{source="headroom"}'
+        eventually(lambda: followed in service.get("/metrics", allowed)[1], "the savings of Headroom")
+        status, _, logged = service.stop()
+    assert (status, "Traceback" in logged) == (0, False)
+    assert installed.late() == ""
