@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import NoReturn
 
 import click
+from click.core import ParameterSource
 
 from savings_exporter.cli.errors import INTERRUPTED, CommandError, WrongUsageError
 from savings_exporter.cli.options import (
@@ -88,7 +89,9 @@ def serve(
         listener = stack.enter_context(server.listen(*listen_address))
         url = server.url_of(listener, tls=web_config.tls is not None)
         export = stack.enter_context(Export(server.instance_of(listener)))
-        if demo and store is None:
+        # Not in the state directory of a systemd unit either.
+        is_default = click.get_current_context().get_parameter_source("store") is ParameterSource.DEFAULT
+        if demo and is_default:
             store = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), DOCUMENT_NAME)
         elif demo and store is not None and os.path.isfile(store):
             # Checked before the tracker opens the store, because opening saves it.

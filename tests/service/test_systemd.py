@@ -174,6 +174,22 @@ def test_a_manager_that_is_gone_stops_nothing(store_path: Path, address: str) ->
         assert service.stop()[0] == 0
 
 
+def test_made_up_savings_are_not_in_the_state_directory(tmp_path: Path) -> None:
+    with running("serve", "--demo", env={"STATE_DIRECTORY": str(tmp_path)}) as service:
+        assert str(tmp_path) not in service.announcement
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_of_names_changes_the_store_of_names(tmp_path: Path) -> None:
+    """Also if the environment names another as the default."""
+    state, store = tmp_path / "state", tmp_path / "mine.json"
+    state.mkdir()
+    assert run_cli("record", "--store", str(store), "--model", "m", "--tokens-saved", "1").returncode == 0
+    done = run_cli("names", "--store", str(store), "fold", "model", "m", env={"STATE_DIRECTORY": str(state)})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(state.iterdir()) == []
+
+
 def test_default_store_in_the_state_directory(tmp_path: Path) -> None:
     state, other = tmp_path / "state", tmp_path / "other"
     state.mkdir()
