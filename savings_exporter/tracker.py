@@ -168,7 +168,8 @@ class SavingsTracker:
 
         ``idempotency_key`` (1 to 255 characters) identifies the record, for a sender that may repeat it. Of all records
         with the same key, only the first is counted, and all of them get a receipt for it. The store remembers the last
-        100,000 keys.
+        100,000 keys. While the disk fails, at most 10,000 records with a key are accepted: ``receipt.pending`` is then
+        false for a record that is not durable, and it has to be recorded again.
 
         Raises:
             TypeError, ValueError: an argument is wrong; nothing was recorded. KeyConflictError, a ValueError: the key

@@ -22,7 +22,7 @@ from savings_exporter.tracker import SavingsTracker
 from savings_exporter.tracking.receipt import Receipt
 
 # HTTPStatus is slow to compare and to encode.
-_OK, _ACCEPTED, _UNSUPPORTED_MEDIA_TYPE, _UNPROCESSABLE, _FAILED = 200, 202, 415, 422, 500
+_OK, _ACCEPTED, _UNSUPPORTED_MEDIA_TYPE, _UNPROCESSABLE, _FAILED, _UNAVAILABLE = 200, 202, 415, 422, 500, 503
 
 # The receipt of a call that recorded a request's records, how many records came after them in that call, and how many
 # they are.
@@ -65,6 +65,8 @@ class Recording:
             try:
                 with Reception(self._intake, began) as request:
                     receipt, after, count = await self._recorded(scope, request, receive)
+                if not receipt.durable and not receipt.pending:
+                    raise RefusedError(_UNAVAILABLE, "too many records with a key are pending", retry=True)
             except RefusedError as error:
                 code, detail = int(error.status), error.detail
                 await problems.refusal(error)(scope, receive, send)

@@ -24,6 +24,9 @@ MOST_LINKS = 128
 
 _HANDOVER_SECONDS = 1.0
 
+# Beyond it, records of a key are added up under "other".
+_MOST_ROWS_OF_KEY = 500
+
 # Folding this number of records takes some milliseconds. It must be short, because the caller may be an event loop.
 _FOLDED_AT_ONCE = 500
 
@@ -31,7 +34,7 @@ _FOLDED_AT_ONCE = 500
 class Entry(NamedTuple):
     """Records that one call added. ``last`` is the position of the last record in the batch, starting at 1.
 
-    ``key`` and ``fingerprint`` are empty without an idempotency key. ``sums`` represent entries that were folded.
+    ``key`` and ``fingerprint`` are empty without an idempotency key. ``sums`` represent records that were folded.
     ``imported`` is what was imported from a source, in place of records.
     """
 
@@ -43,16 +46,17 @@ class Entry(NamedTuple):
     imported: Group | None = None
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the entry must not be folded with others."""
-        return bool(self.key) or self.imported is not None
+    def can_be_folded(self) -> bool:
+        """Whether the entry takes less memory when its records, or its sums and others, are added up."""
+        return self.imported is None and (not self.key or len(self.records) > 1)
 
     def group(self) -> Group:
         """The entry as a group of a frame."""
         if self.imported is not None:
             return self.imported
         if self.key:
-            return Group(records=self.records, key=self.key.hex(), print=self.fingerprint.hex(), at=self.last)
+            key, fingerprint = self.key.hex(), self.fingerprint.hex()
+            return Group(records=self.records, sums=self.sums, key=key, print=fingerprint, at=self.last)
         return Group(records=self.records, sums=self.sums)
 
 
@@ -64,7 +68,7 @@ class Batch:
     """
 
     __slots__ = (
-        *("entries", "writer", "first", "frame", "is_over", "links", "is_led", "futures", "has_groups"),
+        *("entries", "writer", "first", "frame", "is_over", "links", "is_led", "futures", "has_groups", "keyed_rows"),
         *("_followers", "_waiting", "_entered", "_unfolded"),
     )
 
@@ -77,6 +81,8 @@ class Batch:
         self.links: list[SpanContext] = []
         self.is_led = False
         self.has_groups = False
+        self.keyed_rows = 0
+        """How many records and sums of records with keys the batch keeps."""
         self.futures: set[asyncio.Future[None]] = set()
         self._followers: deque[threading.Lock] = deque()
         # These are locks rather than an event, because a signal may interrupt a thread that holds the event's own lock.
@@ -113,7 +119,8 @@ class Batch:
         last = len(records) + (entries[-1].last if entries else 0)
         if key:
             self.has_groups = True
-        else:
+            self.keyed_rows += len(records)
+        if not key or len(records) > 1:
             self._unfolded += len(records)
         entries.append(Entry(last, records, key, fingerprint))
         return last
@@ -140,21 +147,36 @@ class Batch:
         return [Group(records=[record for entry in entries for record in entry.records])]
 
     def fold(self, most_unfolded: int, most_rows: int) -> None:
-        """Replace the oldest records without a key by their sums, so that memory is bounded while a disk fails."""
+        """Replace the oldest records by their sums, so that memory is bounded while a disk fails. Records with a key
+        have sums of their own, because a key that another process records, too, counts once.
+        """
         if self._unfolded <= most_unfolded:
             return
-        unfolded = sum(len(entry.records) for entry in self.entries if not entry.is_whole)
+        unfolded = sum(len(entry.records) for entry in self.entries if entry.can_be_folded)
         sums, kept = Sums(most_rows), []
         for entry in self.entries:
-            if entry.is_whole or unfolded <= most_unfolded - _FOLDED_AT_ONCE:
+            if unfolded <= most_unfolded - _FOLDED_AT_ONCE or not entry.can_be_folded:
                 kept.append(entry)
+            elif entry.key:
+                unfolded -= len(entry.records)
+                kept.append(self._folded(entry))
             else:
                 sums.add_rows(entry.sums)
                 sums.add_all(entry.records)
                 unfolded -= len(entry.records)
         # The last entry's ``last`` must still be the number of records in the batch.
-        self.entries = [Entry(self.count if not kept else 0, (), sums=tuple(sums.rows())), *kept]
+        folded = tuple(sums.rows())
+        if folded or not kept:
+            kept.insert(0, Entry(self.count if not kept else 0, (), sums=folded))
+        self.entries = kept
         self._unfolded = unfolded
+
+    def _folded(self, entry: Entry) -> Entry:
+        sums = Sums(_MOST_ROWS_OF_KEY)
+        sums.add_all(entry.records)
+        rows = tuple(sums.rows())
+        self.keyed_rows += len(rows) - len(entry.records)
+        return entry._replace(records=(), sums=rows)
 
     # Waiting for the commit.
 

@@ -27,7 +27,7 @@ from savings_exporter.storage.operation import PREPARE, error_symbol
 from savings_exporter.storage.store import Committed, Failed, Store
 from savings_exporter.tracking.batch import Batch, finish
 from savings_exporter.tracking.entered import Entered, is_owned
-from savings_exporter.tracking.receipt import Counted, Receipt
+from savings_exporter.tracking.receipt import Counted, Receipt, Refused
 from savings_exporter.tracking.retry import Retry
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ logger = logging.getLogger(__name__)
 # kept. _MOST_ROWS limits the number of their rows (see ``Sums``).
 _MOST_UNFOLDED = 10_000
 _MOST_ROWS = 10_000
+
+# While a disk fails, no more records with a key are accepted when as many of them, or sums of the records of one key,
+# are waiting. They cannot be added up across keys, and their sender can send them again.
+_MOST_KEYED_ROWS = 10_000
 
 
 class Batches(NamedTuple):
@@ -252,10 +256,15 @@ class GroupCommit:
             if repeat is not None:
                 return repeat
         batch = self._batches.open
+        is_delayed = self.failure is not None or self._batches.sealed is not None
+        if keyed is not None and is_delayed and batch.keyed_rows >= _MOST_KEYED_ROWS:
+            batch.fold(0, _MOST_ROWS)
+            if batch.keyed_rows >= _MOST_KEYED_ROWS:
+                return Receipt(Refused(), 1), None
         place = self._add(batch, records, keyed)
         if span is not INVALID_SPAN and span.is_recording():
             batch.link(span)
-        if self.failure is not None or self._batches.sealed is not None:
+        if is_delayed:
             batch.fold(_MOST_UNFOLDED, _MOST_ROWS)
         return Receipt(batch, place), batch
 

@@ -22,6 +22,10 @@ class Carrier(Protocol):
     def writer(self) -> str:
         """The writer of the record; empty until it is known."""
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing changes any more: the record is durable, or will never be."""
+
     def wait(self, timeout: float | None) -> bool:
         """Wait until the record is durable or abandoned."""
 
@@ -30,6 +34,7 @@ class Counted:
     """A record that was counted before. It is the source of data for the receipt of a repeat."""
 
     durable = True
+    is_over = True
 
     def __init__(self, entry: KeyEntry) -> None:
         self.first = entry.sequence
@@ -40,11 +45,25 @@ class Counted:
         return True
 
 
+class Refused:
+    """Records that were not accepted."""
+
+    durable = False
+    is_over = True
+    first = None
+    writer = ""
+
+    def wait(self, _timeout: float | None) -> bool:
+        """Return at once: the records never become durable."""
+        return False
+
+
 class Receipt:
     """The result of a record call: whether the saving is durable, and its sequence number in the store.
 
     A receipt is true when its record is durable. A receipt that is not durable yet may become durable later: the record
-    is pending, and the tracker keeps trying until the record is durable or the tracker is closed.
+    is pending, and the tracker keeps trying until the record is durable or the tracker is closed. A record that is
+    neither durable nor pending is lost, unless it is recorded again.
     """
 
     __slots__ = ("_carrier", "_duplicate", "_place")
@@ -58,6 +77,11 @@ class Receipt:
     def durable(self) -> bool:
         """Whether the record survives a power loss from now on."""
         return self._carrier.durable
+
+    @property
+    def pending(self) -> bool:
+        """Whether the record is accepted and not durable yet."""
+        return not self._carrier.durable and not self._carrier.is_over
 
     @property
     def sequence(self) -> int | None:
