@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from savings_exporter.errors import StoreError
+from savings_exporter.formats.headroom import MOST_BYTES
 from savings_exporter.model.days import LAST_DAY, Dated
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Ledger, Limits
@@ -154,6 +155,7 @@ class WatchedFile:
 
     def _refreshed(self) -> View:
         reader = self._reader_now()
+        self._refuse_large(reader.path)
         if reader.path != self._reader.path:
             self._reader = reader
             return self._examined()
@@ -172,11 +174,17 @@ class WatchedFile:
 
     def _examined(self) -> View:
         path = self._reader.path
+        self._refuse_large(path)
         found = examine(self._reader, read_lock(self._fs, path))
         if not found.exists:
             raise StoreError(f"{path}: there is no such file", path=path)
         refuse_losses(path, found)
         return found.view
+
+    def _refuse_large(self, path: str) -> None:
+        identity = self._fs.identity(path)
+        if identity is not None and identity.size > MOST_BYTES:
+            raise StoreError(f"{path}: has {identity.size:,} bytes, and at most {MOST_BYTES:,} are read", path=path)
 
     def _problem(self, error: OSError | StoreError) -> str:
         """A description of the problem. It omits the remedy, because the file belongs to another program."""

@@ -28,6 +28,11 @@ OLDEST_SCHEMA_VERSION = 2
 BLOCK = "savings_exporter"
 """The name of our own block."""
 
+MOST_BYTES = 32 * 1024 * 1024
+"""The largest document that is read for its owner. Decoding takes up to seven times as much memory. Headroom's own has
+about a megabyte.
+"""
+
 KNOWN_MEMBERS = frozenset({"schema_version", BLOCK, "lifetime", "projects", "by_model", "history"})
 
 TOTALS_FIELDS = frozenset(Totals.__struct_fields__)

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from savings_exporter.formats.headroom import MOST_BYTES
 from savings_exporter.model.cursors import JUMP
 from savings_exporter.model.record import parse_timestamp, shifted
 from savings_exporter.model.totals import Row, Sums
@@ -103,6 +104,9 @@ class Headroom:
                 return None
             if state is not None and (identity, state["seen"]) == self._unchanged:
                 return None
+            if identity is not None and identity.size > MOST_BYTES:
+                said = f"has {identity.size:,} bytes, and at most {MOST_BYTES:,} are read"
+                raise SourceError(f"{self.path}: {said}", path=self.path)
             data, self._identity = LOCAL.read(self.path)
         except OSError as error:
             raise SourceError(f"{self.path}: cannot be read: {error.strerror}", path=self.path) from None

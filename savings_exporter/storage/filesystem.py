@@ -44,12 +44,6 @@ _BOOT_ID_BYTES = 16
 _LOCKED_BYTE = 0x40000000
 
 
-MOST_BYTES = 64 * 1024 * 1024
-"""The largest file that is read as a whole. Decoding takes some three times as much memory. Headroom's own documents
-have about a megabyte.
-"""
-
-
 class Identity(NamedTuple):
     """Identifies one version of a file without reading its content."""
 
@@ -64,13 +58,6 @@ class NotAFileError(OSError):
 
     def __init__(self, path: str) -> None:
         super().__init__(errno.EINVAL, "Not a regular file", path)
-
-
-class TooLargeError(OSError):
-    """The file is larger than what is read into memory."""
-
-    def __init__(self, path: str, size: int) -> None:
-        super().__init__(errno.EFBIG, f"It has {size:,} bytes, and at most {MOST_BYTES:,} are read", path)
 
 
 NO_SUCH_FILE = (FileNotFoundError, IsADirectoryError, NotAFileError)
@@ -172,19 +159,9 @@ class FileSystem:
     # Reading.
 
     def read(self, path: str) -> tuple[bytes, Identity]:
-        """The content of the whole file, and the identity of the version that was read.
-
-        Raises:
-            OSError: it cannot be read; ``TooLargeError`` if it has more than ``MOST_BYTES``.
-        """
+        """The content of the whole file, and the identity of the version that was read."""
         with self.opened(path) as descriptor:
-            data = b""
-            if self.identity_of(descriptor).size <= MOST_BYTES:
-                data = self.read_at(descriptor, MOST_BYTES + 1, 0)
-            identity = self.identity_of(descriptor)
-        if max(len(data), identity.size) > MOST_BYTES:
-            raise TooLargeError(path, identity.size)
-        return data, identity
+            return self.read_at(descriptor, sys.maxsize, 0), self.identity_of(descriptor)
 
     @contextmanager
     def opened(self, path: str) -> Iterator[int]:
