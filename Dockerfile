@@ -19,6 +19,8 @@ COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 ENV SAVINGS_EXPORTER_STORE=/data/proxy_savings.json
 ENV SAVINGS_EXPORTER_WEB_LISTEN_ADDRESS=0.0.0.0:9478
+# Who can reach the service is decided by the networks and the published ports of the container.
+ENV SAVINGS_EXPORTER_WEB_ALLOW_INSECURE=true
 
 USER 9478:9478
 VOLUME ["/data"]

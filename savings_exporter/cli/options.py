@@ -93,7 +93,22 @@ web_config_file_option = option(
     metavar="PATH",
     type=click.Path(),
     variable="WEB_CONFIG_FILE",
-    help="YAML with tls_server_config (cert_file, key_file) and authorization (credentials_file).",
+    help="YAML with TLS, tokens, users and headers, in the terms of Prometheus's exporters.",
+)
+allow_insecure_option = option(
+    "--web.allow-insecure",
+    "allow_insecure",
+    is_flag=True,
+    variable="WEB_ALLOW_INSECURE",
+    help="Allow other hosts to use the service without a token and TLS.",
+)
+allowed_hosts_option = option(
+    "--web.allowed-host",
+    "allowed_hosts",
+    metavar="NAME",
+    multiple=True,
+    variable="WEB_ALLOWED_HOST",
+    help="A name of the service, for browsers and proxies; can be repeated.",
 )
 sync_method_option = option(
     "--store.sync-method",

@@ -14,6 +14,8 @@ from click.core import ParameterSource
 
 from savings_exporter.cli.errors import INTERRUPTED, CommandError, WrongUsageError
 from savings_exporter.cli.options import (
+    allow_insecure_option,
+    allowed_hosts_option,
     listen_address_option,
     log_format_option,
     log_level_option,
@@ -49,6 +51,8 @@ from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker
 @listen_address_option
 @telemetry_path_option
 @web_config_file_option
+@allow_insecure_option
+@allowed_hosts_option
 @prices_option
 @log_level_option
 @log_format_option
@@ -73,6 +77,8 @@ def serve(
     listen_address: tuple[str, int],
     telemetry_path: str,
     web_config_file: str | None,
+    allow_insecure: bool,
+    allowed_hosts: tuple[str, ...],
     prices: str | None,
     log_level: str,
     log_format: str,
@@ -83,10 +89,11 @@ def serve(
 ) -> None:
     """Take savings over HTTP, and serve metrics and totals."""
     log = logs.configure(log_level, log_format)
-    web_config = WebConfig(web_config_file)
+    web_config = WebConfig(web_config_file, (*allowed_hosts, listen_address[0]))
     loaded = load_prices(prices)
     with ExitStack() as stack:
         listener = stack.enter_context(server.listen(*listen_address))
+        web_config.check_address(listener, allows_insecure=allow_insecure)
         url = server.url_of(listener, tls=web_config.tls is not None)
         export = stack.enter_context(Export(server.instance_of(listener)))
         # Not in the state directory of a systemd unit either.
@@ -143,8 +150,12 @@ def _prices_line(prices: Prices | None) -> str:
 def _first_saving(url: str, web_config: WebConfig) -> str:
     body = '{"model": "claude-sonnet-4-5", "provider": "anthropic", "input_tokens": 12000, "tokens_saved": 4096}'
     trust = f" --cacert {shlex.quote(web_config.tls.cert_file)}" if web_config.tls else ""
-    token = shlex.quote(web_config.authorization.credentials_file) if web_config.authorization else ""
-    show = f' -H "Authorization: Bearer $(cat {token})"' if token else ""
+    token = web_config.authorization.for_writing if web_config.authorization else None
+    show = ""
+    if token is not None:
+        show = f' -H "Authorization: Bearer $(cat {shlex.quote(token)})"'
+    elif web_config.users:
+        show = f" --user {shlex.quote(min(web_config.users))}"
     return f"curl{trust}{show} -H 'Content-Type: application/json' -d '{body}' {url}{SAVINGS_PATH}"
 
 

@@ -6,6 +6,8 @@ import click
 
 from savings_exporter.cli.errors import CommandError
 from savings_exporter.cli.options import (
+    allow_insecure_option,
+    allowed_hosts_option,
     expanded,
     listen_address_option,
     log_format_option,
@@ -29,6 +31,8 @@ from savings_exporter.watched import OWNER_HAS_TO_FIX_IT, WatchedFile
 @listen_address_option
 @telemetry_path_option
 @web_config_file_option
+@allow_insecure_option
+@allowed_hosts_option
 @log_level_option
 @log_format_option
 def watch(
@@ -36,6 +40,8 @@ def watch(
     listen_address: tuple[str, int],
     telemetry_path: str,
     web_config_file: str | None,
+    allow_insecure: bool,
+    allowed_hosts: tuple[str, ...],
     log_level: str,
     log_format: str,
 ) -> None:
@@ -44,12 +50,13 @@ def watch(
     PATH is a proxy_savings.json, for example Headroom's. It is only read.
     """
     log = logs.configure(log_level, log_format)
-    web_config = WebConfig(web_config_file)
+    web_config = WebConfig(web_config_file, (*allowed_hosts, listen_address[0]))
     try:
         watched = WatchedFile(path)
     except StoreError as error:
         raise CommandError(f"{error.problem}. Check the path. {OWNER_HAS_TO_FIX_IT}") from None
     with server.listen(*listen_address) as listener, Export(server.instance_of(listener)) as export:
+        web_config.check_address(listener, allows_insecure=allow_insecure)
         service = Service(
             watched,
             WatchCollector(watched),

@@ -22,7 +22,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from savings_exporter.errors import StoreError
 from savings_exporter.service import history, problems
 from savings_exporter.service.answers import Answers
-from savings_exporter.service.auth import BearerToken, Guarded
+from savings_exporter.service.browsers import WithHeaders
+from savings_exporter.service.guard import Guard, Guarded
 from savings_exporter.service.intake import Intake, IntakeLimits
 from savings_exporter.service.pages import status as status_page
 from savings_exporter.service.pages.documents import Documents
@@ -77,7 +78,7 @@ class Service:
         self.requests = RequestLog(
             self.registry, (telemetry_path, SAVINGS_PATH, HISTORY_PATH, HEALTHY_PATH, READY_PATH, DOCUMENTS_PATH, "/")
         )
-        token = BearerToken(lambda: web_config.token)
+        guard = Guard(web_config)
         routed = Starlette(
             routes=[
                 Route(telemetry_path, self._metrics),
@@ -90,21 +91,21 @@ class Service:
             ],
             middleware=[
                 Middleware(RequestLogging, log=self.requests),
-                Middleware(Guarded, refusal=token.refusal),
+                Middleware(Guarded, guard=guard),
             ],
             exception_handlers=problems.HANDLERS,
         )
-        app: ASGIApp = routed
+        app: ASGIApp = WithHeaders(routed, guard.headers)
         if isinstance(source, SavingsTracker):
             recording = Recording(
                 source,
                 Intake(limits),
                 self.requests,
-                token.refusal,
+                guard,
                 self._refusal,
                 is_traced=tracer_provider is not None,
             )
-            app = _Dispatch(recording, routed)
+            app = _Dispatch(recording, app)
         self.app = _traced(app, tracer_provider, telemetry_path)
         """The ASGI application."""
 

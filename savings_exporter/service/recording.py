@@ -14,6 +14,8 @@ from starlette.types import Receive, Scope, Send
 from savings_exporter.model.keys import checked_key
 from savings_exporter.model.record import SavingsRecord
 from savings_exporter.service import problems
+from savings_exporter.service.browsers import WithHeaders
+from savings_exporter.service.guard import Guard
 from savings_exporter.service.intake import Intake, Reception, decode_records
 from savings_exporter.service.paths import SAVINGS_PATH
 from savings_exporter.service.problems import RefusedError
@@ -35,7 +37,7 @@ _DURABLE = '{"sequence":%d,"writer":"%s","accepted":%d,"durable":true}\n'
 class Recording:
     """Records the savings of a request, and answers when they are durable, or when they cannot become durable now.
 
-    ``refusal`` says why a request is refused, and ``closed`` why all are. ``log`` accounts for each answer. With
+    ``guard`` says why a request is refused, and ``closed`` why all are. ``log`` accounts for each answer. With
     ``is_traced``, each request is recorded on its own, so that its span is linked to its commit.
     """
 
@@ -44,7 +46,7 @@ class Recording:
         tracker: SavingsTracker,
         intake: Intake,
         log: RequestLog,
-        refusal: Callable[[Scope], RefusedError | None],
+        guard: Guard,
         closed: Callable[[], RefusedError | None],
         *,
         is_traced: bool,
@@ -53,7 +55,7 @@ class Recording:
         self._intake = intake
         self._most = intake.limits.records
         self._log = log
-        self._refusal = refusal
+        self._guard = guard
         self._closed = closed
         self._is_traced = is_traced
         self._round: _Round | None = None
@@ -69,10 +71,10 @@ class Recording:
                     raise RefusedError(_UNAVAILABLE, "too many records with a key are pending", retry=True)
             except RefusedError as error:
                 code, detail = int(error.status), error.detail
-                await problems.refusal(error)(scope, receive, send)
+                await WithHeaders(problems.refusal(error), self._guard.headers)(scope, receive, send)
                 return
             except Exception:
-                await problems.unexpected()(scope, receive, send)
+                await WithHeaders(problems.unexpected(), self._guard.headers)(scope, receive, send)
                 raise  # for the server, which logs it
             last = receipt.sequence
             if last is not None and not receipt.duplicate:
@@ -81,7 +83,13 @@ class Recording:
             else:
                 code = _ACCEPTED if last is None else _OK
                 body = _other_answer(receipt, count)
-            await send({"type": "http.response.start", "status": code, "headers": _headers(len(body)).copy()})
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": code,
+                    "headers": [*_headers(len(body)), *self._guard.headers()],
+                }
+            )
             await send({"type": "http.response.body", "body": body.encode()})
         finally:
             self._log.note("POST", SAVINGS_PATH, code, time.perf_counter() - began, detail)
@@ -89,7 +97,11 @@ class Recording:
     async def _recorded(self, scope: Scope, request: Reception, receive: Receive) -> _Recorded:
         """Record what a request holds."""
         # Checked before the body is read: requests that arrived before the stop are still answered.
-        refusal = self._refusal(scope) or self._closed()
+        refusal = self._guard.refusal(scope)
+        if refusal is not None:
+            refusal = await self._guard.confirmed(refusal)
+        if refusal is None:
+            refusal = self._closed()
         if refusal is not None:
             raise refusal
         content_type = encoding = key = None

@@ -103,7 +103,7 @@ def test_new_certificate(tmp_path: Path, store_path: Path) -> None:
         status, _, logged = service.stop()
     assert status == 0
     assert f"{used / 'service.key'} is not the key of the certificate {used / 'service.crt'}" in logged
-    assert "The certificate and the token from before stay in use" in logged
+    assert "The certificate and the credentials from before stay in use" in logged
 
 
 @pytest.mark.needs("openssl")

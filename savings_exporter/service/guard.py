@@ -1,0 +1,85 @@
+"""Which requests are refused before anything looks at what they ask for."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from savings_exporter.service import problems
+from savings_exporter.service.auth import UncheckedPasswordError
+from savings_exporter.service.browsers import Headers, host_refusal, origin_refusal
+from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_PATH, route_path
+from savings_exporter.service.problems import RefusedError
+from savings_exporter.service.webconfig import WebConfig
+
+_READING = ("GET", "HEAD", "OPTIONS")
+
+
+class Guard:
+    """Checks the Host, the Origin and the credentials of requests, as the web configuration says at present."""
+
+    def __init__(self, web_config: WebConfig) -> None:
+        self._web_config = web_config
+
+    def headers(self) -> Headers:
+        """The security headers that every answer has."""
+        return self._web_config.headers
+
+    def refusal(self, scope: Scope) -> RefusedError | None:
+        """Why a request is refused, at first sight; None if it is not. ``confirmed`` makes sure of a refusal."""
+        host = origin = site = shown = None
+        for name, value in scope["headers"]:
+            if name == b"host":
+                if host is not None:
+                    return _several("Host")
+                host = value
+            elif name == b"authorization":
+                if shown is not None:
+                    return _several("Authorization")
+                shown = value
+            elif name == b"origin":
+                origin = value
+            elif name == b"sec-fetch-site":
+                site = value
+        # HTTP/1.0 has no Host, and browsers do not send it.
+        refusal = None
+        if host is not None or scope.get("http_version") == "1.1":
+            refusal = host_refusal(host, self._web_config.names)
+        writes = scope["method"] not in _READING
+        if refusal is None and writes:
+            refusal = origin_refusal(host, origin, site)
+        credentials = self._web_config.credentials
+        if refusal is not None or credentials is None or _is_public(route_path(scope)):
+            return refusal
+        return credentials.refusal(shown, writes=writes)
+
+    async def confirmed(self, refusal: RefusedError) -> RefusedError | None:
+        """The refusal, or None if it was one of an unchecked password that turns out to be right."""
+        if isinstance(refusal, UncheckedPasswordError):
+            return await refusal.credentials.check(refusal)
+        return refusal
+
+
+class Guarded:
+    """Middleware that answers requests that are refused."""
+
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+        self._app = app
+        self._guard = guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it."""
+        error = self._guard.refusal(scope) if scope["type"] == "http" else None
+        if error is not None:
+            error = await self._guard.confirmed(error)
+        await (self._app if error is None else problems.refusal(error))(scope, receive, send)
+
+
+def _several(header: str) -> RefusedError:
+    return RefusedError(HTTPStatus.BAD_REQUEST, f"the request has more than one {header} header")
+
+
+def _is_public(path: str) -> bool:
+    # The links of alerts lead to the documents, and must work in a browser.
+    return path in (HEALTHY_PATH, READY_PATH) or path.startswith(DOCUMENTS_PATH)
