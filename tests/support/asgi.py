@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,10 +17,16 @@ async def exchange(
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers}
 
+    is_complete = False
+
     async def receive() -> dict[str, Any]:
+        nonlocal is_complete
+        if is_complete:
+            await asyncio.Event().wait()  # for the client to go away
         try:
             return {"type": "http.request", "body": await anext(body), "more_body": True}
         except StopAsyncIteration:
+            is_complete = True
             return {"type": "http.request", "body": b"", "more_body": False}
 
     async def send(message: Any) -> None:
