@@ -119,6 +119,13 @@ def test_what_is_no_document(service: Service) -> None:
     assert [service.get(f"/docs/{path}")[0] for path in paths] == [404] * len(paths)
 
 
+def test_served_under_any_name(store_path: Path) -> None:
+    """Also under a name that the service does not know, such as that of a proxy: the links of alerts may have it."""
+    with running("serve", "--store", str(store_path)) as service:
+        assert service.get("/docs/runbook", {"Host": "savings.example"})[0] == 200
+        assert service.get("/v1/savings", {"Host": "savings.example"})[0] == 421
+
+
 def test_served_in_watch(store_path: Path) -> None:
     assert run_cli("record", "--store", str(store_path), "--model", "m", "--tokens-saved", "1").returncode == 0
     with running("watch", str(store_path)) as service:
