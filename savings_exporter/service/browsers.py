@@ -22,6 +22,7 @@ _USUAL_HEADERS = {
     "X-Frame-Options": "deny",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
 }
 
 

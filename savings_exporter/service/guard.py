@@ -14,6 +14,12 @@ from savings_exporter.service.problems import RefusedError
 from savings_exporter.service.webconfig import WebConfig
 
 _READING = ("GET", "HEAD", "OPTIONS")
+_CHECKED = {
+    b"host": "Host",
+    b"authorization": "Authorization",
+    b"origin": "Origin",
+    b"sec-fetch-site": "Sec-Fetch-Site",
+}
 
 
 class Guard:
@@ -28,20 +34,14 @@ class Guard:
 
     def refusal(self, scope: Scope) -> RefusedError | None:
         """Why a request is refused, at first sight; None if it is not. ``confirmed`` makes sure of a refusal."""
-        host = origin = site = shown = None
+        shown: dict[bytes, bytes] = {}
         for name, value in scope["headers"]:
-            if name == b"host":
-                if host is not None:
-                    return _several("Host")
-                host = value
-            elif name == b"authorization":
-                if shown is not None:
-                    return _several("Authorization")
-                shown = value
-            elif name == b"origin":
-                origin = value
-            elif name == b"sec-fetch-site":
-                site = value
+            if name in _CHECKED:
+                if name in shown:
+                    detail = f"the request has more than one {_CHECKED[name]} header"
+                    return RefusedError(HTTPStatus.BAD_REQUEST, detail)
+                shown[name] = value
+        host = shown.get(b"host")
         # HTTP/1.0 has no Host, and browsers do not send it.
         refusal = None
         if host is not None or scope.get("http_version") == "1.1":
@@ -51,11 +51,11 @@ class Guard:
         if refusal is not None and not writes and route_path(scope).startswith(DOCUMENTS_PATH):
             refusal = None
         if refusal is None and writes:
-            refusal = origin_refusal(host, origin, site)
+            refusal = origin_refusal(host, shown.get(b"origin"), shown.get(b"sec-fetch-site"))
         credentials = self._web_config.credentials
         if refusal is not None or credentials is None or _is_public(route_path(scope)):
             return refusal
-        return credentials.refusal(shown, writes=writes)
+        return credentials.refusal(shown.get(b"authorization"), writes=writes)
 
     async def confirmed(self, refusal: RefusedError) -> RefusedError | None:
         """The refusal, or None if it was one of an unchecked password that turns out to be right."""
@@ -77,10 +77,6 @@ class Guarded:
         if error is not None:
             error = await self._guard.confirmed(error)
         await (self._app if error is None else problems.refusal(error))(scope, receive, send)
-
-
-def _several(header: str) -> RefusedError:
-    return RefusedError(HTTPStatus.BAD_REQUEST, f"the request has more than one {header} header")
 
 
 def _is_public(path: str) -> bool:

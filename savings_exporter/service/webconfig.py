@@ -72,7 +72,7 @@ class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tls_server_config: Tls | None = None
     authorization: Authorization | None = None
-    basic_auth_users: dict[str, str] = {}
+    basic_auth_users: dict[str, str] | None = None
     http_server_config: Http = Http()
 
     def files(self) -> list[str]:
@@ -145,7 +145,7 @@ class WebConfig(Collector):
     @property
     def users(self) -> Collection[str]:
         """The names of the users."""
-        return self._loaded.settings.basic_auth_users
+        return self._loaded.settings.basic_auth_users or ()
 
     def ssl_context(self) -> SSLContext | None:
         """The context for a connection that begins now; None when the service has no TLS."""
@@ -410,7 +410,9 @@ def _chosen(path: str, field: str, value: str, known: Mapping[str, str]) -> str:
 
 def _credentials(path: str, settings: _Settings) -> Credentials | None:
     authorization, users = settings.authorization, settings.basic_auth_users
-    for name, found in users.items():
+    if users is not None and not users:
+        raise SettingsError(f"{path}: basic_auth_users names no user; add one, or remove it")
+    for name, found in (users or {}).items():
         _check_user(path, name, found)
     tokens = []
     if authorization is not None:
@@ -419,7 +421,7 @@ def _credentials(path: str, settings: _Settings) -> Credentials | None:
             tokens.append(Token(_token(file, field).encode(), reads, writes))
         if not tokens:
             raise SettingsError(f"{path}: authorization lacks the field credentials_file")
-    return Credentials(tokens, users) if tokens or users else None
+    return Credentials(tokens, users or {}) if tokens or users else None
 
 
 _HASH = re.compile(r"\$2[aby]\$(\d\d)\$[./A-Za-z0-9]{53}", re.ASCII)

@@ -22,7 +22,7 @@ from savings_exporter.service.views import (
 )
 
 # The page runs nothing and loads nothing, whatever name a client has made up.
-HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
 
 _MOST_ROWS = 25
 
