@@ -17,8 +17,9 @@ Headers = list[tuple[bytes, bytes]]
 _LONGEST_HOST = 300
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::[0-9]{1,5})?", re.ASCII)
 
-_USUAL_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
+_HEADERS_OF_ALL = {"X-Content-Type-Options": "nosniff"}
+_HEADERS_OF_CONTENT = {
+    **_HEADERS_OF_ALL,
     "X-Frame-Options": "deny",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -26,9 +27,11 @@ _USUAL_HEADERS = {
 }
 
 
-def security_headers(configured: Mapping[str, str]) -> Headers:
-    """The headers that each answer has. An empty one is left out."""
-    headers = {**_USUAL_HEADERS, **configured}
+def security_headers(configured: Mapping[str, str], *, of_receipts: bool = False) -> Headers:
+    """The headers that each answer has. An empty one is left out. With ``of_receipts``, those of answers to a POST: a
+    browser shows and embeds no such answer, and each header costs as much as decoding a record.
+    """
+    headers = {**(_HEADERS_OF_ALL if of_receipts else _HEADERS_OF_CONTENT), **configured}
     return [(name.lower().encode("latin-1"), text.encode("latin-1")) for name, text in headers.items() if text]
 
 

@@ -29,8 +29,12 @@ class Guard:
         self._web_config = web_config
 
     def headers(self) -> Headers:
-        """The security headers that every answer has."""
+        """The security headers of answers."""
         return self._web_config.headers
+
+    def receipt_headers(self) -> Headers:
+        """The security headers of the answers to a POST that is taken."""
+        return self._web_config.receipt_headers
 
     def refusal(self, scope: Scope) -> RefusedError | None:
         """Why a request is refused, at first sight; None if it is not. ``confirmed`` makes sure of a refusal."""

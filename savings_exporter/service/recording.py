@@ -87,7 +87,7 @@ class Recording:
                 {
                     "type": "http.response.start",
                     "status": code,
-                    "headers": [*_headers(len(body)), *self._guard.headers()],
+                    "headers": [*_headers(len(body)), *self._guard.receipt_headers()],
                 }
             )
             await send({"type": "http.response.body", "body": body.encode()})

@@ -101,7 +101,7 @@ class WebConfig(Collector):
         self._path = path
         self._names = frozenset(name.lower().removesuffix(".") for name in names)
         self._stamps: dict[str, _Stamp] = {}
-        self._loaded = _Loaded(_Settings(), None, None, security_headers({}))
+        self._loaded = _Loaded(_Settings(), None, None, *_headers("", Http()))
         self._is_valid, self._loaded_at = True, time.time()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="web configuration", daemon=True)
@@ -121,8 +121,13 @@ class WebConfig(Collector):
 
     @property
     def headers(self) -> Headers:
-        """The security headers of all answers."""
+        """The security headers of all answers but those to a POST that is taken."""
         return self._loaded.headers
+
+    @property
+    def receipt_headers(self) -> Headers:
+        """The security headers of the answers to a POST that is taken."""
+        return self._loaded.receipt_headers
 
     @property
     def names(self) -> frozenset[str] | None:
@@ -242,7 +247,7 @@ class WebConfig(Collector):
         tls = settings.tls_server_config
         context = _checked_context(path, tls) if tls is not None else None
         headers = _headers(path, settings.http_server_config)
-        return _Loaded(settings, context, _credentials(path, settings), headers)
+        return _Loaded(settings, context, _credentials(path, settings), *headers)
 
 
 class _Loaded(NamedTuple):
@@ -252,6 +257,7 @@ class _Loaded(NamedTuple):
     context: SSLContext | None
     credentials: Credentials | None
     headers: Headers
+    receipt_headers: Headers
 
     @property
     def is_open(self) -> bool:
@@ -453,7 +459,8 @@ _CONFIGURABLE = {
 }
 
 
-def _headers(path: str, http: Http) -> Headers:
+def _headers(path: str, http: Http) -> tuple[Headers, Headers]:
+    """The headers of answers, and of those to a POST that is taken."""
     for name, text in http.headers.items():
         where = f"{path}: http_server_config.headers.{name}"
         if name not in _CONFIGURABLE:
@@ -462,7 +469,7 @@ def _headers(path: str, http: Http) -> Headers:
             raise SettingsError(f"{where} must be {' or '.join(filter(None, _CONFIGURABLE[name]))}")
         if not text.isascii() or not text.isprintable():
             raise SettingsError(f"{where} holds a character that a header cannot have")
-    return security_headers(http.headers)
+    return security_headers(http.headers), security_headers(http.headers, of_receipts=True)
 
 
 def _token(path: str, field: str) -> str:
