@@ -567,7 +567,7 @@ def opened_directory(path: str) -> Iterator[int]:
 def _open(path: str, flags: int) -> int:
     """Open a path. The descriptor is never that of a standard stream."""
     descriptor = os.open(path, flags | _CLOSE_ON_EXEC | _BINARY, _NEW_FILE_MODE)
-    if descriptor > _LAST_STANDARD_DESCRIPTOR or sys.platform == "win32":
+    if sys.platform == "win32" or descriptor > _LAST_STANDARD_DESCRIPTOR:
         return descriptor
     # This process was started without one of these streams. What anything prints would become content of the file.
     try:
