@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.paths import ROOT
 from tests.support.service import free_port
-from tests.support.systemd import UNIT, Manager, systemd
+from tests.support.systemd import LIBRARY_PATH, UNIT, Manager, systemd
 from tests.support.wait import WAIT_SECONDS, eventually
 
 pytestmark = [pytest.mark.needs("linux", "root", "mount", "systemd"), pytest.mark.slow]
@@ -72,6 +74,32 @@ def test_service_keeps_its_store_in_the_sandbox(tmp_path: Path, address: str) ->
         assert (int(owner) >= 61184, mode) == (True, "600")
         assert (manager.property("Result"), manager.property("NRestarts")) == ("success", "0")
         assert "level=error" not in manager.run("cat", "/run/service.log")
+
+
+def test_command_as_the_user_of_the_service(tmp_path: Path, address: str) -> None:
+    """While the service runs and while it does not. The files remain those of the service."""
+    with systemd(tmp_path, address) as manager:
+        start(manager)
+        record(address, 1)
+        run_as_service(manager, "record", "--model", "m", "--tokens-saved", "2")
+        assert total(address) == 3
+        manager.run("systemctl", "stop", UNIT)
+        run_as_service(manager, "verify", "--repair")
+        run_as_service(manager, "record", "--model", "m", "--tokens-saved", "4")
+        start(manager)
+        record(address, 8)
+        assert total(address) == 15
+
+
+def run_as_service(manager: Manager, *arguments: str) -> None:
+    """Run a command as docs/deploy.md says, but without --pipe and --wait, which need a D-Bus daemon."""
+    text = (ROOT / "docs/deploy.md").read_text()
+    (documented,) = re.findall(r"^ *systemd-run (.*) \\\n *(\S+) verify --repair$", text, re.MULTILINE)
+    options = [option for option in documented[0].split() if option not in ("--pipe", "--wait")]
+    library = f"--property=Environment={LIBRARY_PATH}"
+    manager.run("systemd-run", "--unit=command", *options, library, documented[1], *arguments)
+    eventually(lambda: manager.property("ActiveState", "command") in ("inactive", "failed"), "the command to end")
+    assert manager.property("Result", "command") == "success"
 
 
 def test_watchdog_restarts_a_service_that_hangs(tmp_path: Path, address: str) -> None:

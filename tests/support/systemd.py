@@ -24,9 +24,11 @@ from savings_exporter.cli import main
 main()
 """
 
-# The library path is for a Python that was built with a shared library.
-DROP_IN = """[Service]
-Environment=SAVINGS_EXPORTER_WEB_LISTEN_ADDRESS={address} LD_LIBRARY_PATH=/opt/python/lib
+# For a Python that was built with a shared library.
+LIBRARY_PATH = "LD_LIBRARY_PATH=/opt/python/lib"
+
+DROP_IN = f"""[Service]
+Environment=SAVINGS_EXPORTER_WEB_LISTEN_ADDRESS={{address}} {LIBRARY_PATH}
 StandardError=append:/run/service.log
 StandardOutput=append:/run/service.log
 """
@@ -63,9 +65,9 @@ class Manager:
         assert done.returncode == 0, f"{shlex.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def property(self, name: str) -> str:
-        """A property of the unit."""
-        return self.run("systemctl", "show", UNIT, f"--property={name}", "--value").strip()
+    def property(self, name: str, unit: str = UNIT) -> str:
+        """A property of a unit."""
+        return self.run("systemctl", "show", unit, f"--property={name}", "--value").strip()
 
 
 @contextmanager
