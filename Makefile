@@ -42,10 +42,12 @@ mutants: .venv/.dev ## change each rule of the storage and of Prometheus: a test
 	@.venv/bin/python -m tests.mutants $(ARGS)
 	@.venv/bin/python -m tests.rule_mutants $(ARGS)
 
+# The types of the examples are checked where their frameworks are installed.
 lint: .venv/.dev ## check style, format, types, and that modules import only layers below them
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+	$(if $(wildcard .venv/.frameworks),.venv/bin/mypy docs/examples)
 	.venv/bin/lint-imports --no-cache --no-logo
 
 format: .venv/.dev ## fix style and format of the code

@@ -1,6 +1,7 @@
-"""Django: gunicorn --workers 4 django_app:application.
+"""Django: gunicorn --workers 4 django_app:application, with --preload or without.
 
-In a larger project, create the tracker in a separate module, such as ``savings.py``, and import it in the views.
+In a larger project, create the tracker in a separate module, such as ``savings.py``, and import it in the views and in
+``wsgi.py``.
 """
 
 import os
@@ -8,19 +9,16 @@ import os
 import django
 from django.conf import settings
 from django.core.wsgi import get_wsgi_application
-from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.http import HttpRequest, JsonResponse
 from django.urls import path
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from savings_exporter import SavingsCollector, SavingsTracker
+from savings_exporter import SavingsTracker
+from savings_exporter.embedding import mount_wsgi
 
 settings.configure(ALLOWED_HOSTS=["127.0.0.1"], ROOT_URLCONF=__name__, SECRET_KEY=os.urandom(16).hex())
 django.setup()
 
 tracker = SavingsTracker(os.environ.get("SAVINGS_STORE", "proxy_savings.json"))
-registry = CollectorRegistry()
-registry.register(SavingsCollector(tracker))
 
 
 def complete(_request: HttpRequest) -> JsonResponse:
@@ -28,9 +26,5 @@ def complete(_request: HttpRequest) -> JsonResponse:
     return JsonResponse({"durable": receipt.durable})
 
 
-def metrics(_request: HttpRequest) -> HttpResponse:
-    return HttpResponse(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)
-
-
-urlpatterns = [path("complete", complete), path("metrics", metrics)]
-application = get_wsgi_application()
+urlpatterns = [path("complete", complete)]
+application = mount_wsgi(get_wsgi_application(), tracker, "/savings")

@@ -1,17 +1,14 @@
-"""Flask: gunicorn --workers 4 flask_app:app, with --preload or without."""
+"""Flask: gunicorn --workers 4 flask_app:application, with --preload or without."""
 
 import os
 
-from flask import Flask, Response
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from flask import Flask
 
-from savings_exporter import SavingsCollector, SavingsTracker
+from savings_exporter import SavingsTracker
+from savings_exporter.embedding import mount_wsgi
 
 # With --preload this runs once, before the workers are forked. Each worker then continues with its own journal.
 tracker = SavingsTracker(os.environ.get("SAVINGS_STORE", "proxy_savings.json"))
-registry = CollectorRegistry()
-registry.register(SavingsCollector(tracker))
 app = Flask(__name__)
 
 
@@ -21,6 +18,4 @@ def complete() -> dict[str, bool]:
     return {"durable": receipt.durable}
 
 
-@app.get("/metrics")
-def metrics() -> Response:
-    return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)
+application = mount_wsgi(app, tracker, "/savings")

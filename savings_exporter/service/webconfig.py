@@ -88,7 +88,7 @@ class WebConfig(Collector):
 
     Args:
         path: the file; None for a service without TLS and without credentials.
-        names: the names under which the service is known.
+        names: the names under which the service is known; None if any name is right.
 
     Attributes:
         wants_reload: set it to read the files again, changed or not. A signal handler may do so.
@@ -97,9 +97,9 @@ class WebConfig(Collector):
         SettingsError: a file cannot be read, or something in it is wrong.
     """
 
-    def __init__(self, path: str | None, names: Collection[str] = ()) -> None:
+    def __init__(self, path: str | None, names: Collection[str] | None = ()) -> None:
         self._path = path
-        self._names = frozenset(name.lower().removesuffix(".") for name in names)
+        self._names = None if names is None else frozenset(name.lower().removesuffix(".") for name in names)
         self._stamps: dict[str, _Stamp] = {}
         self._loaded = _Loaded(_Settings(), None, None, *_headers("", Http()))
         self._is_valid, self._loaded_at = True, time.time()

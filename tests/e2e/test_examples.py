@@ -28,9 +28,10 @@ REQUESTS = 40
 GUNICORN = ["gunicorn", "--workers", "4"]
 SERVED = {
     "fastapi": ["uvicorn", "fastapi_app:app", "--workers", "4"],
-    "flask": [*GUNICORN, "flask_app:app"],
-    "flask-preload": [*GUNICORN, "--preload", "flask_app:app"],
+    "flask": [*GUNICORN, "flask_app:application"],
+    "flask-preload": [*GUNICORN, "--preload", "flask_app:application"],
     "django": [*GUNICORN, "django_app:application"],
+    "django-preload": [*GUNICORN, "--preload", "django_app:application"],
 }
 
 
@@ -71,7 +72,7 @@ def ask(port: int, method: str, path: str) -> str:
 
 def is_up(port: int) -> bool:
     try:
-        return bool(ask(port, "GET", "/metrics"))
+        return bool(ask(port, "GET", "/savings/metrics"))
     except (OSError, http.client.HTTPException):
         return False
 
@@ -94,7 +95,7 @@ def test_server(store_path: Path, name: str, how: str) -> None:
             answers = list(pool.map(lambda _: ask(port, "POST", "/complete"), range(REQUESTS)))
         assert [re.sub(r"\s", "", answer) for answer in answers] == ['{"durable":true}'] * REQUESTS
         for _ in range(8):
-            scraped = parsed(ask(port, "GET", "/metrics"))
+            scraped = parsed(ask(port, "GET", "/savings/metrics"))
             assert sum(n for key, n in scraped.items() if key.startswith("savings_requests_total{")) == REQUESTS
         if how == "SIGTERM":
             process.terminate()
