@@ -7,6 +7,7 @@ that names, ports and paths agree with each other.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ import yaml
 from tests.support.compose import COMPOSE, DASHBOARDS, SERVICES, dockerfile, edit, healthcheck, laid_out, mounts
 from tests.support.pack import alertmanager, exporter, fetched, listening, started
 from tests.support.paths import DATA, ROOT, UNSTABLE
-from tests.support.service import free_port, running
+from tests.support.service import free_port, run_cli, running
 from tests.support.wait import WAIT_SECONDS, eventually
 
 PINNED = re.compile(r"[a-z]+(/[a-z]+)?:v?\d+\.\d+\.\d+(-[a-z-]+)?")
@@ -50,6 +51,26 @@ def test_docker_compose_accepts_it(profile: tuple[str, ...]) -> None:
     command = [str(UNSTABLE / "bin" / "docker-compose"), *profile, "config", "--quiet"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.needs("unstable")
+def test_assets_of_a_user_take_the_place_of_the_dashboards(tmp_path: Path) -> None:
+    """All that a service would find in the checkout, it finds in what the command writes."""
+    written = run_cli("assets", "--output", str(tmp_path))
+    assert written.returncode == 0, written.stderr
+    command = [str(UNSTABLE / "bin" / "docker-compose"), "config", "--format", "json"]
+    variable = {"SAVINGS_EXPORTER_ASSETS": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **variable}, capture_output=True, text=True, check=True)
+    services = json.loads(done.stdout)["services"]
+    for name in ("prometheus", "alertmanager", "grafana"):
+        for (source, target, *_), mounted in zip(mounts(name), services[name]["volumes"], strict=True):
+            assert mounted["target"] == target
+            if source.startswith("."):
+                assert mounted["source"].startswith(str(tmp_path))
+                needed = {path.relative_to(ROOT / source) for path in (ROOT / source).rglob("*.*ml")}
+                needed |= {path.relative_to(ROOT / source) for path in (ROOT / source).rglob("*.json")}
+                assert needed
+                assert [path for path in needed if not Path(mounted["source"], path).is_file()] == []
 
 
 def test_every_image_is_pinned_to_a_full_version() -> None:

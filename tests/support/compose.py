@@ -30,8 +30,9 @@ def healthcheck() -> list[str]:
 
 
 def mounts(service: str) -> list[list[str]]:
-    """Source and target of a service's mounts, and ``ro`` if the mount is read-only."""
-    return [mount.split(":") for mount in SERVICES[service].get("volumes", [])]
+    """Source and target of a service's mounts, and ``ro`` if the mount is read-only. Variables have their defaults."""
+    written = (re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", mount) for mount in SERVICES[service].get("volumes", []))
+    return [mount.split(":") for mount in written]
 
 
 def laid_out(service: str, root: Path) -> list[str]:
