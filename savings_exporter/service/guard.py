@@ -46,18 +46,16 @@ class Guard:
                     return RefusedError(HTTPStatus.BAD_REQUEST, detail)
                 shown[name] = value
         host = shown.get(b"host")
-        # HTTP/1.0 has no Host, and browsers do not send it.
-        refusal = None
-        if host is not None or scope.get("http_version") == "1.1":
-            refusal = host_refusal(host, self._web_config.names)
         writes = scope["method"] not in _READING
-        # Links of alerts may have any name that leads here, and the documents hold nothing that is not public.
-        if refusal is not None and not writes and route_path(scope).startswith(DOCUMENTS_PATH):
-            refusal = None
+        is_public = not writes and _is_public(route_path(scope))
+        refusal = None
+        # HTTP/1.0 has no Host, and browsers do not send it.
+        if host is not None or scope.get("http_version") == "1.1":
+            refusal = host_refusal(host, None if is_public else self._web_config.names)
         if refusal is None and writes:
             refusal = origin_refusal(host, shown.get(b"origin"), shown.get(b"sec-fetch-site"))
         credentials = self._web_config.credentials
-        if refusal is not None or credentials is None or _is_public(route_path(scope)):
+        if refusal is not None or credentials is None or is_public:
             return refusal
         return credentials.refusal(shown.get(b"authorization"), writes=writes)
 
@@ -84,5 +82,6 @@ class Guarded:
 
 
 def _is_public(path: str) -> bool:
-    # The links of alerts lead to the documents, and must work in a browser.
+    # The links of alerts lead to the documents, and must work in a browser, under any name that leads here. What these
+    # paths answer is no secret.
     return path in (HEALTHY_PATH, READY_PATH) or path.startswith(DOCUMENTS_PATH)

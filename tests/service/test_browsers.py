@@ -70,11 +70,18 @@ REBOUND_HOSTS = (
 )
 
 
-@pytest.mark.parametrize("path", ["/", "/metrics", "/v1/savings", "/v1/history", "/docs/runbook"])
+@pytest.mark.parametrize("path", ["/", "/metrics", "/v1/savings", "/v1/history", "/nowhere", "/docs"])
 def test_dns_rebinding_reads_nothing(service: Service, path: str) -> None:
     answer = sent(service, "GET", path, [("Host", f"evil.example:{port(service)}")])
     assert (answer.status, json.loads(answer.body)["status"]) == (421, 421)
     assert "--web.allowed-host evil.example" in answer.body
+
+
+def test_public_paths_have_any_name(service: Service) -> None:
+    for path in ("/-/healthy", "/-/ready", "/docs/", "/docs/runbook"):
+        assert sent(service, "GET", path, [("Host", "evil.example")]).status == 200
+        assert sent(service, "POST", path, [("Host", "evil.example")]).status == 421
+        assert sent(service, "GET", path, [("Host", "a b")]).status == 400
 
 
 @pytest.mark.parametrize("host", REBOUND_HOSTS)
