@@ -203,6 +203,9 @@ def test_security_headers(service: Service, method: str, path: str, body: bytes,
     assert answer.status == status
     headers = answer.headers
     assert headers.get_all("X-Content-Type-Options") == ["nosniff"]
+    if status == 200 and method == "POST":
+        # A browser neither shows nor embeds it.
+        return
     assert headers.get_all("X-Frame-Options") == ["deny"]
     assert headers.get_all("Referrer-Policy") == ["no-referrer"]
     assert headers.get_all("Cross-Origin-Resource-Policy") == ["same-origin"]
@@ -231,7 +234,7 @@ def test_configured_headers(tmp_path: Path, store_path: Path) -> None:
             assert headers.get_all("X-Content-Type-Options") is None
             assert headers.get_all("Content-Security-Policy") == ["default-src 'self'"]
             assert headers.get_all("Strict-Transport-Security") == ["max-age=5"]
-            assert headers.get_all("Referrer-Policy") == ["no-referrer"]
+            assert headers.get_all("Referrer-Policy") == (["no-referrer"] if method == "GET" else None)
 
 
 def test_any_host_with_a_token(tmp_path: Path, store_path: Path) -> None:
