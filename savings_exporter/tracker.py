@@ -388,7 +388,8 @@ class SavingsTracker:
         records, and this returns False. The tracker is closed again when the process exits.
 
         Returns:
-            Whether all records are durable. Records that are not durable are lost, and this is logged.
+            Whether all records are durable. How many this process recorded is logged, and how many are lost because
+            they are not durable.
         """
         group = self._background.group
         group.refuse()
@@ -415,14 +416,22 @@ class SavingsTracker:
             background.save(get_current_span(), closing=not records)
         background.group.abandon()
         background.end()
+        durable = store.journal.sequence if store.journal is not None else 0
         store.close()
         self._is_closed = True
         atexit.unregister(self.close)
         _trackers.discard(self)
         if records:
             logger.error(
-                "%s: closed with %d records (%d tokens saved) that are lost: %s", self._path, records, tokens, reason
+                "%s: closed: %d records of this process are durable, %d (%d tokens saved) are lost: %s",
+                self._path,
+                durable,
+                records,
+                tokens,
+                reason,
             )
+        else:
+            logger.info("%s: closed: %d records of this process, all durable", self._path, durable)
 
     def _record(self, records: Sequence[SavingsRecord], key: str | None, *, wait: bool) -> Receipt:
         self._background.start(self._close_with_process)

@@ -54,7 +54,9 @@ def test_service(store_path: Path) -> None:
         metrics, page = service.metrics(), service.get("/")[1]
         totals = json.loads(service.get("/v1/savings")[1])
         status, _, errors = service.stop()
-    assert (status, errors) == (0, "")
+    assert status == 0
+    said = [line.partition("closed: ")[2] for line in errors.splitlines()]
+    assert said == ['3 records of this process, all durable"']
     assert metrics['savings_cost_saved_usd{model="gpt-5",provider="openai"}'] == 1.25
     assert metrics['savings_input_cost_usd{model="gpt-5",provider="openai"}'] == 0.5
     assert metrics['savings_unpriced_requests_total{model="private"}'] == 1
@@ -136,7 +138,10 @@ def test_service_without_prices(store_path: Path, no_library: dict[str, str]) ->
         assert service.post(PRICED)[0] == 200
         assert service.metrics()['savings_unpriced_requests_total{model="gpt-5"}'] == 1
         assert "US dollars saved: –. Requests without a price: 1." in service.get("/")[1]
-        assert service.stop() == (0, "", "")
+        status, out, log = service.stop()
+        assert (status, out) == (0, "")
+        said = [line.partition("closed: ")[2] for line in log.splitlines()]
+        assert said == ['1 records of this process, all durable"']
 
 
 def test_embedded_tracker(store_path: Path) -> None:

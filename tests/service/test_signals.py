@@ -46,6 +46,22 @@ def test_service_saves(store_path: Path, number: int) -> None:
         assert tracker.snapshot().lifetime.tokens_saved == 5
 
 
+def test_service_says_what_it_took(store_path: Path) -> None:
+    """A service that is stopped says how many records it took, not how many there are, and whether all are durable."""
+    for count in (2, 1):
+        with running("serve", "--store", str(store_path), faulty=True) as service:
+            for _ in range(count):
+                assert service.post({"model": "m", "tokens_saved": 5})[0] == 200
+            assert f"{store_path}: closed: {count} records of this process, all durable" in service.stop()[2]
+    with running("serve", "--store", str(store_path), faulty=True) as service:
+        assert service.post({"model": "m", "tokens_saved": 5})[0] == 200
+        service.tell("fail fsync_journal")
+        assert service.post({"model": "m", "tokens_saved": 7})[0] == 202
+        status, _, err = service.stop()
+        assert status != 0
+        assert "closed: 1 records of this process are durable, 1 (7 tokens saved) are lost: " in err
+
+
 def _record_while_it_fails(service: Service) -> None:
     service.tell("fail fsync_journal")
     assert service.post({"model": "m", "tokens_saved": 5})[0] == 202
