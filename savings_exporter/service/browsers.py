@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from http import HTTPStatus
+from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -65,12 +66,15 @@ def host_refusal(host: bytes | None, names: Collection[str] | None) -> RefusedEr
     Args:
         names: the names of the service; None if any name is right.
     """
-    name = _name(host) if host is not None else None
-    if name is None:
+    asked = _asked(host)
+    if asked is None:
         return RefusedError(HTTPStatus.BAD_REQUEST, "the request needs one Host header with a name or an address")
-    if names is None or name in names or _cannot_lead_elsewhere(name):
+    if names is None or asked.leads_here_only or asked.name in names:
         return None
-    detail = f"{name} is not known as a name of this service; if it is one, allow it with --web.allowed-host {name}"
+    detail = (
+        f"{asked.name} is not known as a name of this service; if it is one, allow it with --web.allowed-host "
+        f"{asked.name}"
+    )
     return RefusedError(HTTPStatus.MISDIRECTED_REQUEST, detail)
 
 
@@ -85,22 +89,28 @@ def origin_refusal(host: bytes | None, origin: bytes | None, site: bytes | None)
     return None
 
 
+class _Asked(NamedTuple):
+    """The name or address that a request asks for, and whether no other site can have it."""
+
+    name: str
+    leads_here_only: bool
+
+
 @lru_cache(maxsize=256)
-def _name(host: bytes) -> str | None:
-    """The name or the address in a Host header, without the port; None if it is not one."""
-    if len(host) > _LONGEST_HOST:
+def _asked(host: bytes | None) -> _Asked | None:
+    """What a Host header asks for, without the port; None if it is malformed."""
+    if host is None or len(host) > _LONGEST_HOST:
         return None
     found = _HOST.fullmatch(host.decode("latin-1"))
-    return found[1].lower().removesuffix(".") if found else None
+    if found is None:
+        return None
+    name = found[1].lower().removesuffix(".")
+    return _Asked(name, "." not in name or name.endswith(".localhost") or _is_address(name.strip("[]")))
 
 
-@lru_cache(maxsize=256)
-def _cannot_lead_elsewhere(name: str) -> bool:
-    """Whether nobody else can make a name lead to this service: an address, and a name without a domain."""
-    if "." not in name or name.endswith(".localhost"):
-        return True
+def _is_address(name: str) -> bool:
     try:
-        ipaddress.ip_address(name.strip("[]"))
+        ipaddress.ip_address(name)
     except ValueError:
         return False
     return True
