@@ -133,6 +133,7 @@ class SavingsTracker:
         store = Store.open(os.fspath(self._path), fs, limits, observers, self._counters.counts, sync_method)
         self._store = store
         self._background = Background(store, save_interval, prices)
+        self._importer = Importer(store, self._background)
         if not store.view.is_whole:
             self._background.save()
         atexit.register(self.close)
@@ -312,9 +313,9 @@ class SavingsTracker:
             ) from None
 
     def importing(self) -> Importer:
-        """Imports from other programs' files, as a context manager. One process at a time can import into a store."""
+        """Imports from other programs, as a context manager. One process at a time can import into a store."""
         self._background.start(self._close_with_process)
-        return Importer(self._store, self._background)
+        return self._importer
 
     def health(self) -> Health:
         """Whether commits and saves work, and if not, why."""
@@ -461,6 +462,7 @@ class SavingsTracker:
         self._background.group.leave_to_parent()
         self._store = self._store.forked(observers, self._counters.counts)
         self._background = Background(self._store, self._save_interval, self._prices)
+        self._importer = Importer(self._store, self._background)
 
 
 _trackers: weakref.WeakSet[SavingsTracker] = weakref.WeakSet()

@@ -39,6 +39,8 @@ from savings_exporter.service.paths import SAVINGS_PATH
 from savings_exporter.service.webconfig import WebConfig
 from savings_exporter.sources.discovery import usual_sources
 from savings_exporter.sources.following import Following, FollowingCollector
+from savings_exporter.sources.otlp import metric_maps
+from savings_exporter.sources.otlp_import import OtlpImport
 from savings_exporter.storage.segment import SyncMethod
 from savings_exporter.telemetry.export import Export
 from savings_exporter.telemetry.metrics import SavingsCollector
@@ -64,6 +66,14 @@ from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker
     help="Also follow the savings of other programs in their usual places.",
 )
 @most_rtk_tokens_option
+@option(
+    "--otlp.map",
+    "otlp_map",
+    metavar="FILE",
+    type=click.Path(),
+    variable="OTLP_MAP",
+    help="YAML with more OpenTelemetry metrics of token usage to take.",
+)
 @click.option("--demo", is_flag=True, help="Record made-up traffic; without --store, in a temporary store.")
 @option(
     "--enable-drill",
@@ -84,13 +94,14 @@ def serve(
     log_format: str,
     follows_sources: bool,
     most_rtk_tokens: int,
+    otlp_map: str | None,
     demo: bool,
     enable_drill: bool,
 ) -> None:
     """Take savings over HTTP, and serve metrics and totals."""
     log = logs.configure(log_level, log_format)
     web_config = WebConfig(web_config_file, (*allowed_hosts, listen_address[0]))
-    loaded = load_prices(prices)
+    loaded, otlp_metrics = load_prices(prices), metric_maps(otlp_map)
     with ExitStack() as stack:
         listener = stack.enter_context(server.listen(*listen_address))
         web_config.check_address(listener, allows_insecure=allow_insecure)
@@ -116,6 +127,8 @@ def serve(
             telemetry_path=telemetry_path,
             web_config=web_config,
             tracer_provider=export.tracer_provider,
+            otlp=stack.enter_context(OtlpImport(tracker)),
+            otlp_metrics=otlp_metrics,
         )
         service.registry.register(LogCollector(log))
         if following is not None:

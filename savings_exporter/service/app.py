@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,14 @@ from savings_exporter.service.answers import Answers
 from savings_exporter.service.browsers import WithHeaders
 from savings_exporter.service.guard import Guard, Guarded
 from savings_exporter.service.intake import Intake, IntakeLimits
+from savings_exporter.service.otlp import OtlpRoute
 from savings_exporter.service.pages import status as status_page
 from savings_exporter.service.pages.documents import Documents
 from savings_exporter.service.paths import (
     DOCUMENTS_PATH,
     HEALTHY_PATH,
     HISTORY_PATH,
+    OTLP_PATH,
     READY_PATH,
     SAVINGS_PATH,
     route_path,
@@ -40,6 +43,8 @@ from savings_exporter.service.recording import Recording
 from savings_exporter.service.requests import RequestLog, RequestLogging
 from savings_exporter.service.views import as_json
 from savings_exporter.service.webconfig import WebConfig
+from savings_exporter.sources.otlp import METRICS, MetricMap
+from savings_exporter.sources.otlp_import import OtlpImport
 from savings_exporter.tracker import SavingsTracker
 from savings_exporter.watched import WatchedFile
 
@@ -66,6 +71,8 @@ class Service:
         web_config: WebConfig = _OPEN,
         limits: IntakeLimits = _USUAL_LIMITS,
         tracer_provider: TracerProvider | None = None,
+        otlp: OtlpImport | None = None,
+        otlp_metrics: Mapping[str, MetricMap] = METRICS,
     ) -> None:
         self._source = source
         self.registry = CollectorRegistry()
@@ -76,9 +83,16 @@ class Service:
         self._answers = Answers()
         self.stopping = False
         self.requests = RequestLog(
-            self.registry, (telemetry_path, SAVINGS_PATH, HISTORY_PATH, HEALTHY_PATH, READY_PATH, DOCUMENTS_PATH, "/")
+            self.registry,
+            (telemetry_path, SAVINGS_PATH, HISTORY_PATH, OTLP_PATH, HEALTHY_PATH, READY_PATH, DOCUMENTS_PATH, "/"),
         )
         guard = Guard(web_config)
+        intake = Intake(limits)
+        otlp_routes = []
+        if otlp is not None:
+            self.registry.register(otlp)
+            route = OtlpRoute(otlp, otlp_metrics, intake, self._refusal)
+            otlp_routes.append(Route(OTLP_PATH, route.answer, methods=["POST"]))
         routed = Starlette(
             routes=[
                 Route(telemetry_path, self._metrics),
@@ -87,6 +101,7 @@ class Service:
                 Route(HEALTHY_PATH, self._healthy),
                 Route(READY_PATH, self._ready),
                 Route("/", self._status_page),
+                *otlp_routes,
                 *Documents().routes(),
             ],
             middleware=[
@@ -99,7 +114,7 @@ class Service:
         if isinstance(source, SavingsTracker):
             recording = Recording(
                 source,
-                Intake(limits),
+                intake,
                 self.requests,
                 guard,
                 self._refusal,

@@ -138,6 +138,10 @@ class Reception:
         finally:
             self._is_read = True
 
+    async def read(self, receive: Receive) -> bytes:
+        """The body of a request whose cost does not matter, as in ``body``."""
+        return await self.body(receive, asyncio.get_running_loop())
+
     def cut_off(self) -> None:
         """Stop reading the body, unless it is read."""
         if self._task is not None and not self._is_read and not self._is_cut_off:

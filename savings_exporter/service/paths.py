@@ -7,6 +7,7 @@ from typing import Any
 
 SAVINGS_PATH = "/v1/savings"
 HISTORY_PATH = "/v1/history"
+OTLP_PATH = "/v1/metrics"
 HEALTHY_PATH = "/-/healthy"
 READY_PATH = "/-/ready"
 DOCUMENTS_PATH = "/docs/"

@@ -17,7 +17,7 @@ from savings_exporter.service.views import printable
 # An answer repeats no more than this of what a client sent.
 _MAX_SHOWN = 500
 
-_RETRY_AFTER_SECONDS = "5"
+RETRY_AFTER_SECONDS = "5"
 
 
 class RefusedError(Exception):
@@ -68,7 +68,7 @@ def refusal(error: RefusedError) -> Response:
     response = problem(error.status, error.detail, error.field)
     response.headers.update(error.headers)
     if error.retry:
-        response.headers["Retry-After"] = _RETRY_AFTER_SECONDS
+        response.headers["Retry-After"] = RETRY_AFTER_SECONDS
     if error.close:
         response.headers["Connection"] = "close"
     return response

@@ -8,6 +8,7 @@ import therefore waits until that process has ended, and has its journal adopted
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +30,8 @@ _PAUSE_SECONDS = 0.02
 
 
 class Importer:
-    """Imports into one store, while it is entered as a context manager.
+    """Imports into one store, while it is entered as a context manager. Several threads may have entered it, to import
+    different sources.
 
     Raises:
         StoreError: on entry: another process imports into this store, or the store cannot be written now.
@@ -40,8 +42,23 @@ class Importer:
         self._background = background
         self._descriptor = -1
         self._last: Receipt | None = None
+        self._entering = threading.Lock()
+        self._entered = 0
 
     def __enter__(self) -> Importer:
+        with self._entering:
+            if not self._entered:
+                self._take()
+            self._entered += 1
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        with self._entering:
+            self._entered -= 1
+            if not self._entered:
+                self._release()
+
+    def _take(self) -> None:
         fs, path = self._store.reader.fs, import_lock_path(self._store.path)
         try:
             descriptor = fs.open_lock(path, like=self._store.path)
@@ -60,9 +77,8 @@ class Importer:
             self._descriptor = -1
             fs.close(descriptor)
             raise
-        return self
 
-    def __exit__(self, *_exception: object) -> None:
+    def _release(self) -> None:
         fs, descriptor = self._store.reader.fs, self._descriptor
         self._descriptor = -1
         try:
