@@ -6,7 +6,7 @@ import json
 import subprocess
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,15 @@ class Prometheus:
 
 
 @contextmanager
-def prometheus(directory: Path, target: str, *flags: str) -> Iterator[Prometheus]:
-    """Prometheus on a free port, scraping one address. Its data is in ``directory / "tsdb"``."""
+def prometheus(
+    directory: Path, target: str, *flags: str, scrape: Mapping[str, object] | None = None
+) -> Iterator[Prometheus]:
+    """Prometheus on a free port, scraping one address, with these further settings. Its data is in
+    ``directory / "tsdb"``.
+    """
     config, port = directory / "prometheus.yml", free_port()
-    config.write_text(CONFIG.format(target=target))
+    further = [f"    {name}: {json.dumps(value)}\n" for name, value in (scrape or {}).items()]
+    config.write_text(CONFIG.format(target=target) + "".join(further))
     command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={directory / 'tsdb'}"]
     command += [*flags, f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"]
     with (directory / "prometheus.log").open("wb") as log, subprocess.Popen(command, stderr=log) as process:
