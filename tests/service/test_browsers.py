@@ -28,9 +28,9 @@ def port(service: Service) -> str:
     return service.url.rpartition(":")[2]
 
 
-def posted(service: Service, headers: Lines) -> Answer:
+def posted(service: Service, headers: Lines, path: str = "/v1/savings") -> Answer:
     own = ("Host", f"localhost:{port(service)}")
-    return sent(service, "POST", "/v1/savings", [own, JSON, *headers], SAVING)
+    return sent(service, "POST", path, [own, JSON, *headers], SAVING)
 
 
 def recorded(service: Service) -> int:
@@ -144,8 +144,9 @@ FOREIGN: dict[str, Lines] = {
 @pytest.mark.parametrize("headers", FOREIGN.values(), ids=FOREIGN.keys())
 def test_a_page_of_another_site_cannot_post(service: Service, headers: Lines) -> None:
     before = recorded(service)
-    answer = posted(service, headers)
-    assert (answer.status, "other sites" in answer.body) == (403, True)
+    for path in ("/v1/savings", "/v1/metrics"):
+        answer = posted(service, headers, path)
+        assert (answer.status, "other sites" in answer.body) == (403, True)
     assert recorded(service) == before
 
 

@@ -65,6 +65,9 @@ def test_a_token_for_reading_and_one_for_writing(tmp_path: Path, store_path: Pat
         assert statuses(service, bearer("all-token")) == (200, 200)
         assert statuses(service, bearer("read-token")) == (200, 403)
         assert statuses(service, bearer("write-token")) == (403, 200)
+        for token, status in (("read-token", 403), ("other-token", 401), ("write-token", 200)):
+            answer = sent(service, "POST", "/v1/metrics", [HOST, JSON, bearer(token)], b'{"resourceMetrics": []}')
+            assert (answer.status, token) == (status, token)
         assert statuses(service, bearer("other-token")) == (401, 401)
         assert statuses(service) == (401, 401)
         (tmp_path / "read").write_text("new-token")
