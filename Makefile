@@ -8,7 +8,7 @@ ARGS ?=
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast crash image mutants bench lint format dashboards rules frameworks headroom litellm unstable clean
+.PHONY: help run test test-fast crash image mutants bench lint format dashboards rules frameworks headroom litellm schemathesis unstable clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -68,10 +68,12 @@ headroom: .venv-headroom/.installed ## install Headroom for the interop tests, i
 
 litellm: .venv-litellm/.installed ## install LiteLLM for the interop tests, in an environment of its own
 
+schemathesis: .venv-schemathesis/.installed ## install Schemathesis, which compares the service with its description
+
 unstable: .unstable/.unpacked ## unpack newer Prometheus, Alertmanager and docker-compose (on Debian)
 
 clean: ## remove environments, caches and builds
-	rm -rf .venv .venv-headroom .venv-litellm .unstable .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .venv-headroom .venv-litellm .venv-schemathesis .unstable .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp file is created last, so an interrupted installation is repeated, starting from an empty environment.
@@ -109,6 +111,13 @@ clean: ## remove environments, caches and builds
 	@echo "installing litellm into .venv-litellm"
 	@$(PYTHON) -m venv --clear .venv-litellm
 	@.venv-litellm/$(PIP_INSTALL) litellm==1.110.2 fastapi orjson soundfile --editable .
+	@touch $@
+
+# It requires many packages that the exporter does not.
+.venv-schemathesis/.installed: Makefile
+	@echo "installing schemathesis into .venv-schemathesis"
+	@$(PYTHON) -m venv --clear .venv-schemathesis
+	@.venv-schemathesis/$(PIP_INSTALL) 'schemathesis>=4.32,<5'
 	@touch $@
 
 .unstable/.unpacked: .ci/unstable-programs

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from savings_exporter.errors import StoreError
-from savings_exporter.service import history, problems
+from savings_exporter.service import history, openapi, problems
 from savings_exporter.service.answers import Answers
 from savings_exporter.service.browsers import WithHeaders
 from savings_exporter.service.guard import Guard, Guarded
@@ -33,6 +33,7 @@ from savings_exporter.service.paths import (
     DOCUMENTS_PATH,
     HEALTHY_PATH,
     HISTORY_PATH,
+    OPENAPI_PATH,
     OTLP_PATH,
     READY_PATH,
     SAVINGS_PATH,
@@ -81,10 +82,23 @@ class Service:
         self.registry.register(web_config)
         self._telemetry_path = telemetry_path
         self._answers = Answers()
+        self._description = openapi.document(
+            telemetry_path, limits, takes_savings=isinstance(source, SavingsTracker), takes_otlp=otlp is not None
+        )
         self.stopping = False
         self.requests = RequestLog(
             self.registry,
-            (telemetry_path, SAVINGS_PATH, HISTORY_PATH, OTLP_PATH, HEALTHY_PATH, READY_PATH, DOCUMENTS_PATH, "/"),
+            (
+                telemetry_path,
+                SAVINGS_PATH,
+                HISTORY_PATH,
+                OTLP_PATH,
+                HEALTHY_PATH,
+                READY_PATH,
+                DOCUMENTS_PATH,
+                OPENAPI_PATH,
+                "/",
+            ),
         )
         guard = Guard(web_config)
         intake = Intake(limits)
@@ -100,6 +114,7 @@ class Service:
                 Route(HISTORY_PATH, self._history),
                 Route(HEALTHY_PATH, self._healthy),
                 Route(READY_PATH, self._ready),
+                Route(OPENAPI_PATH, self._openapi),
                 Route("/", self._status_page),
                 *otlp_routes,
                 *Documents().routes(),
@@ -191,6 +206,10 @@ class Service:
 
         headers = {"Content-Type": "text/html; charset=utf-8", **status_page.HEADERS}
         return await self._answers.response(request, ("/", prefix), build, headers)
+
+    async def _openapi(self, request: Request) -> Response:
+        description = {**self._description, "servers": [{"url": request.scope.get("root_path") or "/"}]}
+        return Response(msgspec.json.encode(description) + b"\n", media_type="application/json")
 
     def _refusal(self) -> RefusedError | None:
         """Why no request is taken at present; None if requests are taken."""

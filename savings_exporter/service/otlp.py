@@ -93,6 +93,9 @@ def _decoded(body: bytes, encoding: str, content_type: str, most: int) -> Export
         body = _unzipped(body, most)
     elif encoding not in ("", "identity"):
         raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the Content-Encoding must be gzip or none")
+    # Protobuf's parser takes a string or a list without any field for an empty message.
+    if content_type == _JSON and not body.lstrip().startswith(b"{"):
+        raise RefusedError(HTTPStatus.BAD_REQUEST, "the body is no ExportMetricsServiceRequest: it is no JSON object")
     message = ExportMetricsServiceRequest()
     try:
         if content_type == _PROTOBUF:

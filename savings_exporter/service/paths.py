@@ -11,6 +11,7 @@ OTLP_PATH = "/v1/metrics"
 HEALTHY_PATH = "/-/healthy"
 READY_PATH = "/-/ready"
 DOCUMENTS_PATH = "/docs/"
+OPENAPI_PATH = "/openapi.json"
 
 
 def route_path(scope: MutableMapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from tests.support.mounts import can_make_user_namespaces, can_mount, can_mount_fuse
-from tests.support.paths import HEADROOM_PYTHON, LITELLM_PYTHON, UNSTABLE
+from tests.support.paths import HEADROOM_PYTHON, LITELLM_PYTHON, SCHEMATHESIS, UNSTABLE
 from tests.support.segments import has_direct_io
 
 
@@ -83,6 +83,11 @@ NEEDS = {
         HEADROOM_PYTHON.exists,
         f"headroom-ai is not installed in {HEADROOM_PYTHON.parent.parent.name} (make headroom)",
         target="headroom",
+    ),
+    "schemathesis": Need(
+        SCHEMATHESIS.exists,
+        f"schemathesis is not installed in {SCHEMATHESIS.parent.parent.name} (make schemathesis)",
+        target="schemathesis",
     ),
     "litellm": Need(
         LITELLM_PYTHON.exists,

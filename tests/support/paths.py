@@ -8,5 +8,6 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
 HEADROOM_PYTHON = ROOT / ".venv-headroom" / "bin" / "python"
 LITELLM_PYTHON = ROOT / ".venv-litellm" / "bin" / "python"
+SCHEMATHESIS = ROOT / ".venv-schemathesis" / "bin" / "schemathesis"
 UNSTABLE = ROOT / ".unstable" / "usr"
 """The programs of Debian unstable (make unstable)."""
