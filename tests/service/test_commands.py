@@ -301,7 +301,9 @@ def test_start_line_has_a_command(store_path: Path) -> None:
         answered = json.loads(done.stdout)
         assert (answered["sequence"], answered["accepted"], answered["durable"]) == (1, 1, True)
         status, out, err = service.stop()
-    assert (status, out, err) == (0, "", "")
+    assert (status, out) == (0, "")
+    (goodbye,) = err.splitlines()
+    assert "closed: 1 records of this process, all durable" in goodbye
 
 
 def test_default_store(tmp_path: Path) -> None:
