@@ -94,6 +94,32 @@ def test_answer_that_is_lost(store_path: Path) -> None:
         assert service.metrics()['savings_otlp_points_total{outcome="duplicate"}'] == 4
 
 
+@pytest.mark.needs("root")
+@pytest.mark.slow
+def test_disk_that_fails(store_path: Path) -> None:
+    """The answer is 503 until the points are durable, and a sender that repeats them to the next process is counted."""
+    body = MESSAGE.SerializeToString()
+    others = (DATA / "sources" / "otlp" / "gen_ai_inference_usage_cumulative.json").read_bytes()
+    with running("serve", "--store", str(store_path), faulty=True) as service:
+        assert sent(service, others, JSON)[0] == 200
+        before = written(service)
+        service.tell("fail fsync_journal")
+        service.tell("fail fsync_file")
+        for _ in range(2):
+            request = urllib.request.Request(f"{service.url}/v1/metrics", data=body, headers={"Content-Type": PROTOBUF})
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=30)
+            with refused.value as error:
+                assert (error.code, error.headers["Retry-After"]) == (503, "5")
+                assert "not durable yet" in Status.FromString(error.read()).message
+        service.process.kill()
+        service.process.wait()
+    with running("serve", "--store", str(store_path)) as service:
+        for _ in range(2):
+            assert sent(service, body, PROTOBUF)[0] == 200
+        assert written(service) == before + 426
+
+
 def test_encodings(store_path: Path) -> None:
     text, message = json.dumps(PAYLOAD).encode(), MESSAGE.SerializeToString()
     with running("serve", "--store", str(store_path)) as service:
