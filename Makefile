@@ -8,7 +8,7 @@ ARGS ?=
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast crash image mutants bench lint format dashboards rules frameworks headroom litellm schemathesis unstable clean
+.PHONY: help run test test-fast crash image mutants bench lint format fuzz dashboards rules frameworks headroom litellm schemathesis unstable clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -41,6 +41,9 @@ image: .venv/.dev ## build the image and run it as the compose file says, a few 
 mutants: .venv/.dev ## change each rule of the storage and of Prometheus: a test must fail (ARGS="gap key StoreGone")
 	@.venv/bin/python -m tests.mutants $(ARGS)
 	@.venv/bin/python -m tests.rule_mutants $(ARGS)
+
+fuzz: .venv/.dev ## send 100,000 hostile and valid requests to a service, five minutes (ARGS="--requests 5000 --seed 7")
+	@.venv/bin/python -m tests.fuzz $(ARGS)
 
 # The types of the examples are checked where their frameworks are installed.
 lint: .venv/.dev ## check style, format, types, and that modules import only layers below them
