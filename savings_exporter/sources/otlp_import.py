@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -62,9 +63,12 @@ class OtlpImport(Collector):
         deadline = time.monotonic() + _PATIENCE_SECONDS
         with self._lock:
             if buckets and self._importer is None:
-                importer = self._tracker.importing()
-                importer.__enter__()
-                self._importer, self._cursors = importer, dict(importer.cursors())
+                with ExitStack() as stack:
+                    importer = stack.enter_context(self._tracker.importing())
+                    self._cursors = dict(importer.cursors())
+                    # Keep it entered only if its cursors could be read.
+                    stack.pop_all()
+                self._importer = importer
             is_durable = all(self._add(name, some, outcome, deadline) for name, some in buckets.items())
             self._counts.update(outcome.counts)
         return is_durable
