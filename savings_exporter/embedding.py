@@ -13,7 +13,6 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from savings_exporter.service import problems
 from savings_exporter.service.app import Service
@@ -42,8 +41,8 @@ def mount(app: Starlette, tracker: SavingsTracker, path: str = "/savings") -> No
     """
     _check(path)
     # The application decides which hosts it answers for.
-    service = Service(tracker, SavingsCollector(tracker), web_config=WebConfig(None, names=None))
-    app.mount(path, _ReadOnly(service.app))
+    service = Service(tracker, SavingsCollector(tracker), web_config=WebConfig(None, names=None), reads_only=True)
+    app.mount(path, service.app)
     own = app.router.lifespan_context
 
     @asynccontextmanager
@@ -99,18 +98,6 @@ def mount_wsgi(app: WSGIApplication, tracker: SavingsTracker, path: str = "/savi
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
     return answer
-
-
-class _ReadOnly:
-    """Middleware that refuses all requests that do not only read."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
-        refused = scope["type"] == "http" and scope["method"] not in _READING
-        await (_only_reads() if refused else self._app)(scope, receive, send)
 
 
 def _only_reads() -> Response:

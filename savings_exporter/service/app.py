@@ -57,7 +57,7 @@ _OPEN = WebConfig(None)
 
 
 class Service:
-    """The routes over one source of totals; only a tracker takes savings.
+    """The routes over one source of totals; only a tracker takes savings, and not if ``reads_only``.
 
     ``stopping`` is set when the service begins to stop. Requests in flight are answered, and new savings are refused,
     because they could no longer be saved. ``registry`` collects all metrics that it shows.
@@ -74,8 +74,10 @@ class Service:
         tracer_provider: TracerProvider | None = None,
         otlp: OtlpImport | None = None,
         otlp_metrics: Mapping[str, MetricMap] = METRICS,
+        reads_only: bool = False,
     ) -> None:
         self._source = source
+        tracker = source if isinstance(source, SavingsTracker) and not reads_only else None
         self.registry = CollectorRegistry()
         self.registry.register(collector)
         self.registry.register(PROCESS_COLLECTOR)
@@ -83,7 +85,7 @@ class Service:
         self._telemetry_path = telemetry_path
         self._answers = Answers()
         self._description = openapi.document(
-            telemetry_path, limits, takes_savings=isinstance(source, SavingsTracker), takes_otlp=otlp is not None
+            telemetry_path, limits, takes_savings=tracker is not None, takes_otlp=otlp is not None
         )
         self.stopping = False
         self.requests = RequestLog(
@@ -126,9 +128,9 @@ class Service:
             exception_handlers=problems.HANDLERS,
         )
         app: ASGIApp = WithHeaders(routed, guard.headers)
-        if isinstance(source, SavingsTracker):
+        if tracker is not None:
             recording = Recording(
-                source,
+                tracker,
                 intake,
                 self.requests,
                 guard,
@@ -151,7 +153,7 @@ class Service:
     async def _savings(self, request: Request) -> Response:
         source = self._source
         if request.method == "POST":
-            detail = "watch only reads; savings are taken by another service, started with: savings-exporter serve"
+            detail = "this service only reads; savings are taken by another one, started with: savings-exporter serve"
             raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, detail, headers={"Allow": "GET, HEAD"})
 
         def build() -> bytes:

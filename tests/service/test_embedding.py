@@ -114,6 +114,9 @@ def test_starlette(store_path: Path) -> None:
         page = ask(f"{url}/at/savings")
         assert page.status == HTTPStatus.OK
         assert "/at/savings/metrics" in page.text
+        description = json.loads(ask(f"{url}/at/savings/openapi.json").text)
+        assert description["servers"] == [{"url": "/at/savings"}]
+        assert set(description["paths"]["/v1/savings"]) == {"get"}
         assert ask(f"{url}/own").text == "own"
         refused = ask(f"{url}/at/savings/v1/savings", "POST")
         assert (refused.status, refused.headers["Allow"]) == (HTTPStatus.METHOD_NOT_ALLOWED, "GET, HEAD")
