@@ -28,6 +28,7 @@ from savings_exporter.storage.operation import error_symbol
 from savings_exporter.storage.segment import SyncMethod
 from savings_exporter.storage.store import Store
 from savings_exporter.telemetry.counters import OperationCounters
+from savings_exporter.telemetry.recent import RecentOperations
 from savings_exporter.telemetry.tracing import StoreTracing
 from savings_exporter.tracking.background import Background
 from savings_exporter.tracking.importing import Importer
@@ -129,7 +130,8 @@ class SavingsTracker:
         self._is_closed = False
         self._closing = threading.RLock()
         limits = Limits(max_models=max_models, max_projects=max_projects)
-        observers = Observers([self._tracing, self._counters])
+        self._recent = RecentOperations()
+        observers = self.observers
         store = Store.open(os.fspath(self._path), fs, limits, observers, self._counters.counts, sync_method)
         self._store = store
         self._background = Background(store, save_interval, prices)
@@ -321,15 +323,17 @@ class SavingsTracker:
         """Whether commits and saves work, and if not, why."""
         group, saves = self._background.group, self._background.saves
         records, tokens = group.pending()
+        since = group.pending_since() if records else None
         failure = group.failure or saves.failure
         if failure is None:
-            return Health(healthy=True, pending_records=records, pending_tokens=tokens)
+            return Health(healthy=True, pending_records=records, pending_tokens=tokens, pending_since=since)
         return Health(
             healthy=False,
             reason=group.reason() if group.failure is not None else self._background.reason(),
             error=error_symbol(failure.error),
             pending_records=records,
             pending_tokens=tokens,
+            pending_since=since,
         )
 
     @property
@@ -338,9 +342,14 @@ class SavingsTracker:
         return self._counters
 
     @property
+    def recent(self) -> RecentOperations:
+        """The latest commits and saves of this process."""
+        return self._recent
+
+    @property
     def observers(self) -> Observers:
         """The observers that are notified about this process's commits and saves."""
-        return Observers([self._tracing, self._counters])
+        return Observers([self._tracing, self._counters, self._recent])
 
     @property
     def storage_path(self) -> str:
@@ -457,7 +466,8 @@ class SavingsTracker:
     def _begin_in_fork(self) -> None:
         """Reset the tracker in a forked child. Pending records belong to the parent."""
         self._counters = OperationCounters(self._publish_failure)
-        observers = Observers([self._tracing, self._counters])
+        self._recent = RecentOperations()
+        observers = self.observers
         self._closing = threading.RLock()
         self._background.group.leave_to_parent()
         self._store = self._store.forked(observers, self._counters.counts)

@@ -105,6 +105,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
         reason: a description of the failure; None while healthy.
         error: the symbol of the errno, such as ``ENOSPC``; None when there is none.
         pending_records, pending_tokens: as in ``Snapshot``.
+        pending_since: when the oldest pending record was accepted; None when none is.
     """
 
     healthy: bool
@@ -112,3 +113,4 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     pending_records: int = 0
     pending_tokens: int = 0
+    pending_since: datetime | None = None

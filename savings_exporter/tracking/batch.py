@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -68,7 +69,19 @@ class Batch:
     """
 
     __slots__ = (
-        *("entries", "writer", "first", "frame", "is_over", "links", "is_led", "futures", "has_groups", "keyed_rows"),
+        *(
+            "entries",
+            "writer",
+            "first",
+            "frame",
+            "is_over",
+            "links",
+            "is_led",
+            "futures",
+            "has_groups",
+            "keyed_rows",
+            "since",
+        ),
         *("_followers", "_waiting", "_entered", "_unfolded"),
     )
 
@@ -80,6 +93,8 @@ class Batch:
         self.is_over = False
         self.links: list[SpanContext] = []
         self.is_led = False
+        self.since = 0.0
+        """When its first record was accepted, in seconds since 1970."""
         self.has_groups = False
         self.keyed_rows = 0
         """How many records and sums of records with keys the batch keeps."""
@@ -122,6 +137,8 @@ class Batch:
             self.keyed_rows += len(records)
         if not key or len(records) > 1:
             self._unfolded += len(records)
+        if not entries:
+            self.since = time.time()
         entries.append(Entry(last, records, key, fingerprint))
         return last
 
@@ -129,6 +146,8 @@ class Batch:
         """Add what was imported from a source. Returns the position of its last record."""
         last = group.count + self.count
         self.has_groups = True
+        if not self.entries:
+            self.since = time.time()
         self.entries.append(Entry(last, (), imported=group))
         return last
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -187,6 +188,11 @@ class GroupCommit:
         with self.entered.lock, self._mutex:
             waiting = self._waiting()
             return sum(batch.count for batch in waiting), sum(batch.tokens for batch in waiting)
+
+    def pending_since(self) -> datetime | None:
+        """When the oldest pending record was accepted."""
+        since = min((batch.since for batch in self._waiting()), default=0.0)
+        return datetime.fromtimestamp(since, timezone.utc) if since else None
 
     def abandon(self) -> None:
         """Abandon the records that are not durable. They are not committed any more."""
