@@ -8,7 +8,7 @@ ARGS ?=
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast crash image mutants bench lint format fuzz dashboards rules frameworks headroom litellm schemathesis unstable clean
+.PHONY: help run test test-fast crash image mutants bench lint format fuzz dashboards pictures rules frameworks headroom litellm schemathesis unstable clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -59,6 +59,9 @@ format: .venv/.dev ## fix style and format of the code
 
 dashboards: .venv/.dev ## generate Grafana's dashboards, and pictures of their layout, from dashboards/grafana
 	@.venv/bin/python dashboards/grafana/build.py
+
+pictures: .venv/.dev ## write the pictures of the status page that the documents show (needs chromium)
+	@PICTURES=1 REQUIRE_ALL=1 .venv/bin/python -m pytest -q tests/e2e/test_page.py -k pictures
 
 rules: .venv/.package ## write Prometheus's rules from savings_exporter/assets
 	@rm -rf build/assets

@@ -129,6 +129,7 @@ def serve(
             tracer_provider=export.tracer_provider,
             otlp=stack.enter_context(OtlpImport(tracker)),
             otlp_metrics=otlp_metrics,
+            is_demo=demo,
         )
         service.registry.register(LogCollector(log))
         if following is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -29,6 +30,7 @@ from savings_exporter.service.intake import Intake, IntakeLimits
 from savings_exporter.service.otlp import OtlpRoute
 from savings_exporter.service.pages import status as status_page
 from savings_exporter.service.pages.documents import Documents
+from savings_exporter.service.pages.status import StatusPage
 from savings_exporter.service.paths import (
     DOCUMENTS_PATH,
     HEALTHY_PATH,
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 
 _USUAL_LIMITS = IntakeLimits()
 _OPEN = WebConfig(None)
+_PAGE_PATIENCE_SECONDS = 1.5
 
 
 class Service:
@@ -75,6 +78,7 @@ class Service:
         otlp: OtlpImport | None = None,
         otlp_metrics: Mapping[str, MetricMap] = METRICS,
         reads_only: bool = False,
+        is_demo: bool = False,
     ) -> None:
         self._source = source
         tracker = source if isinstance(source, SavingsTracker) and not reads_only else None
@@ -87,6 +91,7 @@ class Service:
         self._description = openapi.document(
             telemetry_path, limits, takes_savings=tracker is not None, takes_otlp=otlp is not None
         )
+        self._page = StatusPage(source, telemetry_path, is_demo=is_demo)
         self.stopping = False
         self.requests = RequestLog(
             self.registry,
@@ -118,6 +123,7 @@ class Service:
                 Route(READY_PATH, self._ready),
                 Route(OPENAPI_PATH, self._openapi),
                 Route("/", self._status_page),
+                *self._page.routes(),
                 *otlp_routes,
                 *Documents().routes(),
             ],
@@ -199,15 +205,15 @@ class Service:
         return PlainTextResponse("ready\n")
 
     async def _status_page(self, request: Request) -> Response:
-        source, prefix = self._source, request.scope.get("root_path", "")
-
-        def build() -> bytes:
-            snapshot, health = source.snapshot(), source.health()
-            page = status_page.render(snapshot, health, source.storage_path, prefix, self._telemetry_path)
-            return page.encode("utf-8", "backslashreplace")
-
-        headers = {"Content-Type": "text/html; charset=utf-8", **status_page.HEADERS}
-        return await self._answers.response(request, ("/", prefix), build, headers)
+        prefix, by = request.scope.get("root_path", ""), request.query_params.get("by", "")
+        by = by if by in status_page.GROUPS else status_page.GROUPS[0]
+        page, headers = self._page, {"Content-Type": "text/html; charset=utf-8", **status_page.HEADERS}
+        answer = self._answers.response(request, ("/", prefix, by), lambda: page.render(prefix, by), headers)
+        try:
+            return await asyncio.wait_for(answer, _PAGE_PATIENCE_SECONDS)
+        except asyncio.TimeoutError:
+            # The store hangs. Its threads may all wait for it, so this is not done in one of them.
+            return Response(page.render_late(prefix, by), headers=headers)
 
     async def _openapi(self, request: Request) -> Response:
         description = {**self._description, "servers": [{"url": request.scope.get("root_path") or "/"}]}

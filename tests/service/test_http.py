@@ -225,7 +225,7 @@ def test_status_page_escapes_names(store_path: Path) -> None:
         status, page = service.get("/")
         assert status == 200
         assert "&lt;script&gt;" in page
-        assert "<script" not in page
+        assert "<script>" not in page
 
 
 def test_token_is_asked_for(tmp_path: Path, store_path: Path) -> None:

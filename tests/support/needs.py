@@ -58,6 +58,7 @@ NEEDS = {
     ),
     "zsh": Need(lambda: shutil.which("zsh"), "zsh is not installed (Debian: apt-get install zsh)"),
     "fish": Need(lambda: shutil.which("fish"), "fish is not installed (Debian: apt-get install fish)"),
+    "chromium": Need(lambda: shutil.which("chromium"), "chromium is not installed (Debian: apt-get install chromium)"),
     "openssl": Need(lambda: shutil.which("openssl"), "openssl is not installed (Debian: apt-get install openssl)"),
     "curl": Need(lambda: shutil.which("curl"), "curl is not installed (Debian: apt-get install curl)"),
     "usual-ports": Need(

@@ -1,0 +1,84 @@
+"""The status page while the store does not answer, and how often it reads the days. tests/e2e/test_page.py shows it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+from savings_exporter import SavingsTracker
+from savings_exporter.model.days import LAST_DAY, Dated
+from savings_exporter.model.snapshot import Snapshot
+from savings_exporter.service.app import Service
+from savings_exporter.telemetry.metrics import SavingsCollector
+from tests.support.asgi import chunks, exchange
+from tests.support.wait import WAIT_SECONDS
+
+
+class HangingTracker(SavingsTracker):
+    """Its snapshots hang while ``hangs`` is set. ``read`` counts how often the days were read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.hangs = False
+        self.mended = threading.Event()
+        self.read = 0
+
+    def snapshot(self) -> Snapshot:
+        if self.hangs:
+            assert self.mended.wait(WAIT_SECONDS)
+        return super().snapshot()
+
+    def days(self, first: str = "", last: str = LAST_DAY) -> Dated:
+        self.read += 1
+        return super().days(first, last)
+
+
+async def page(service: Service) -> str:
+    status, _, body = await exchange(service, "GET", "/", chunks())
+    assert status == 200
+    return body.decode()
+
+
+def test_store_that_hangs(store_path: Path) -> None:
+    """The page answers with what was read last, and says so."""
+
+    async def run(tracker: HangingTracker) -> list[str]:
+        service = Service(tracker, SavingsCollector(tracker))
+        tracker.hangs = True
+        pages = [await page(service)]
+        tracker.hangs = False
+        tracker.mended.set()
+        pages.append(await page(service))
+        tracker.hangs = True
+        tracker.mended.clear()
+        pages.append(await page(service))
+        tracker.mended.set()
+        return pages
+
+    tracker = HangingTracker(store_path)
+    with tracker:
+        tracker.record_request(model="m", tokens_saved=2100)
+        never, good, late = asyncio.run(run(tracker))
+    assert "Nothing has been read of it" in never
+    assert '<p class="total">2,100</p>' in good
+    assert "The store does not answer" not in good
+    assert "The store does not answer. The figures below are those of" in late
+    assert '<p class="total">2,100</p>' in late
+
+
+def test_days_are_read_when_they_change(store_path: Path) -> None:
+    async def run(tracker: HangingTracker) -> Any:
+        service = Service(tracker, SavingsCollector(tracker))
+        for _ in range(5):
+            await page(service)
+        once = tracker.read
+        tracker.record_request(model="m", tokens_saved=1)
+        assert "3 tokens" in await page(service)
+        return once, tracker.read
+
+    tracker = HangingTracker(store_path)
+    with tracker:
+        tracker.record_request(model="m", tokens_saved=2)
+        assert asyncio.run(run(tracker)) == (1, 2)
