@@ -81,7 +81,7 @@ class Service:
     def _answer(self, request: urllib.request.Request) -> tuple[int, str]:
         try:
             with urllib.request.urlopen(request, timeout=WAIT_SECONDS, context=self.context) as response:
-                return response.status, response.read().decode()
+                return response.status, response.read().decode(errors="replace")  # a picture
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read().decode()

@@ -20,7 +20,7 @@ from savings_exporter.model.figures import ZERO, Numbers, added
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Totals, total_of
 from savings_exporter.service.pages import chart
-from savings_exporter.service.paths import DOCUMENTS_PATH, SAVINGS_PATH
+from savings_exporter.service.paths import DOCUMENTS_PATH, OPENAPI_PATH, SAVINGS_PATH
 from savings_exporter.service.views import (
     UNKNOWN_FIGURE,
     count,
@@ -206,6 +206,7 @@ class StatusPage:
             (DOCUMENTS_PATH, "documents"),
             (self._metrics_path, "metrics"),
             (SAVINGS_PATH, "JSON"),
+            (OPENAPI_PATH, "API"),
         )
         nav = "".join(f'<a href="{escape(prefix + path)}">{name}</a>' for path, name in links)
         up = moment_and_age(self._began, datetime.now(timezone.utc)).partition(" (")[2].rstrip(")")
