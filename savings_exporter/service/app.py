@@ -91,7 +91,7 @@ class Service:
         self._description = openapi.document(
             telemetry_path, limits, takes_savings=tracker is not None, takes_otlp=otlp is not None
         )
-        self._page = StatusPage(source, telemetry_path, is_demo=is_demo)
+        self._page = StatusPage(source, telemetry_path, takes_savings=tracker is not None, is_demo=is_demo)
         self.stopping = False
         self.requests = RequestLog(
             self.registry,

@@ -17,7 +17,7 @@ import pytest
 from savings_exporter.service.demo import made_up_savings
 from tests.support.browser import Browser, browser
 from tests.support.paths import DATA, ROOT
-from tests.support.service import running
+from tests.support.service import run_cli, running
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.needs("chromium")
@@ -147,6 +147,17 @@ def test_pending_records_and_a_drill(store_path: Path, shown: Browser) -> None:
         assert "the oldest since" in shown.text("main")
         service.tell("mend")
         eventually(lambda: "0 records" in shown.text("main"), "the record that became durable")
+
+
+def test_fire_drill(store_path: Path, shown: Browser) -> None:
+    """It is told apart from a failure: the store stays healthy."""
+    with running("serve", "--store", str(store_path), "--enable-drill") as service:
+        assert service.post(RECORD)[0] == 200
+        shown.show(service.url, 390)
+        assert run_cli("drill", "dir-fsync", "--seconds", "5", "--store", str(store_path)).returncode == 0
+        eventually(lambda: "A fire drill runs (dir-fsync)" in shown.text("main"), "the banner")
+        eventually(lambda: "EIO, drill" in shown.text(".steps"), "the simulated failure")
+        eventually(lambda: "A fire drill runs" not in shown.text("main"), "the end of the drill")
 
 
 def test_service_that_ends(store_path: Path, shown: Browser) -> None:

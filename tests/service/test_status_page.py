@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from pathlib import Path
 from typing import Any
 
+from starlette.applications import Starlette
+from starlette.types import ASGIApp
+
 from savings_exporter import SavingsTracker
+from savings_exporter.embedding import mount
 from savings_exporter.model.days import LAST_DAY, Dated
 from savings_exporter.model.snapshot import Snapshot
 from savings_exporter.service.app import Service
@@ -35,8 +40,8 @@ class HangingTracker(SavingsTracker):
         return super().days(first, last)
 
 
-async def page(service: Service) -> str:
-    status, _, body = await exchange(service, "GET", "/", chunks())
+async def page(app: ASGIApp, path: str = "/") -> str:
+    status, _, body = await exchange(app, "GET", path, chunks())
     assert status == 200
     return body.decode()
 
@@ -47,13 +52,13 @@ def test_store_that_hangs(store_path: Path) -> None:
     async def run(tracker: HangingTracker) -> list[str]:
         service = Service(tracker, SavingsCollector(tracker))
         tracker.hangs = True
-        pages = [await page(service)]
+        pages = [await page(service.app)]
         tracker.hangs = False
         tracker.mended.set()
-        pages.append(await page(service))
+        pages.append(await page(service.app))
         tracker.hangs = True
         tracker.mended.clear()
-        pages.append(await page(service))
+        pages.append(await page(service.app))
         tracker.mended.set()
         return pages
 
@@ -72,13 +77,29 @@ def test_days_are_read_when_they_change(store_path: Path) -> None:
     async def run(tracker: HangingTracker) -> Any:
         service = Service(tracker, SavingsCollector(tracker))
         for _ in range(5):
-            await page(service)
+            await page(service.app)
         once = tracker.read
         tracker.record_request(model="m", tokens_saved=1)
-        assert "3 tokens" in await page(service)
+        assert "3 tokens" in await page(service.app)
         return once, tracker.read
 
     tracker = HangingTracker(store_path)
     with tracker:
         tracker.record_request(model="m", tokens_saved=2)
         assert asyncio.run(run(tracker)) == (1, 2)
+
+
+def test_page_of_an_application(store_path: Path) -> None:
+    """Its addresses are below the path of the routes, and it does not say how to send savings there."""
+    tracker = SavingsTracker(store_path)
+    application = Starlette()
+    mount(application, tracker, "/llm/savings")
+    with tracker:
+        empty = asyncio.run(page(application, "/llm/savings/"))
+        tracker.record_request(model="m", tokens_saved=2100)
+        content = asyncio.run(page(application, "/llm/savings/"))
+        for address in re.findall(r'(?:href|src)="(/[^"?]*)"', content):
+            assert address.startswith("/llm/savings/")
+            asyncio.run(page(application, address))
+    assert "No savings yet" in empty
+    assert "curl" not in empty

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+from starlette.types import ASGIApp
+
 from savings_exporter.service.app import Service
 
 
 async def exchange(
-    service: Service, method: str, path: str, body: AsyncIterator[bytes]
+    service: Service | ASGIApp, method: str, path: str, body: AsyncIterator[bytes]
 ) -> tuple[int, dict[str, str], bytes]:
     """What the application answers to a request whose body comes in pieces: the status, the headers, the body."""
     sent: list[dict[str, Any]] = []
@@ -32,7 +34,7 @@ async def exchange(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await service.app(scope, receive, send)
+    await (service.app if isinstance(service, Service) else service)(scope, receive, send)
     answered = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
     return sent[0]["status"], answered, sent[1]["body"]
 

@@ -103,12 +103,16 @@ class StatusPage:
     Args:
         source: the tracker of this service, or the file that it watches.
         metrics_path: where the metrics are.
+        takes_savings: whether savings can be sent to this service.
         is_demo: whether the savings are made up.
     """
 
-    def __init__(self, source: SavingsTracker | WatchedFile, metrics_path: str, *, is_demo: bool = False) -> None:
+    def __init__(
+        self, source: SavingsTracker | WatchedFile, metrics_path: str, *, takes_savings: bool, is_demo: bool
+    ) -> None:
         self._source = source
         self._metrics_path = metrics_path
+        self._takes_savings = takes_savings
         self._is_demo = is_demo
         self._began = datetime.now(timezone.utc)
         self._last: Shown | None = None
@@ -190,7 +194,7 @@ class StatusPage:
         content = f'<div id="banners">{shown_banners}</div>'
         content += _figures(snapshot)
         if not snapshot.sequence and snapshot.lifetime.is_empty:
-            content += _first_saving(prefix, isinstance(self._source, SavingsTracker))
+            content += _first_saving(prefix, takes_savings=self._takes_savings)
         else:
             content += _periods(shown, by) + _shares(snapshot)
         recent = self._source.recent if isinstance(self._source, SavingsTracker) else None
@@ -268,9 +272,13 @@ def _cards(cards: Iterable[tuple[str, str, str]]) -> str:
     return f'<dl class="cards">{"".join(made)}</dl>'
 
 
-def _first_saving(prefix: str, takes: bool) -> str:
-    if not takes:
-        return "<section><h2>No savings yet</h2><p>The watched file holds none.</p></section>"
+def _first_saving(prefix: str, *, takes_savings: bool) -> str:
+    if not takes_savings:
+        documents = escape(f"{prefix}{DOCUMENTS_PATH}")
+        return (
+            "<section><h2>No savings yet</h2><p>The program that keeps this store has recorded none. "
+            f'<a href="{documents}embedding">How a program records savings</a></p></section>'
+        )
     body = '{"model": "claude-sonnet-4-5", "provider": "anthropic", "input_tokens": 12000, "tokens_saved": 4096}'
     command = f"curl -H 'Content-Type: application/json' -d '{body}' http://ADDRESS{prefix}{SAVINGS_PATH}"
     documents = escape(f"{prefix}{DOCUMENTS_PATH}")
