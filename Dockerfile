@@ -6,7 +6,7 @@ COPY dashboards dashboards
 COPY deploy deploy
 COPY docs docs
 COPY savings_exporter savings_exporter
-RUN python -m venv /opt/venv && /opt/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check .
+RUN python -m venv /opt/venv && /opt/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check '.[prices]'
 
 FROM python:3.13.7-slim-bookworm
 # The user id is fixed, so that the files in a volume keep their owner when the image is updated.
@@ -26,7 +26,6 @@ USER 9478:9478
 VOLUME ["/data"]
 EXPOSE 9478
 # Checks /-/ready, not /-/healthy: while the disk fails, savings are pending in memory, and a restart would lose them.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
-    CMD ["python", "-c", "from http.client import HTTPConnection; c = HTTPConnection('127.0.0.1', 9478, timeout=4); c.request('GET', '/-/ready'); raise SystemExit(c.getresponse().status != 200)"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["savings-exporter", "ready"]
 ENTRYPOINT ["savings-exporter"]
 CMD ["serve"]

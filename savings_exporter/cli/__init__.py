@@ -43,6 +43,7 @@ COMMANDS = (
     "verify",
     "drill",
     "doctor",
+    "ready",
     "assets",
 )
 

@@ -54,6 +54,40 @@ def test_docker_compose_accepts_it(profile: tuple[str, ...]) -> None:
 
 
 @pytest.mark.needs("unstable")
+def test_docker_compose_takes_the_settings_of_a_host(tmp_path: Path) -> None:
+    """Those of the environment, and the file that adds credentials, which needs a directory."""
+    files = ["--file", "docker-compose.yml", "--file", "deploy/compose/secure.yml"]
+    command = [str(UNSTABLE / "bin" / "docker-compose"), *files, "config", "--format", "json"]
+    env = {**os.environ, "SAVINGS_EXPORTER_ADDRESS": "10.0.0.1", "PROMETHEUS_URL": "https://prometheus.example/"}
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert refused.returncode != 0
+    assert "name the directory with web.yml" in refused.stderr
+    env["SAVINGS_EXPORTER_WEB"] = str(tmp_path)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, check=True)
+    services = json.loads(done.stdout)["services"]
+    assert services["exporter"]["ports"][0]["host_ip"] == "10.0.0.1"
+    assert services["exporter"]["environment"]["SAVINGS_EXPORTER_WEB_CONFIG_FILE"] == "/etc/savings-exporter/web.yml"
+    assert "--web.external-url=https://prometheus.example/" in services["prometheus"]["command"]
+    for name in ("exporter", "prometheus"):
+        assert "/etc/savings-exporter" in [mount["target"] for mount in services[name]["volumes"]]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_what_a_service_takes_of_its_host_is_limited(name: str) -> None:
+    """Memory, and the log."""
+    service = SERVICES[name]
+    assert service["mem_limit"]
+    assert set(service["logging"]["options"]) == {"max-size", "max-file"}
+    assert [
+        options for source, _, *options in mounts(name) if source.startswith((".", "/")) and options != ["ro,z"]
+    ] == []
+
+
+def test_proxies_in_other_containers_reach_the_exporter() -> None:
+    assert COMPOSE["networks"]["savings"]["name"] in SERVICES["exporter"]["networks"]
+
+
+@pytest.mark.needs("unstable")
 def test_assets_of_a_user_take_the_place_of_the_dashboards(tmp_path: Path) -> None:
     """All that a service would find in the checkout, it finds in what the command writes."""
     written = run_cli("assets", "--output", str(tmp_path))
@@ -96,7 +130,7 @@ def test_what_a_service_mounts_is_in_the_checkout_and_read_only_or_a_volume(name
     for source, _, *mode in mounts(name):
         if source.startswith("."):
             assert (ROOT / source).is_dir(), source
-            assert mode == ["ro"], source
+            assert mode == ["ro,z"], source
         else:
             assert source in COMPOSE["volumes"], source
 
@@ -145,10 +179,11 @@ def test_the_image_serves_a_store_in_the_volume(tmp_path: Path) -> None:
         assert json.loads(fetched(f"{url}/v1/savings"))["lifetime"]["tokens_saved"] == 4096
 
 
-def is_well(port: int) -> bool:
+def is_well(port: int, *options: str) -> bool:
     """What the healthcheck says of a port."""
-    command = [sys.executable if word == "python" else word.replace("9478", str(port)) for word in healthcheck()]
-    return subprocess.run(command, capture_output=True, timeout=WAIT_SECONDS).returncode == 0
+    name, *arguments = healthcheck()
+    assert name == "savings-exporter"
+    return run_cli(*arguments, "--web.listen-address", f"0.0.0.0:{port}", *options).returncode == 0
 
 
 def test_the_healthcheck_tells_a_service_that_answers_from_one_that_does_not(tmp_path: Path) -> None:
@@ -161,9 +196,27 @@ def test_the_healthcheck_tells_a_service_that_answers_from_one_that_does_not(tmp
         assert not is_well(int(stopping.rpartition(":")[2]))
 
 
-def test_the_healthcheck_asks_what_is_no_reason_for_a_restart() -> None:
-    """A service that is not healthy holds savings that a restart would lose (docs/service.md)."""
-    assert "'/-/ready'" in healthcheck()[-1]
+@pytest.mark.needs("openssl")
+@pytest.mark.parametrize("asks", ["NoClientCert", "RequireAndVerifyClientCert"])
+def test_the_healthcheck_of_a_service_with_tls_and_a_token(tmp_path: Path, asks: str) -> None:
+    """Also of one that asks for certificates of clients, which the check does not have."""
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=savings.example"]
+    subprocess.run([*command, "-keyout", "key", "-out", "cert"], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "token").write_text("secret")
+    tls = {"cert_file": "cert", "key_file": "key", "client_auth_type": asks}
+    if asks != "NoClientCert":
+        tls["client_ca_file"] = "cert"
+    web = {"tls_server_config": tls, "authorization": {"credentials_file": "token"}}
+    (tmp_path / "web.yml").write_text(yaml.safe_dump(web))
+    config = ("--web.config.file", str(tmp_path / "web.yml"))
+    port = free_port()
+    assert not is_well(port, *config)
+    with running("serve", "--store", str(tmp_path / "s.json"), *config, address=f"127.0.0.1:{port}"):
+        assert is_well(port, *config)
+        assert not is_well(port)
+
+
+def test_the_healthcheck_is_one() -> None:
     assert SERVICES["exporter"]["healthcheck"]["test"] == ["CMD", *healthcheck()]
 
 

@@ -12,7 +12,9 @@ import yaml
 
 from tests.support.paths import ROOT
 
-COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+# Variables have their defaults.
+_TEXT = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / "docker-compose.yml").read_text())
+COMPOSE: dict[str, Any] = yaml.safe_load(_TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 DASHBOARDS = ROOT / "dashboards"
 
@@ -30,9 +32,8 @@ def healthcheck() -> list[str]:
 
 
 def mounts(service: str) -> list[list[str]]:
-    """Source and target of a service's mounts, and ``ro`` if the mount is read-only. Variables have their defaults."""
-    written = (re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", mount) for mount in SERVICES[service].get("volumes", []))
-    return [mount.split(":") for mount in written]
+    """Source and target of a service's mounts, and the options of mounts of the host's files."""
+    return [mount.split(":") for mount in SERVICES[service].get("volumes", [])]
 
 
 def laid_out(service: str, root: Path) -> list[str]:
