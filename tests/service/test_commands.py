@@ -366,7 +366,8 @@ def test_unknown_figures_are_no_zeros(store_path: Path) -> None:
     assert totals["by_model"]["priced"]["compression_savings_usd"] == -0.001
     assert totals["by_model"]["priced"]["total_input_cost_usd"] == 0
     assert totals["lifetime"]["savings_percent"] == 25.0
-    assert "<td>–</td><td>1</td><td>–</td>" in page
+    (row,) = re.findall(r'<th scope="row">without-input<.*?</tr>', page)
+    assert row.endswith("<td class=rare>1</td><td>–</td></tr>")
     assert "-0.00" not in page
     assert 'savings_cost_saved_usd{model="priced"' in metrics
     assert 'savings_cost_saved_usd{model="without-input"' not in metrics

@@ -48,6 +48,7 @@ COMMANDS = (
     ["discover"],
     ["drill", "dir-fsync"],
     ["doctor"],
+    ["ready"],
     ["serve", "--web.listen-address", HOSTILE],
     ["serve", "--prices", HOSTILE],
     ["watch", HOSTILE],
@@ -79,7 +80,7 @@ def arguments_of(command: list[str], store: Path) -> list[str]:
     table = store.parent / f"{HOSTILE}.csv"
     table.write_text(f"m,t\n{HOSTILE},5\n{HOSTILE},{HOSTILE}\n")
     filled = [str(table) if argument == "TABLE" else argument for argument in command]
-    return filled if command[0] in ("watch", "assets", HOSTILE) else [*filled, "--store", str(store)]
+    return filled if command[0] in ("watch", "assets", "ready", HOSTILE) else [*filled, "--store", str(store)]
 
 
 def on_terminal(arguments: list[str], directory: Path) -> str:
@@ -120,7 +121,7 @@ def test_terminal(store: Path, command: list[str]) -> None:
     printed = on_terminal(arguments_of(command, store), store.parent)
     assert "Traceback" not in printed
     assert_plain(OWN_SEQUENCES.sub("", printed))
-    if command != RECORD and command[0] not in ("discover", "assets", "doctor"):
+    if command != RECORD and command[0] not in ("discover", "assets", "doctor", "ready"):
         assert "u202e" in printed
 
 
