@@ -67,7 +67,9 @@ class Recording:
             try:
                 with Reception(self._intake, began) as request:
                     receipt, after, count = await self._recorded(scope, request, receive)
-                if not receipt.durable and not receipt.pending:
+                # Looked at once and in this order, because the records may become durable at any moment.
+                is_pending, last = receipt.pending, receipt.sequence
+                if last is None and not is_pending:
                     raise RefusedError(_UNAVAILABLE, "too many records with a key are pending", retry=True)
             except RefusedError as error:
                 code, detail = int(error.status), error.detail
@@ -76,13 +78,12 @@ class Recording:
             except Exception:
                 await WithHeaders(problems.unexpected(), self._guard.headers)(scope, receive, send)
                 raise  # for the server, which logs it
-            last = receipt.sequence
             if last is not None and not receipt.duplicate:
                 code = _OK
                 body = _DURABLE % (last - after, receipt.writer, count)
             else:
                 code = _ACCEPTED if last is None else _OK
-                body = _other_answer(receipt, count)
+                body = _other_answer(receipt, last, count)
             await send(
                 {
                     "type": "http.response.start",
@@ -186,12 +187,14 @@ def _headers(size: int) -> list[tuple[bytes, bytes]]:
     return [(b"content-type", _JSON), (b"content-length", b"%d" % size)]
 
 
-def _other_answer(receipt: Receipt, count: int) -> str:
+def _other_answer(receipt: Receipt, last: int | None, count: int) -> str:
+    """The answer for records that are not durable, or that repeat others, whose last sequence number is ``last``."""
+    is_durable = last is not None
     answer: dict[str, Any] = {
-        "sequence": receipt.sequence,
-        "writer": receipt.writer,
+        "sequence": last,
+        "writer": receipt.writer if is_durable else None,
         "accepted": count,
-        "durable": receipt.durable,
+        "durable": is_durable,
     }
     if receipt.duplicate:
         answer["duplicate"] = True

@@ -10,7 +10,7 @@ import re
 import signal
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,6 +20,7 @@ from savings_exporter import SavingsTracker
 from savings_exporter.service.app import Service as Application
 from savings_exporter.service.intake import IntakeLimits
 from savings_exporter.telemetry.metrics import SavingsCollector
+from savings_exporter.tracking.receipt import Receipt
 from tests.support.asgi import chunks, exchange
 from tests.support.faults import failing_directory_fsync
 from tests.support.service import Service, run_cli, running
@@ -307,6 +308,55 @@ def test_too_many_requests_are_refused(tracker: SavingsTracker) -> None:
     assert answer(service, "POST", "/v1/savings") == (503, "5")
     assert answer(service, "GET", "/-/ready")[0] == 200
     assert tracker.snapshot().sequence == 0
+
+
+class BecomesDurable:
+    """What a receipt asks, whose records become durable after it was looked at a number of times."""
+
+    def __init__(self, looks: int) -> None:
+        self._looks = looks
+
+    @property
+    def durable(self) -> bool:
+        self._looks -= 1
+        return self._looks < 0
+
+    is_over = durable
+
+    @property
+    def first(self) -> int | None:
+        return 7 if self.durable else None
+
+    @property
+    def writer(self) -> str:
+        return "0123456789abcdef" if self.durable else ""
+
+    def wait(self, _timeout: float | None) -> bool:
+        return self.durable
+
+
+@pytest.mark.parametrize("looks", range(8))
+def test_records_become_durable_during_the_answer(
+    tracker: SavingsTracker, monkeypatch: pytest.MonkeyPatch, looks: int
+) -> None:
+    """A refusal, or an answer with the number of another record, would let clients send savings twice."""
+
+    async def recorded(records: Sequence[object]) -> Receipt:
+        return Receipt(BecomesDurable(looks), len(records))
+
+    monkeypatch.setattr(tracker, "record_many_async", recorded)
+    service = Application(tracker, SavingsCollector(tracker))
+
+    async def both() -> list[tuple[int, dict[str, str], bytes]]:
+        body = json.dumps(RECORD).encode()
+        return await asyncio.gather(*(exchange(service, "POST", "/v1/savings", chunks(body)) for _ in range(2)))
+
+    for number, (status, _, body) in enumerate(asyncio.run(both())):
+        answer = json.loads(body)
+        assert (status, answer["durable"], answer["sequence"], answer["writer"]) in (
+            (202, False, None, None),
+            (200, True, 7 + number, "0123456789abcdef"),
+        )
 
 
 def test_requests_during_the_stop(tracker: SavingsTracker) -> None:
