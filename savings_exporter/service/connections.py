@@ -9,6 +9,7 @@ import asyncio
 import errno
 import logging
 import socket
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -253,17 +254,30 @@ class _H11Connection(_Connection, H11Protocol):  # type: ignore[misc]
 
 
 def _httptools_connection() -> type[_Connection]:
+    from httptools import HttpParserUpgrade
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     class HttpToolsConnection(_Connection, HttpToolsProtocol):  # type: ignore[misc]
-        """Speaks HTTP with httptools, which limits nothing."""
+        """Speaks HTTP with httptools, which limits nothing, and takes what follows the headers of a request with
+        ``Upgrade`` for another protocol. Some clients offer HTTP/2 in this way with their first request.
+        """
+
+        # Those of the protocol.
+        headers: list[tuple[bytes, bytes]]
+        scope: Any
+        url: bytes
 
         # Of the current request: all bytes, and those of its body.
         _received = _body = 0
+        # What is parsed, and what is parsed next.
+        _data = _rest = b""
 
         def data_received(self, data: bytes) -> None:
             self._received += len(data)
-            super().data_received(data)
+            self._rest = data
+            while self._rest:
+                self._data, self._rest = self._rest, b""
+                super().data_received(self._data)
             if self._received > self._limits.header_bytes + _MOST_BYTES_FOR_ONE * self._body:
                 self._refuse_overhead()
 
@@ -274,6 +288,20 @@ def _httptools_connection() -> type[_Connection]:
         def on_message_complete(self) -> None:
             self._received = self._body = 0
             super().on_message_complete()
+
+        def _should_upgrade(self) -> bool:
+            # If so, uvicorn leaves the request to the method that follows.
+            return any(name == b"upgrade" for name, _ in self.headers)
+
+        def handle_websocket_upgrade(self) -> None:
+            """Parse the request again without ``Upgrade``, as a server does that speaks no other protocol."""
+            upgrade = sys.exc_info()[1]
+            assert isinstance(upgrade, HttpParserUpgrade)
+            rest = self._data[upgrade.args[0] :]
+            version = self.scope.get("http_version", "1.1").encode()
+            head = [b"%b %b HTTP/%b" % (self.scope["method"].encode(), self.url, version)]
+            head += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            self._rest = b"\r\n".join([*head, b"", rest])
 
         def _refuse_overhead(self) -> None:
             if self.waiting_since is None or self.transport.is_closing():

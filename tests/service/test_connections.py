@@ -35,11 +35,19 @@ HUGE = b"x" * 30_000_000
 
 
 async def _answer(request: Request) -> PlainTextResponse:
-    await request.body()
+    body = await request.body()
+    if request.url.path == "/echo":
+        return PlainTextResponse(body)
     return PlainTextResponse(HUGE if request.url.path == "/huge" else "answered")
 
 
-APP = Starlette(routes=[Route("/", _answer, methods=["GET", "POST"]), Route("/huge", _answer)])
+APP = Starlette(
+    routes=[
+        Route("/", _answer, methods=["GET", "POST"]),
+        Route("/huge", _answer),
+        Route("/echo", _answer, methods=["POST"]),
+    ]
+)
 
 
 class Serving:
@@ -171,6 +179,25 @@ def test_requests_of_one_connection_are_answered_in_order() -> None:
             return re.findall(rb"HTTP/1.1 (\d+)", answers)
 
     assert asyncio.run(run()) == [b"200", b"200", b"200", b"404"]
+
+
+@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_offer_of_another_protocol_is_ignored(protocol: str, at_once: bool) -> None:
+    """The request is answered as it is, with its body, as are those that follow."""
+
+    async def run() -> list[bytes]:
+        async with serving(ConnectionLimits(connections=10)) as served:
+            reader, writer = await served.connect()
+            offer = f"Connection: Upgrade\r\nUpgrade: {protocol}\r\n".encode()
+            parts = [b"POST /echo HTTP/1.1\r\nHost: h\r\n", offer, b"Content-Length: 5\r\n\r\n", b"saved", GET]
+            for part in [b"".join(parts)] if at_once else parts:
+                writer.write(part)
+                await asyncio.sleep(0.01)  # so that it is read on its own
+            answers = await asyncio.wait_for(reader.readuntil(b"answered"), 30)
+            return re.findall(rb"HTTP/1.1 \d+|saved|answered", answers)
+
+    assert asyncio.run(run()) == [b"HTTP/1.1 200", b"saved", b"HTTP/1.1 200", b"answered"]
 
 
 def _few_descriptors() -> None:
