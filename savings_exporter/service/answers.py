@@ -58,10 +58,15 @@ class Answers:
         return await asyncio.shield(waiting)
 
     async def _build(self, kind: Hashable, build: Callable[[], T]) -> T:
-        async with self._turns.setdefault(kind, asyncio.Lock()):
-            # Who asks from now on needs a newer result.
-            del self._waiting[kind]
-            return await run_in_threadpool(build)
+        try:
+            async with self._turns.setdefault(kind, asyncio.Lock()):
+                # Who asks from now on needs a newer result.
+                del self._waiting[kind]
+                return await run_in_threadpool(build)
+        finally:
+            # Clients choose the kinds: Accept names any version of a format.
+            if kind not in self._waiting:
+                self._turns.pop(kind, None)
 
     async def response(
         self, request: Request, kind: Hashable, build: Callable[[], bytes], headers: Mapping[str, str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import threading
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -78,6 +79,25 @@ def test_client_that_goes_away_leaves_the_answer_to_others() -> None:
         return await staying
 
     assert asyncio.run(run()) == b"built"
+
+
+def test_kinds_that_clients_choose_are_forgotten() -> None:
+    """A scrape that names a version of its format has a kind of its own."""
+    answers = Answers()
+
+    async def run(versions: range) -> None:
+        for version in versions:
+            await answers.response(asked(), f"version={version}", lambda: b"", {})
+
+    asyncio.run(run(range(10)))
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        asyncio.run(run(range(10, 1010)))
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 100_000
 
 
 def test_unread_answers_are_bounded() -> None:
