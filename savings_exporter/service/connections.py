@@ -206,6 +206,7 @@ class _Connection:
         self._limits = connections.limits
         self.waiting_since: float | None = time.monotonic()
         self._unread_since: float | None = None
+        self._is_stopping = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(_JoinedWrites(transport))  # type: ignore[misc]
@@ -225,6 +226,10 @@ class _Connection:
         # The next request may be there already.
         self.waiting_since = time.monotonic() if self.cycle.response_complete else None
 
+    def shutdown(self) -> None:
+        self._is_stopping = True
+        super().shutdown()  # type: ignore[misc]
+
     def pause_writing(self) -> None:
         self._unread_since = time.monotonic()
         super().pause_writing()  # type: ignore[misc]
@@ -239,10 +244,16 @@ class _Connection:
         if self.transport.is_closing() and unread is None:
             # What is left to send may be less than what pauses writing.
             self._unread_since = now
-        elif unread is not None and now - unread > self._limits.unread_seconds:
+        elif unread is not None and now - unread > self._patience():
             self.end_at_once()
         elif waiting is not None and now - waiting > self._limits.request_seconds:
             self.transport.close()
+
+    def _patience(self) -> float:
+        """How long a client may leave unread what is sent, in seconds."""
+        # TLS waits for the client to agree to the end. A client that keeps the connection for later does not.
+        is_sent = self.transport.is_closing() and not self.transport.get_write_buffer_size()
+        return 0.0 if self._is_stopping and is_sent else self._limits.unread_seconds
 
     def end_at_once(self) -> None:
         """End the connection, and drop what its client has not read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -246,6 +247,21 @@ def test_many_silent_connections(store_path: Path, tmp_path: Path, has_tls: bool
         status, _, log = service.stop()
     assert status == 0
     assert len(log.splitlines()) < 20
+
+
+@pytest.mark.needs("openssl")
+def test_client_that_keeps_its_connection_does_not_hold_up_the_stop(store_path: Path, tmp_path: Path) -> None:
+    """With TLS, the end of a connection is agreed. A client that keeps one for later does not read that it is asked."""
+    options = ["serve", "--store", str(store_path), "--web.config.file"]
+    with _certified(tmp_path) as config, running(*options, str(config)) as service:
+        address = urlsplit(service.url)
+        context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+        kept = http.client.HTTPSConnection(address.netloc, context=context, timeout=30)
+        with contextlib.closing(kept):
+            kept.request("GET", "/-/ready")
+            assert kept.getresponse().read() == b"ready\n"
+            status, _, log = service.stop()
+    assert (status, "graceful shutdown exceeded" in log) == (0, False)
 
 
 def test_descriptors_used_up(store_path: Path) -> None:
