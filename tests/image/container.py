@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.image.build import BuiltImage
-from tests.support.compose import SERVICES, mounts
+from tests.support.compose import SERVICES, compose_file, mounts
 from tests.support.wait import WAIT_SECONDS, eventually
 
 SERVICE = SERVICES["exporter"]
@@ -78,7 +78,8 @@ class Container:
 def started(image: BuiltImage, directory: Path, volume: Path, **environment: str) -> Iterator[Container]:
     """A container whose service listens. Nothing of it is left at the end, except what it wrote to the volume.
 
-    ``volume`` is created if needed. ``environment`` is that of ``docker compose up``.
+    ``volume`` is created if needed. ``environment`` is that of ``docker compose up``; with ``SAVINGS_EXPORTER_WEB`` it
+    is used with ``deploy/compose/secure.yml``.
     """
     directory.mkdir()
     if not volume.exists():
@@ -130,20 +131,32 @@ def _configure(image: BuiltImage, directory: Path, volume: Path, environment: di
         {"destination": target, "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=1777"]}
         for target in SERVICE.get("tmpfs", [])
     ]
+    (data,) = [target for _, target in mounts("exporter")]
+    binds = [(str(volume), data, "rw"), *_mounts_of_web_config(environment)]
     config["mounts"] += [
-        {"destination": target, "type": "bind", "source": str(volume), "options": ["bind", "rw"]}
-        for _, target in mounts("exporter")
+        {"destination": target, "type": "bind", "source": source, "options": ["bind", mode]}
+        for source, target, mode in binds
     ]
     path.write_text(json.dumps(config))
 
 
+def _services(environment: dict[str, str]) -> list[dict[str, Any]]:
+    """The service in the compose files that are used."""
+    files = ["docker-compose.yml", *(["deploy/compose/secure.yml"] if "SAVINGS_EXPORTER_WEB" in environment else [])]
+    return [compose_file(name, **environment)["services"]["exporter"] for name in files]
+
+
 def _variables(environment: dict[str, str]) -> list[str]:
-    """The service's variables, in which compose replaces ``${NAME:-default}``."""
+    variables = {name: value for service in _services(environment) for name, value in service["environment"].items()}
+    return [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in variables.items()]
 
-    def replaced(value: str) -> str:
-        return re.sub(r"\$\{(\w+):-(\w*)\}", lambda found: environment.get(found[1], found[2]), value)
 
-    return [f"{name}={replaced(value)}" for name, value in SERVICE["environment"].items()]
+def _mounts_of_web_config(environment: dict[str, str]) -> list[tuple[str, str, str]]:
+    return [
+        (source, target, options.partition(",")[0])
+        for service in _services(environment)[1:]
+        for source, target, options in (mount.split(":") for mount in service["volumes"])
+    ]
 
 
 def _grace_seconds() -> int:

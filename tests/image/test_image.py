@@ -15,9 +15,10 @@ import pytest
 
 from tests.image.build import BuiltImage
 from tests.image.container import PORT, SERVICE, Container, started
+from tests.service.test_client_certificates import make
 from tests.support.scrape import parsed
 
-pytestmark = [pytest.mark.image, pytest.mark.needs("mount", "buildah", "debootstrap", "runc")]
+pytestmark = [pytest.mark.image, pytest.mark.needs("mount", "buildah", "debootstrap", "runc", "openssl")]
 
 TOKENS = 4096
 
@@ -71,6 +72,27 @@ def test_the_healthcheck_of_the_image_succeeds(image: BuiltImage, container: Con
     assert kind == "CMD"
     checked = container.exec(*command)
     assert checked.returncode == 0, checked.stderr
+
+
+def test_the_healthcheck_succeeds_with_tls_and_a_token(image: BuiltImage, tmp_path: Path, volume: Path) -> None:
+    """Also where the compose file for them is used. Plain HTTP does not reach the service."""
+    web = tmp_path / "web"
+    web.mkdir()
+    make(web, "service")
+    (web / "service.key").chmod(0o644)
+    (web / "token").write_text("a-token-for-everything\n")
+    (web / "web.yml").write_text(
+        "tls_server_config: {cert_file: service.crt, key_file: service.key}\nauthorization: {credentials_file: token}\n"
+    )
+    _, *command = image.config["Healthcheck"]["Test"]
+    with started(image, tmp_path / "container", volume, SAVINGS_EXPORTER_WEB=str(web)) as container:
+        checked = container.exec(*command)
+        assert (checked.returncode, checked.stderr) == (0, "")
+        assert container.exec("env", "-u", "SAVINGS_EXPORTER_WEB_CONFIG_FILE", *command).returncode == 1
+
+
+def test_it_has_prices(container: Container) -> None:
+    assert re.search(r"^prices: (?!none)", container.log, re.M), container.log
 
 
 def test_it_serves_its_documents_and_dashboards(container: Container) -> None:

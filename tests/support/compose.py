@@ -12,9 +12,16 @@ import yaml
 
 from tests.support.paths import ROOT
 
-# Variables have their defaults.
-_TEXT = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / "docker-compose.yml").read_text())
-COMPOSE: dict[str, Any] = yaml.safe_load(_TEXT)
+
+def compose_file(name: str = "docker-compose.yml", **variables: str) -> dict[str, Any]:
+    """A compose file's content. Variables that are not given have their defaults."""
+    text = (ROOT / name).read_text()
+    text = re.sub(r"\$\{(\w+):[-?]([^}]*)\}", lambda found: variables.get(found[1], found[2]), text)
+    content: dict[str, Any] = yaml.safe_load(text)
+    return content
+
+
+COMPOSE = compose_file()
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 DASHBOARDS = ROOT / "dashboards"
 
@@ -45,7 +52,7 @@ def laid_out(service: str, root: Path) -> list[str]:
         else:
             place.mkdir(parents=True)
     command = [*SERVICES[service].get("entrypoint", []), *SERVICES[service]["command"]]
-    return [re.sub(r"^(--?[\w.-]+=)?/", rf"\g<1>{root}/", argument) for argument in command]
+    return [re.sub(r"^(--?[\w.-]+=)?/(?=\w)", rf"\g<1>{root}/", argument) for argument in command]
 
 
 def edit(path: Path, *changes: tuple[str, str]) -> None:
