@@ -62,6 +62,7 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Let the thread write a line, unless too many lines wait already."""
+        _make_sound(record)
         with self._changed:
             if self._limits.lets_pass(record, time.monotonic()):
                 self._put(record)
@@ -184,6 +185,18 @@ class _Kind:
         self.ends = ends
         self.left_out = 0
         self.latest: logging.LogRecord | None = None
+
+
+def _make_sound(record: logging.LogRecord) -> None:
+    """Give a record a text as its message, also one that a mistake in another package made impossible to format."""
+    try:
+        text = record.getMessage()
+    except Exception as error:
+        place = f"{record.pathname}:{record.lineno}"
+        record.msg, record.args = f"{place} logged a line that cannot be formatted: {error}", ()
+    else:
+        if not isinstance(record.msg, str):
+            record.msg, record.args = text, ()
 
 
 def _dropped_record(number: int) -> logging.LogRecord:

@@ -107,6 +107,23 @@ def test_messages_that_are_all_different(capfd: pytest.CaptureFixture[str], cloc
     assert len(messages(capfd, handler)) < 600
 
 
+def test_mistake_of_the_program_that_logs(capfd: pytest.CaptureFixture[str], clock: Clock) -> None:
+    """It is told, does not end the caller, and leaves the log as it is."""
+    handler = logs.configure("info", "logfmt")
+    logger = logging.getLogger("package")
+    for _ in range(20):
+        logger.warning("%d records", "many")
+    logger.warning({"not": "text"})
+    clock.seconds += 61
+    logger.warning("another")
+    said = messages(capfd, handler)
+    assert "test_logs.py" in said[0]
+    assert "logged a line that cannot be formatted" in said[0]
+    assert "{'not': 'text'}" in said
+    assert "another" in said
+    assert any("latest of 10 lines" in line for line in said)
+
+
 def test_long_message_is_cut(capfd: pytest.CaptureFixture[str]) -> None:
     handler = logs.configure("info", "json")
     logging.getLogger("savings_exporter").warning("x" * 1_000_000)
