@@ -25,6 +25,7 @@ from starlette.responses import Response
 from savings_exporter.errors import StoreError
 from savings_exporter.service.intake import Intake, Reception
 from savings_exporter.service.problems import RETRY_AFTER_SECONDS, RefusedError
+from savings_exporter.service.requests import REASON
 from savings_exporter.sources.otlp import REJECTED, MetricMap, Outcome, points_of
 from savings_exporter.sources.otlp_import import OtlpImport
 
@@ -60,6 +61,7 @@ class OtlpRoute:
                 raise refusal
             return _encoded(content_type, await self._answered(request, content_type))
         except RefusedError as error:
+            request.scope[REASON] = error.detail
             return _refused(content_type, error)
 
     async def _answered(self, request: Request, content_type: str) -> ExportMetricsServiceResponse:

@@ -21,6 +21,9 @@ from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, READY_P
 
 logger = logging.getLogger(__name__)
 
+REASON = "savings_exporter.reason"
+"""Where a route puts into the scope why it refuses a request, if its answer is no problem document."""
+
 _OTHER = "other"
 _METHODS = ("GET", "HEAD", "POST")
 # The answers to a POST. Their series exist from the start, so that increase() sees the first refused request.
@@ -116,7 +119,8 @@ class RequestLogging:
             await self._app(scope, receive, answer.send)
         finally:
             seconds = time.perf_counter() - began
-            self._log.note(scope["method"], route_path(scope), answer.code, seconds, answer.detail())
+            detail = scope.get(REASON) or answer.detail()
+            self._log.note(scope["method"], route_path(scope), answer.code, seconds, detail)
 
 
 class _Answer:
