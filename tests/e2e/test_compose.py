@@ -182,45 +182,10 @@ def test_the_image_serves_a_store_in_the_volume(tmp_path: Path) -> None:
         assert json.loads(fetched(f"{url}/v1/savings"))["lifetime"]["tokens_saved"] == 4096
 
 
-def is_well(port: int, *options: str) -> bool:
-    """What the healthcheck says of a port."""
-    name, *arguments = healthcheck()
-    assert name == "savings-exporter"
-    return run_cli(*arguments, "--web.listen-address", f"0.0.0.0:{port}", *options).returncode == 0
-
-
-def test_the_healthcheck_tells_a_service_that_answers_from_one_that_does_not(tmp_path: Path) -> None:
-    port = free_port()
-    assert not is_well(port)
-    with exporter(tmp_path, port):
-        assert is_well(port)
-    assert not is_well(port)
-    with listening(lambda handler, _: 503) as stopping:
-        assert not is_well(int(stopping.rpartition(":")[2]))
-
-
-@pytest.mark.needs("openssl")
-@pytest.mark.parametrize("asks", ["NoClientCert", "RequireAndVerifyClientCert"])
-def test_the_healthcheck_of_a_service_with_tls_and_a_token(tmp_path: Path, asks: str) -> None:
-    """Also of one that asks for certificates of clients, which the check does not have."""
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=savings.example"]
-    subprocess.run([*command, "-keyout", "key", "-out", "cert"], cwd=tmp_path, check=True, capture_output=True)
-    (tmp_path / "token").write_text("secret")
-    tls = {"cert_file": "cert", "key_file": "key", "client_auth_type": asks}
-    if asks != "NoClientCert":
-        tls["client_ca_file"] = "cert"
-    web = {"tls_server_config": tls, "authorization": {"credentials_file": "token"}}
-    (tmp_path / "web.yml").write_text(yaml.safe_dump(web))
-    config = ("--web.config.file", str(tmp_path / "web.yml"))
-    port = free_port()
-    assert not is_well(port, *config)
-    with running("serve", "--store", str(tmp_path / "s.json"), *config, address=f"127.0.0.1:{port}"):
-        assert is_well(port, *config)
-        assert not is_well(port)
-
-
 def test_the_healthcheck_is_one() -> None:
+    """tests/service/test_ready.py shows what it tells apart."""
     assert SERVICES["exporter"]["healthcheck"]["test"] == ["CMD", *healthcheck()]
+    assert healthcheck() == ["savings-exporter", "ready"]
 
 
 # Prometheus and Alertmanager
