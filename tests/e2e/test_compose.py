@@ -266,6 +266,19 @@ def test_prometheus_scrapes_the_exporter_loads_the_rules_and_knows_the_alertmana
         }
 
 
+@pytest.mark.needs("prometheus", "alertmanager")
+@pytest.mark.parametrize("service", ["prometheus", "alertmanager"])
+def test_a_proxy_can_serve_it_under_a_path(tmp_path: Path, service: str) -> None:
+    """Grafana and Prometheus go on to reach it without the path."""
+    program = shutil.which(service) or "prometheus-alertmanager"
+    url = f"http://127.0.0.1:{free_port()}"
+    own = f"http://localhost:{SERVICES[service]['ports'][0].rpartition(':')[2]}/"
+    command = [word.replace(own, "https://example.org/path/") for word in laid_out(service, tmp_path)]
+    assert "--web.external-url=https://example.org/path/" in command
+    with started([program, *command, f"--web.listen-address={url[7:]}"], tmp_path / "log", f"{url}/-/ready"):
+        assert fetched(f"{url}/metrics")
+
+
 @contextmanager
 def refused_before(exporter_url: str) -> Iterator[None]:
     """Three savings are refused before the block."""
