@@ -350,6 +350,9 @@ class _JoinedWrites:
     def write(self, data: bytes) -> None:
         """Write, or keep the head of an answer."""
         head = self._head
+        if self.is_closing():
+            # The client has gone before the answers to all that it sent. uvloop raises then, and asyncio does not.
+            return
         if head is not None:
             self._head = None
             self._transport.write(head + data)
@@ -361,7 +364,7 @@ class _JoinedWrites:
     def flush(self) -> None:
         """Write what is kept."""
         head, self._head = self._head, None
-        if head is not None:
+        if head is not None and not self.is_closing():
             self._transport.write(head)
 
     def close(self) -> None:

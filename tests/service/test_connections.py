@@ -33,10 +33,13 @@ from tests.support.wait import eventually
 RECORD = {"model": "m", "tokens_saved": 1}
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 HUGE = b"x" * 30_000_000
+GO_ON = asyncio.Event()
 
 
 async def _answer(request: Request) -> PlainTextResponse:
     body = await request.body()
+    if request.url.path == "/slow":
+        await GO_ON.wait()
     if request.url.path == "/echo":
         return PlainTextResponse(body)
     return PlainTextResponse(HUGE if request.url.path == "/huge" else "answered")
@@ -46,6 +49,7 @@ APP = Starlette(
     routes=[
         Route("/", _answer, methods=["GET", "POST"]),
         Route("/huge", _answer),
+        Route("/slow", _answer),
         Route("/echo", _answer, methods=["POST"]),
     ]
 )
@@ -199,6 +203,32 @@ def test_offer_of_another_protocol_is_ignored(protocol: str, at_once: bool) -> N
             return re.findall(rb"HTTP/1.1 \d+|saved|answered", answers)
 
     assert asyncio.run(run()) == [b"HTTP/1.1 200", b"saved", b"HTTP/1.1 200", b"answered"]
+
+
+def test_client_that_goes_away_before_several_answers(caplog: pytest.LogCaptureFixture) -> None:
+    """That is no error of the service."""
+
+    async def run() -> None:
+        async with serving(ConnectionLimits(connections=10)) as served:
+            _, writer = await served.connect()
+            writer.write(GET.replace(b"/ ", b"/slow ") * 2)
+            while not served.state.tasks:
+                await asyncio.sleep(0.01)
+            writer.transport.abort()
+            while served.state.connections:
+                await asyncio.sleep(0.01)
+            GO_ON.set()
+            while served.state.tasks:
+                await asyncio.sleep(0.01)
+
+    # With the loop of the service.
+    config = uvicorn.Config(APP, log_config=None)
+    loop = config.get_loop_factory()()  # type: ignore[misc]
+    try:
+        loop.run_until_complete(asyncio.wait_for(run(), 30))
+    finally:
+        loop.close()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def _few_descriptors() -> None:
