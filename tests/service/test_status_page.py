@@ -89,6 +89,17 @@ def test_days_are_read_when_they_change(store_path: Path) -> None:
         assert asyncio.run(run(tracker)) == (1, 2)
 
 
+def test_periods_without_savings_before(store_path: Path) -> None:
+    with SavingsTracker(store_path) as tracker:
+        tracker.record_request(model="m", tokens_saved=2)
+        content = asyncio.run(page(Service(tracker, SavingsCollector(tracker)).app))
+    assert re.findall(r"US dollars; ([^<]*)", content) == [
+        "none yesterday",
+        "none in the 7 days before",
+        "none in the 30 days before",
+    ]
+
+
 def test_page_of_an_application(store_path: Path) -> None:
     """Its addresses are below the path of the routes, and it does not say how to send savings there."""
     tracker = SavingsTracker(store_path)

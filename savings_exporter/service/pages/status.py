@@ -301,8 +301,8 @@ def _periods(shown: Shown, by: str) -> str:
         now = _sum(by_day, today, length)
         before = _sum(by_day, today - timedelta(days=length), length)
         usd = dollars_saved(now.savings_usd, now.unpriced_requests)
-        what = "yesterday" if length == 1 else f"the {length} days before"
-        cards.append((name, tokens(now.tokens_saved), f"{usd} US dollars; {_compared(now, before)} {what}"))
+        past = "yesterday" if length == 1 else f"the {length} days before"
+        cards.append((name, tokens(now.tokens_saved), f"{usd} US dollars; {_compared(now, before, past)}"))
     days = [(today - timedelta(days=_DAYS - 1 - place)).isoformat() for place in range(_DAYS)]
     places = {day: place for place, day in enumerate(days)}
     by_name: dict[str, list[int]] = {}
@@ -344,11 +344,11 @@ def _sum(by_day: Mapping[str, Numbers], last: date, length: int) -> Totals:
     return Totals().plus(numbers, None)
 
 
-def _compared(now: Totals, before: Totals) -> str:
+def _compared(now: Totals, before: Totals, past: str) -> str:
     if not before.tokens_saved:
-        return "nothing" if not now.tokens_saved else "none in"
+        return "none yesterday" if past == "yesterday" else f"none in {past}"
     change = (now.tokens_saved - before.tokens_saved) / before.tokens_saved * 100
-    return f"{change:+,.0f} % against"
+    return f"{change:+,.0f} % against {past}"
 
 
 def _shares(snapshot: Snapshot) -> str:
