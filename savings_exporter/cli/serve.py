@@ -164,6 +164,8 @@ def _prices_line(prices: Prices | None) -> str:
 def _first_saving(url: str, web_config: WebConfig) -> str:
     body = '{"model": "claude-sonnet-4-5", "provider": "anthropic", "input_tokens": 12000, "tokens_saved": 4096}'
     trust = f" --cacert {shlex.quote(web_config.tls.cert_file)}" if web_config.tls else ""
+    if web_config.tls and web_config.tls.client_auth_type == "RequireAndVerifyClientCert":
+        trust += " --cert client.crt --key client.key"
     token = web_config.authorization.for_writing if web_config.authorization else None
     show = ""
     if token is not None:

@@ -98,7 +98,7 @@ class Credentials:
                 is_known = True
                 is_permitted |= token.writes if writes else token.reads
         if not is_known:
-            return self.wrong()
+            return RefusedError(HTTPStatus.UNAUTHORIZED, "the token is wrong", headers=self._challenge)
         if not is_permitted:
             detail = f"this token does not permit {'writing' if writes else 'reading'}"
             return RefusedError(HTTPStatus.FORBIDDEN, detail)

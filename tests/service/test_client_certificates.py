@@ -88,6 +88,7 @@ def connected(service: Service, context: ssl.SSLContext, session: ssl.SSLSession
 def test_required(tmp_path: Path, store_path: Path, certificates: Path) -> None:
     """For every path. A certificate that signs itself, or is signed by another CA, is none."""
     with configured(store_path, tmp_path, certificates, REQUIRED) as service:
+        assert " --cert client.crt --key client.key " in service.announcement
         for name, is_right in ((None, False), ("client", True), ("other-client", False), ("server", False)):
             show(service, tmp_path, name)
             assert is_served(service) == is_right

@@ -172,7 +172,9 @@ def test_a_user_or_a_token(tmp_path: Path, store_path: Path) -> None:
         assert statuses(service, basic("alice", "right")) == (200, 200)
         assert statuses(service, bearer("secret")) == (200, 403)
         assert statuses(service, bearer("right")) == (401, 401)
+        assert "the token is wrong" in sent(service, "GET", "/metrics", [HOST, bearer("right")]).body
         assert statuses(service, basic("carol", "right")) == (401, 401)
+        assert "the user or the password" in sent(service, "GET", "/metrics", [HOST, basic("carol", "right")]).body
         (tmp_path / "web.yml").write_text("authorization: {read_credentials_file: token}")
         eventually(lambda: statuses(service, basic("alice", "right")) == (401, 401), "the removal of the users")
         (tmp_path / "web.yml").write_text("http_server_config: {http2: false}")
