@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.json_format import Parse
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
@@ -16,8 +18,11 @@ from savings_exporter.embedding import mount
 from savings_exporter.model.days import LAST_DAY, Dated
 from savings_exporter.model.snapshot import Snapshot
 from savings_exporter.service.app import Service
+from savings_exporter.sources.otlp import METRICS, Outcome, points_of
+from savings_exporter.sources.otlp_import import OtlpImport
 from savings_exporter.telemetry.metrics import SavingsCollector
 from tests.support.asgi import chunks, exchange
+from tests.support.paths import DATA
 from tests.support.wait import WAIT_SECONDS
 
 
@@ -114,3 +119,36 @@ def test_page_of_an_application(store_path: Path) -> None:
             asyncio.run(page(application, address))
     assert "No savings yet" in empty
     assert "curl" not in empty
+
+
+def test_day_is_not_larger_than_the_lifetime(store_path: Path) -> None:
+    """Also when savings are recorded while the page is built."""
+
+    class Busy(HangingTracker):
+        def snapshot(self) -> Snapshot:
+            found = super().snapshot()
+            self.record_request(model="m", tokens_saved=1000)
+            return found
+
+    async def run(tracker: Busy) -> str:
+        return await page(Service(tracker, SavingsCollector(tracker)).app)
+
+    tracker = Busy(store_path)
+    with tracker:
+        tracker.record_request(model="m", tokens_saved=1000)
+        content = asyncio.run(run(tracker))
+    (lifetime,) = re.findall(r'<p class="total">([0-9,]+)</p>', content)
+    (today,) = re.findall(r"<dt>Today</dt><dd>([0-9,]+) tokens", content)
+    assert int(today.replace(",", "")) <= int(lifetime.replace(",", ""))
+
+
+def test_sender_that_only_reports_usage(store_path: Path) -> None:
+    """It has no row among those that saved."""
+    with SavingsTracker(store_path) as tracker, OtlpImport(tracker) as otlp:
+        tracker.record_request(model="saver", tokens_saved=1000)
+        text = (DATA / "sources" / "otlp" / "claude_code_token_usage_delta.json").read_text()
+        request, outcome = Parse(text, ExportMetricsServiceRequest()), Outcome()
+        assert otlp.add(list(points_of(request, METRICS, outcome)), outcome)
+        content = asyncio.run(page(Service(tracker, SavingsCollector(tracker)).app))
+    assert ">saver<" in content
+    assert ">claude-sonnet-5<" not in content

@@ -142,11 +142,14 @@ class StatusPage:
             by: what the chart is stacked by.
         """
         snapshot = self._source.snapshot()
+        if self._read_days(snapshot):
+            # Taken after the days: what is recorded in between must not make a day larger than the lifetime.
+            snapshot = self._source.snapshot()
         counters = self._source.counters if isinstance(self._source, SavingsTracker) else None
         shown = self._last = Shown(
             snapshot,
             self._source.health(),
-            self._days(snapshot),
+            self._dated,
             counters.active_drills if counters is not None else frozenset(),
             datetime.now(timezone.utc),
         )
@@ -162,20 +165,22 @@ class StatusPage:
         late = f"The store does not answer. The figures below are those of {utc(self._last.at)}."
         return self._page(self._last, prefix, by, late)
 
-    def _days(self, snapshot: Snapshot) -> Dated | None:
-        """What was saved in the last days and as many days before, read again when it may have changed."""
+    def _read_days(self, snapshot: Snapshot) -> bool:
+        """Read what was saved in the last days and as many days before, if it may have changed. Returns whether it was
+        read.
+        """
         today = datetime.now(timezone.utc).date()
         wanted, now = (snapshot.sequence, today.isoformat()), time.monotonic()
-        if wanted != self._dated_for and (now >= self._dated_at + _DAYS_SECONDS or self._dated is None):
-            began = time.monotonic()
-            try:
-                self._dated = self._source.days((today - timedelta(days=2 * _DAYS - 1)).isoformat())
-            except StoreError:
-                self._dated = None
-            self._dated_for = wanted
-            # Reading many days takes long: then they are read every few seconds only.
-            self._dated_at = time.monotonic() if time.monotonic() - began > _DAYS_SECONDS / 100 else float("-inf")
-        return self._dated
+        if wanted == self._dated_for or (now < self._dated_at + _DAYS_SECONDS and self._dated is not None):
+            return False
+        try:
+            self._dated = self._source.days((today - timedelta(days=2 * _DAYS - 1)).isoformat())
+        except StoreError:
+            self._dated = None
+        self._dated_for = wanted
+        # Reading many days takes long: then they are read every few seconds only.
+        self._dated_at = time.monotonic() if time.monotonic() - now > _DAYS_SECONDS / 100 else float("-inf")
+        return True
 
     def _page(self, shown: Shown, prefix: str, by: str, late: str = "") -> bytes:
         snapshot, health = shown.snapshot, shown.health
@@ -362,7 +367,8 @@ def _shares(snapshot: Snapshot) -> str:
 
 
 def _share_table(snapshot: Snapshot, kind: str, named: Mapping[str, Totals]) -> str:
-    rows = ranked(named.items())
+    # Who only reports usage has saved nothing.
+    rows = [row for row in ranked(named.items()) if row[1].tokens_saved or row[1].requests]
     whole = sum(totals.tokens_saved for totals in named.values())
     cells = "".join(
         f'<tr><th scope="row">{escape(name)}{_bar(totals.tokens_saved, whole)}</th><td>{totals.tokens_saved:,}</td>'
