@@ -55,7 +55,7 @@ def test_a_drill_is_counted_like_the_failure_and_touches_no_saving(name: str, se
         assert service.get("/-/healthy")[0] == 200
         status, _, log = service.stop()
     assert status == 0
-    lines = [line for line in log.splitlines() if "drill" in line]
+    lines = [line for line in log.splitlines() if "fire drill" in line]
     assert any(f"{KINDS[name].step} failed: Input/output error (EIO)" in line for line in lines)
     assert all("drill=true" in line for line in lines)
     with SavingsTracker(store_path) as tracker:
