@@ -581,8 +581,8 @@ MUTANTS = [
     mutant(
         "Metrics are told of an operation after tracing",
         "tracker.py",
-        "        observers = Observers([self._tracing, self._counters])\n        store = Store.open",
-        "        observers = Observers([self._counters, self._tracing])\n        store = Store.open",
+        "        return Observers([self._tracing, self._counters, self._recent])\n",
+        "        return Observers([self._counters, self._tracing, self._recent])\n",
         f"{RULES}::test_order_of_observers",
     ),
     # Prices.
