@@ -64,7 +64,7 @@ def test_service(store_path: Path) -> None:
     assert [basis["prices"] for basis in totals["prices"]] == [LIBRARY]
     assert totals["prices"][0]["since"].endswith("Z")
     assert (totals["lifetime"]["compression_savings_usd"], totals["lifetime"]["unpriced_requests"]) == (1.0, 1)
-    assert "US dollars saved: 1.00 + ?. Requests without a price: 1." in page
+    assert "<dt>US dollars saved</dt><dd>1.00 + ?<small>1 request without a price</small></dd>" in page
     assert "<td>-0.25 + ?</td>" in page
     assert "<td>1.25</td>" in page
     assert shown(store_path)["prices"] == totals["prices"]
@@ -137,7 +137,7 @@ def test_service_without_prices(store_path: Path, no_library: dict[str, str]) ->
         assert service.announcement.count("\nprices: none; install savings-exporter[prices] or give --prices FILE") == 1
         assert service.post(PRICED)[0] == 200
         assert service.metrics()['savings_unpriced_requests_total{model="gpt-5"}'] == 1
-        assert "US dollars saved: –. Requests without a price: 1." in service.get("/")[1]
+        assert "<dt>US dollars saved</dt><dd>–<small>no request has a price</small></dd>" in service.get("/")[1]
         status, out, log = service.stop()
         assert (status, out) == (0, "")
         said = [line.partition("closed: ")[2] for line in log.splitlines()]
