@@ -106,7 +106,7 @@ def test_whose_time_it_is(watched: Path) -> None:
         assert scraped["savings_last_record_timestamp_seconds"] == datetime.fromisoformat(activity).timestamp()
         assert scraped["savings_last_save_success_timestamp_seconds"] == 0
         page = service.get("/")[1]
-        assert re.search(r"Last saving: 2026-06-09 02:22:33 UTC \([0-9,]+ days ago\)", page)
+        assert re.search(r"last: 2026-06-09 02:22:33 UTC \([0-9,]+ days ago\)", page)
         assert re.search(r"read 2[0-9-]+ [0-9:]+ UTC", page)
         assert "saved 2" not in page
         # While it is damaged, the time of the last good reading stays.

@@ -220,6 +220,8 @@ class StatusPage:
         nav = "".join(f'<a href="{escape(prefix + path)}">{name}</a>' for path, name in links)
         up = moment_and_age(self._began, datetime.now(timezone.utc)).partition(" (")[2].rstrip(")")
         saved = f", saved {utc(snapshot.saved_at)}" if snapshot is not None and snapshot.saved_at else ""
+        if snapshot is not None:
+            saved += f", read {utc(snapshot.read_at)}"
         footer = (
             f'<nav aria-label="More">{nav}</nav>\n<p>savings-exporter {VERSION}, started {up} &middot; '
             f"{escape(self._source.storage_path)}{saved}</p>"
