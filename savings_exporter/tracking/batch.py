@@ -47,8 +47,13 @@ class Entry(NamedTuple):
     imported: Group | None = None
 
     @property
+    def is_folded(self) -> bool:
+        """Whether the entry holds sums of records without a key."""
+        return bool(self.sums) and not self.key
+
+    @property
     def can_be_folded(self) -> bool:
-        """Whether the entry takes less memory when its records, or its sums and others, are added up."""
+        """Whether the entry takes less memory when its records are added up."""
         return self.imported is None and (not self.key or len(self.records) > 1)
 
     def group(self) -> Group:
@@ -159,7 +164,7 @@ class Batch:
     def groups(self) -> list[Group]:
         """The groups for the frame. If all entries hold only records, they form one group."""
         entries = self.entries
-        if self.has_groups or entries[0].sums:
+        if self.has_groups:
             return [entry.group() for entry in entries]
         if len(entries) == 1:
             return [Group(records=entries[0].records)]
@@ -174,19 +179,20 @@ class Batch:
         unfolded = sum(len(entry.records) for entry in self.entries if entry.can_be_folded)
         sums, kept = Sums(most_rows), []
         for entry in self.entries:
-            if unfolded <= most_unfolded - _FOLDED_AT_ONCE or not entry.can_be_folded:
+            if entry.is_folded:
+                sums.add_rows(entry.sums)
+            elif unfolded <= most_unfolded - _FOLDED_AT_ONCE or not entry.can_be_folded:
                 kept.append(entry)
             elif entry.key:
                 unfolded -= len(entry.records)
                 kept.append(self._folded(entry))
             else:
-                sums.add_rows(entry.sums)
                 sums.add_all(entry.records)
                 unfolded -= len(entry.records)
-        # The last entry's ``last`` must still be the number of records in the batch.
-        folded = tuple(sums.rows())
-        if folded or not kept:
-            kept.insert(0, Entry(self.count if not kept else 0, (), sums=folded))
+        if folded := tuple(sums.rows()):
+            # At the end, because the last entry's ``last`` is the number of records in the batch.
+            kept.append(Entry(self.count, (), sums=folded))
+            self.has_groups = True
         self.entries = kept
         self._unfolded = unfolded
 

@@ -80,6 +80,34 @@ def test_more_keys_than_can_wait(store_path: Path, faults: FaultyFileSystem) -> 
         assert tracker.snapshot().lifetime.requests == 1 + len(accepted) + 100
 
 
+@pytest.mark.parametrize("last", ["with a key", "without a key"])
+def test_records_with_and_without_keys_wait_together(store_path: Path, faults: FaultyFileSystem, last: str) -> None:
+    """Whatever is added up, and in whatever order they came: each is counted, and the store can be opened."""
+    with SavingsTracker(store_path, filesystem=faults) as tracker:
+        tracker.record_request(model="m", tokens_saved=1)
+        faults.fail("fsync_journal", errno.ENOSPC)
+        faults.fail("fsync_file", errno.ENOSPC)
+        receipts = [
+            tracker.record_request(model="m", tokens_saved=1, idempotency_key=str(number), wait=False)
+            for number in range(10_100)
+        ]
+        receipts.append(tracker.record_many([*BATCH, BATCH[0]], wait=False))
+        receipts.append(tracker.record_request(model="m", tokens_saved=1, wait=False))
+        if last == "with a key":
+            receipts.append(tracker.record_request(model="m", tokens_saved=1, idempotency_key="last", wait=False))
+            assert not receipts[-1].pending
+        counts = [1] * 10_100 + [len(BATCH) + 1, 1, 1]
+        accepted = sum(count for receipt, count in zip(receipts, counts, strict=False) if receipt.pending)
+        faults.mend()
+        assert tracker.flush(60)
+        repeat = tracker.record_request(model="m", tokens_saved=1, idempotency_key="50")
+        assert (repeat.duplicate, repeat.sequence) == (True, receipts[50].sequence)
+        assert tracker.record_request(model="m", tokens_saved=1).durable
+        assert tracker.snapshot().lifetime.requests == accepted + 2
+    with SavingsTracker(store_path) as tracker:
+        assert tracker.snapshot().lifetime.requests == accepted + 2
+
+
 def test_repeat_of_a_pending_batch(store_path: Path, faults: FaultyFileSystem) -> None:
     with SavingsTracker(store_path, filesystem=faults) as tracker:
         faults.fail("fsync_journal", errno.ENOSPC)
