@@ -48,8 +48,9 @@ logger = logging.getLogger(__name__)
 
 DOCUMENT_NAME = "proxy_savings.json"
 
-# If a call has more records than this, the asynchronous methods accept them in a thread.
-_MANY_RECORDS = 100
+# If a call has more records than this, the asynchronous methods accept them in a thread. Looking up prices takes long.
+_MANY_RECORDS = 1000
+_MANY_PRICED_RECORDS = 100
 
 
 class RecordArguments(TypedDict, total=False):
@@ -226,7 +227,8 @@ class SavingsTracker:
 
         checked, loop = _checked(records), asyncio.get_running_loop()
         ended = loop.create_future() if wait else None
-        if len(checked) > _MANY_RECORDS or idempotency_key is not None:
+        many = _MANY_RECORDS if self._prices is None else _MANY_PRICED_RECORDS
+        if len(checked) > many or idempotency_key is not None:
             # The lookup of a key includes records of other processes, which requires reading files.
             receipt = await asyncio.to_thread(self._accept, checked, idempotency_key, ended)
         else:

@@ -42,7 +42,7 @@ from savings_exporter.service.paths import (
     route_path,
 )
 from savings_exporter.service.problems import RefusedError
-from savings_exporter.service.recording import Recording
+from savings_exporter.service.recording import Recording, Take
 from savings_exporter.service.requests import RequestLog, RequestLogging
 from savings_exporter.service.views import as_json
 from savings_exporter.service.webconfig import WebConfig
@@ -134,6 +134,8 @@ class Service:
             exception_handlers=problems.HANDLERS,
         )
         app: ASGIApp = WithHeaders(routed, guard.headers)
+        self.take: Take | None = None
+        """Takes savings past the application; None if all requests go through it."""
         if tracker is not None:
             recording = Recording(
                 tracker,
@@ -144,6 +146,8 @@ class Service:
                 is_traced=tracer_provider is not None,
             )
             app = _Dispatch(recording, app)
+            # Tracing wraps the application.
+            self.take = recording.take if tracer_provider is None else None
         self.app = _traced(app, tracer_provider, telemetry_path)
         """The ASGI application."""
 

@@ -38,19 +38,30 @@ class Guard:
 
     def refusal(self, scope: Scope) -> RefusedError | None:
         """Why a request is refused, at first sight; None if it is not. ``confirmed`` makes sure of a refusal."""
+        writes = scope["method"] not in _READING
+        return self._refusal(
+            scope["headers"],
+            writes=writes,
+            is_public=not writes and _is_public(route_path(scope)),
+            # HTTP/1.0 has no Host, and browsers do not send it.
+            has_host=scope.get("http_version") == "1.1",
+        )
+
+    def refusal_of_post(self, headers: Headers) -> RefusedError | None:
+        """The same for a POST over HTTP/1.1."""
+        return self._refusal(headers, writes=True, is_public=False, has_host=True)
+
+    def _refusal(self, headers: Headers, *, writes: bool, is_public: bool, has_host: bool) -> RefusedError | None:
         shown: dict[bytes, bytes] = {}
-        for name, value in scope["headers"]:
+        for name, value in headers:
             if name in _CHECKED:
                 if name in shown:
                     detail = f"the request has more than one {_CHECKED[name]} header"
                     return RefusedError(HTTPStatus.BAD_REQUEST, detail)
                 shown[name] = value
         host = shown.get(b"host")
-        writes = scope["method"] not in _READING
-        is_public = not writes and _is_public(route_path(scope))
         refusal = None
-        # HTTP/1.0 has no Host, and browsers do not send it.
-        if host is not None or scope.get("http_version") == "1.1":
+        if host is not None or has_host:
             refusal = host_refusal(host, None if is_public else self._web_config.names)
         if refusal is None and writes:
             refusal = origin_refusal(host, shown.get(b"origin"), shown.get(b"sec-fetch-site"))

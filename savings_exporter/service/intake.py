@@ -23,8 +23,9 @@ T = TypeVar("T")
 _MAX_DROPPED_BYTES = 256 * 1024 * 1024
 
 # A larger body is decoded in a thread, so that other requests are answered meanwhile, and one after the other, because
-# a decoded body can take twenty times the memory of its bytes.
-_LARGE_BODY_BYTES = 64 * 1024
+# a decoded body can take twenty times the memory of its bytes. A smaller one is decoded in a millisecond, and a thread
+# would cost more than that.
+_LARGE_BODY_BYTES = 256 * 1024
 
 # A batch begins with this key, except if a client escapes or indents a lot.
 _BATCH_START = b'"records"'
@@ -43,15 +44,26 @@ class IntakeLimits(NamedTuple):
 
 
 class Intake:
-    """The POST requests that are being answered, and the bytes of their bodies."""
+    """The POST requests that are being answered, and the bytes of their bodies.
+
+    Attributes:
+        in_flight: how many requests are being answered.
+        requests: those of them whose bodies are read.
+    """
 
     def __init__(self, limits: IntakeLimits) -> None:
         self.limits = limits
+        self.in_flight = 0
         self.requests: dict[Reception, None] = {}
         self.body_bytes_in_flight = 0
         self._timer: asyncio.TimerHandle | None = None
         self._watched: asyncio.AbstractEventLoop | None = None
         self._decoding_a_large_body = asyncio.Lock()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more requests are accepted now."""
+        return self.in_flight >= self.limits.posts_in_flight
 
     async def decoded(self, decode: Callable[[bytes], T], body: bytes) -> T:
         """What a function makes of a large body. It is called in a thread, and for one body at a time."""
@@ -95,14 +107,16 @@ class Reception:
         self._is_read = self._is_cut_off = False
 
     def __enter__(self) -> Reception:
-        requests = self._intake.requests
-        if len(requests) >= self._intake.limits.posts_in_flight:
+        intake = self._intake
+        if intake.is_full:
             raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests are being answered", retry=True)
-        requests[self] = None
+        intake.in_flight += 1
+        intake.requests[self] = None
         return self
 
     def __exit__(self, *_exception: object) -> None:
         del self._intake.requests[self]
+        self._intake.in_flight -= 1
         self._intake.body_bytes_in_flight -= self._held
 
     @property
@@ -190,6 +204,16 @@ class _Batch(msgspec.Struct, forbid_unknown_fields=True):
 
 _decode_record = msgspec.json.Decoder(DecodedRecord).decode
 _decode_batch = msgspec.json.Decoder(_Batch).decode
+
+
+def decode_one(body: bytes) -> SavingsRecord | None:
+    """The record of a body that holds one and is small; None if it is anything else, or something is wrong with it."""
+    if len(body) > _LARGE_BODY_BYTES or body.find(_BATCH_START, 0, _BATCH_START_WITHIN) >= 0:
+        return None
+    try:
+        return _decode_record(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def decode_records(body: bytes, most: int) -> Sequence[SavingsRecord]:

@@ -173,6 +173,7 @@ class _Server(uvicorn.Server):
             usual_limits(),
             self._web_config.ssl_context,
             lambda status, why: self._service.requests.note("", "", status, 0.0, why),
+            self._service.take,
         )
         self._accepting = [loop.create_task(connections.accept(listener)) for listener in sockets]
         self.started = True

@@ -26,7 +26,8 @@ from starlette.routing import Route
 from uvicorn.server import ServerState
 
 from savings_exporter import SavingsTracker
-from savings_exporter.service.connections import ConnectionLimits, Connections
+from savings_exporter.service.connections import Connections
+from savings_exporter.service.protocols import ConnectionLimits
 from tests.support.service import Service, running
 from tests.support.wait import eventually
 
