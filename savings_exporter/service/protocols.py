@@ -12,6 +12,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
+from h11 import ERROR, SEND_BODY
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from savings_exporter.service.browsers import Headers
@@ -33,6 +34,8 @@ class ConnectionLimits(NamedTuple):
     unread_seconds: float = 30.0
     """How long a client may leave an answer unread."""
     header_bytes: int = 64 * 1024
+    linger_seconds: float = 5.0
+    """How long a client may go on sending after the answer that ends the connection."""
 
 
 class Shared(NamedTuple):
@@ -65,11 +68,12 @@ class Connection:
         self._limits = shared.limits
         self.waiting_since: float | None = time.monotonic()
         self._unread_since: float | None = None
+        self._lingers_since: float | None = None
         self._is_stopping = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Begin."""
-        super().connection_made(_JoinedWrites(transport))  # type: ignore[misc]
+        super().connection_made(_JoinedWrites(transport, self._linger))  # type: ignore[misc]
 
     def connection_lost(self, error: Exception | None) -> None:
         """End."""
@@ -77,9 +81,10 @@ class Connection:
         self._shared.ended()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has arrived."""
-        super().data_received(data)  # type: ignore[misc]
-        self._note_request()
+        """Parse what has arrived, unless it comes after an answer that ends the connection."""
+        if self._lingers_since is None:
+            super().data_received(data)  # type: ignore[misc]
+            self._note_request()
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
@@ -105,14 +110,32 @@ class Connection:
 
     def look(self, now: float) -> None:
         """End the connection if its client takes too long."""
-        waiting, unread = self.waiting_since, self._unread_since
-        if self.transport.is_closing() and unread is None:
+        waiting, unread, lingering = self.waiting_since, self._unread_since, self._lingers_since
+        if lingering is not None:
+            if self._is_stopping or now - lingering > self._limits.linger_seconds:
+                self.end_at_once()
+        elif self.transport.is_closing() and unread is None:
             # What is left to send may be less than what pauses writing.
             self._unread_since = now
         elif unread is not None and now - unread > self._patience():
             self.end_at_once()
         elif waiting is not None and now - waiting > self._limits.request_seconds:
-            self.transport.close()
+            self.transport.end()
+
+    @property
+    def is_receiving(self) -> bool:
+        """Whether the client has more of a request to send."""
+        raise NotImplementedError
+
+    def _linger(self) -> bool:
+        """Go on reading for some time, if the client has more to send. It would not see the answer if the connection
+        were closed while it sends.
+        """
+        if self._lingers_since is None and self.is_receiving:
+            # Its place may be taken by another connection.
+            self._lingers_since = self.waiting_since = time.monotonic()
+            return True
+        return False
 
     def _note_request(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
@@ -131,6 +154,10 @@ class Connection:
 
 class _H11Connection(Connection, H11Protocol):  # type: ignore[misc]
     """Speaks HTTP with h11, which limits the headers itself."""
+
+    @property
+    def is_receiving(self) -> bool:
+        return self.conn.their_state in (SEND_BODY, ERROR)
 
 
 def _httptools_connection() -> type[Connection]:
@@ -161,7 +188,11 @@ def _httptools_connection() -> type[Connection]:
         # The body so far of a saving that is kept back.
         _kept: bytes | None = None
 
+        is_receiving = False
+
         def data_received(self, data: bytes) -> None:
+            if self._lingers_since is not None:
+                return
             self._received += len(data)
             self._rest = data
             while self._rest:
@@ -175,6 +206,7 @@ def _httptools_connection() -> type[Connection]:
                 self._refuse_overhead()
 
         def on_message_begin(self) -> None:
+            self.is_receiving = True
             # What uvicorn prepares here is prepared when it gets the request.
             self.url, self.headers, self.expect_100_continue = b"", [], False
 
@@ -193,9 +225,10 @@ def _httptools_connection() -> type[Connection]:
                 super().on_body(body)
 
         def on_message_complete(self) -> None:
+            self.is_receiving = False
             self._received = self._body = 0
             if self._kept is not None:
-                request = _Taken(self)
+                request = _Taken(self, keep_alive=self.parser.should_keep_alive())
                 if self._shared.take(self.headers, self._kept, request):  # type: ignore[misc]
                     self._kept, self.cycle = None, request
                     return
@@ -222,14 +255,17 @@ def _httptools_connection() -> type[Connection]:
                 self.transport.close()
             self.on_response_complete()
 
+        def send_400_response(self, msg: str) -> None:
+            self.is_receiving = True
+            super().send_400_response(msg)
+
         def _is_plain(self) -> bool:
-            """Whether nothing but the answer has to be sent to the client, and its next request may follow."""
+            """Whether nothing but the answer has to be sent to the client, which reads what is sent."""
             parser = self.parser
             return (
                 parser.get_method() == b"POST"
                 and not self.expect_100_continue
                 and not parser.should_upgrade()
-                and parser.should_keep_alive()
                 and parser.get_http_version() == "1.1"
                 and not self.flow.write_paused
             )
@@ -292,10 +328,10 @@ class _Taken:
 
     message_event = _Ignored()
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, *, keep_alive: bool) -> None:
         self._connection = connection
         self.disconnected = self.response_complete = False
-        self.keep_alive = True
+        self.keep_alive = keep_alive
 
     def answer(self, status: int, headers: bytes, body: bytes) -> None:
         """Send the answer, unless the client has gone."""
@@ -315,14 +351,21 @@ def usual_protocol() -> type[Connection]:
 class _JoinedWrites:
     """A transport that sends the head of an answer together with the first part of its body. uvicorn writes them one
     after the other, and each write is a system call.
+
+    ``linger`` is called before the connection is closed. It says whether the client still sends something.
     """
 
-    __slots__ = ("_head", "_transport", "is_closing")
+    __slots__ = ("_head", "_lingers", "_transport", "_try_to_linger")
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(self, transport: asyncio.Transport, linger: Callable[[], bool]) -> None:
         self._transport = transport
+        self._try_to_linger = linger
         self._head: bytes | None = None
-        self.is_closing = transport.is_closing
+        self._lingers = False
+
+    def is_closing(self) -> bool:
+        """Whether nothing can be sent any more."""
+        return self._lingers or self._transport.is_closing()
 
     def write(self, data: bytes) -> None:
         """Write, or keep the head of an answer."""
@@ -350,6 +393,17 @@ class _JoinedWrites:
             self._transport.write(head)
 
     def close(self) -> None:
+        """Close the connection when everything is sent, and when the client has sent everything."""
+        self.flush()
+        if self._lingers or self._transport.is_closing() or not self._try_to_linger():
+            self._transport.close()
+            return
+        self._lingers = True
+        if self._transport.can_write_eof():  # not with TLS
+            self._transport.write_eof()
+        self._transport.resume_reading()
+
+    def end(self) -> None:
         """Close the connection when everything is sent."""
         self.flush()
         self._transport.close()

@@ -13,8 +13,9 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import pytest
@@ -31,6 +32,8 @@ from savings_exporter.service.protocols import ConnectionLimits
 from tests.support.service import Service, running
 from tests.support.wait import eventually
 
+T = TypeVar("T")
+
 RECORD = {"model": "m", "tokens_saved": 1}
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 HUGE = b"x" * 30_000_000
@@ -38,6 +41,8 @@ GO_ON = asyncio.Event()
 
 
 async def _answer(request: Request) -> PlainTextResponse:
+    if request.url.path == "/refuse":
+        return PlainTextResponse("refused", 403)
     body = await request.body()
     if request.url.path == "/slow":
         await GO_ON.wait()
@@ -52,6 +57,7 @@ APP = Starlette(
         Route("/huge", _answer),
         Route("/slow", _answer),
         Route("/echo", _answer, methods=["POST"]),
+        Route("/refuse", _answer, methods=["POST"]),
     ]
 )
 
@@ -87,6 +93,15 @@ async def serving(limits: ConnectionLimits) -> AsyncIterator[Serving]:
             for connection in tuple(served.state.connections):
                 connection.transport.abort()
             await asyncio.sleep(0)
+
+
+def run_in(loop_name: Literal["asyncio", "uvloop"], task: Coroutine[Any, Any, T]) -> T:
+    """The result of a task in an event loop of a kind."""
+    loop = uvicorn.Config(APP, loop=loop_name, log_config=None).get_loop_factory()()  # type: ignore[misc]
+    try:
+        return loop.run_until_complete(asyncio.wait_for(task, 30))
+    finally:
+        loop.close()
 
 
 LIMITS = ConnectionLimits(connections=100, request_seconds=0.2, unread_seconds=0.2)
@@ -133,6 +148,57 @@ def test_idle_connection_makes_room_for_a_new_one() -> None:
             return answers
 
     assert len(asyncio.run(run())) == 5
+
+
+POST = b"POST /refuse HTTP/1.1\r\nHost: h\r\nContent-Length: 20000000\r\n"
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (POST + b"Connection: close\r\n\r\n", 403),
+        (POST + b"X: \0\r\n\r\n", 400),
+        (POST + b"X: " + b"x" * 2000, 431),
+    ],
+    ids=["refused", "not valid", "long headers"],
+)
+def test_refused_client_sees_the_answer_while_it_sends(
+    head: bytes, status: int, loop: Literal["asyncio", "uvloop"]
+) -> None:
+    """The connection is not closed before the client has sent its body, because it would be reset."""
+
+    async def run() -> bytes:
+        async with serving(ConnectionLimits(connections=10, header_bytes=1000)) as served:
+            reader, writer = await served.connect()
+            writer.write(head)
+            # The answer is on its way. Now the body follows.
+            answer = await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"x" * 20_000_000)
+            await writer.drain()
+            rest = await reader.read()
+            writer.close()
+            while served.state.connections:
+                await asyncio.sleep(0.01)
+            return answer + rest
+
+    answer = run_in(loop, run())
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert answer.lower().count(b"connection: close") == 1
+
+
+def test_refused_client_that_does_not_end_is_cut_off() -> None:
+    async def run() -> None:
+        async with serving(ConnectionLimits(connections=10, linger_seconds=0.2)) as served:
+            reader, writer = await served.connect()
+            writer.write(POST + b"Connection: close\r\n\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.1 403 ")
+            while served.state.connections:
+                writer.write(b"x" * 1000)
+                await asyncio.sleep(0.01)
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 def test_long_headers_are_refused() -> None:
@@ -222,13 +288,7 @@ def test_client_that_goes_away_before_several_answers(caplog: pytest.LogCaptureF
             while served.state.tasks:
                 await asyncio.sleep(0.01)
 
-    # With the loop of the service.
-    config = uvicorn.Config(APP, log_config=None)
-    loop = config.get_loop_factory()()  # type: ignore[misc]
-    try:
-        loop.run_until_complete(asyncio.wait_for(run(), 30))
-    finally:
-        loop.close()
+    run_in("uvloop", run())
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
