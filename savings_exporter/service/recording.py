@@ -5,6 +5,7 @@ and a way past ASGI for the usual request: one record that has arrived as a whol
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -24,6 +25,8 @@ from savings_exporter.service.problems import RefusedError
 from savings_exporter.service.requests import RequestLog
 from savings_exporter.tracker import SavingsTracker
 from savings_exporter.tracking.receipt import Receipt
+
+logger = logging.getLogger(__name__)
 
 # HTTPStatus is slow to compare and to encode.
 _OK, _ACCEPTED, _UNSUPPORTED_MEDIA_TYPE, _UNPROCESSABLE, _FAILED, _UNAVAILABLE = 200, 202, 415, 422, 500, 503
@@ -235,11 +238,19 @@ class Recording:
             receipt = await self._tracker.record_many_async(part.records)
         except BaseException as error:
             for ended in part.ended:
-                ended(error)
+                _end(ended, error)
             raise
         for ended in part.ended:
             after -= 1
-            ended(_Recorded(receipt, after, 1))
+            _end(ended, _Recorded(receipt, after, 1))
+
+
+def _end(ended: _Ended, result: _Recorded | BaseException) -> None:
+    try:
+        ended(result)
+    except Exception:
+        # The other requests of the round must have their answers.
+        logger.exception("a request could not be answered")
 
 
 class _Round:
