@@ -94,6 +94,8 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
     newest = snapshot.last_record_at
     last = views.moment_and_age(newest, snapshot.read_at) if newest else views.UNKNOWN_FIGURE
     console.print(Text(f"Last saving: {last}"))
+    if note := views.usage_note(snapshot):
+        console.print(Text(f"The share of the input is {note}"))
     if lifetime.unpriced_requests:
         console.print(Text(f"Requests without a price: {lifetime.unpriced_requests:,}"))
     for kind, rows in _tables_of(snapshot):

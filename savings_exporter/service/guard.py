@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from savings_exporter.service import problems
 from savings_exporter.service.auth import UncheckedPasswordError
 from savings_exporter.service.browsers import Headers, host_refusal, origin_refusal
-from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, OPENAPI_PATH, READY_PATH, route_path
+from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, ICON_PATH, OPENAPI_PATH, READY_PATH, route_path
 from savings_exporter.service.problems import RefusedError
 from savings_exporter.service.webconfig import WebConfig
 
@@ -95,4 +95,4 @@ class Guarded:
 def _is_public(path: str) -> bool:
     # The links of alerts lead to the documents, and must work in a browser, under any name that leads here. What these
     # paths answer is no secret.
-    return path in (HEALTHY_PATH, READY_PATH, OPENAPI_PATH) or path.startswith(DOCUMENTS_PATH)
+    return path in (HEALTHY_PATH, READY_PATH, OPENAPI_PATH, ICON_PATH) or path.startswith(DOCUMENTS_PATH)

@@ -12,6 +12,8 @@ HEALTHY_PATH = "/-/healthy"
 READY_PATH = "/-/ready"
 DOCUMENTS_PATH = "/docs/"
 OPENAPI_PATH = "/openapi.json"
+ICON_PATH = "/favicon.ico"
+"""Browsers ask for it also when they show an answer that is no page, such as the metrics. It is an SVG."""
 
 
 def route_path(scope: MutableMapping[str, Any]) -> str:

@@ -139,7 +139,18 @@ def _plain(value: Any) -> Any:
 
 def percent(share: float | None) -> str:
     """A share in percent as people read it; a dash when it is not known."""
-    return UNKNOWN_FIGURE if share is None else f"{share} %"
+    if share is None:
+        return UNKNOWN_FIGURE
+    return "< 0.1 %" if 0 < share < 0.05 else f"{share:.1f} %"  # a small share is not zero
+
+
+def usage_note(snapshot: Snapshot) -> str:
+    """That usage, which comes without requests and savings, lowers the share of the input, as people read it; empty if
+    there is none.
+    """
+    sources = snapshot.sources.values()
+    usage = sum(each.total_input_tokens for each in sources if not (each.requests or each.headline_tokens_saved))
+    return f"lowered by {tokens(usage)} of input that were reported as usage" if usage else ""
 
 
 def tokens(number: int) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+from html import unescape
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import pytest
 from google.protobuf.json_format import Parse
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from starlette.applications import Starlette
@@ -23,6 +26,7 @@ from savings_exporter.sources.otlp_import import OtlpImport
 from savings_exporter.telemetry.metrics import SavingsCollector
 from tests.support.asgi import chunks, exchange
 from tests.support.paths import DATA
+from tests.support.service import run_cli, running
 from tests.support.wait import WAIT_SECONDS
 
 
@@ -152,3 +156,55 @@ def test_sender_that_only_reports_usage(store_path: Path) -> None:
         content = asyncio.run(page(Service(tracker, SavingsCollector(tracker)).app))
     assert ">saver<" in content
     assert ">claude-sonnet-5<" not in content
+
+
+def test_usage_that_lowers_the_share(store_path: Path) -> None:
+    """The page and the command say so, with the same figure, and only then."""
+
+    def page_and_command() -> tuple[str, str]:
+        return asyncio.run(page(Service(tracker, SavingsCollector(tracker)).app)), run_cli(
+            "show", "--store", str(store_path)
+        ).stdout
+
+    with SavingsTracker(store_path) as tracker, OtlpImport(tracker) as otlp:
+        tracker.record_request(model="saver", input_tokens=2000, tokens_saved=1000, source="rtk")
+        without = page_and_command()
+        text = (DATA / "sources" / "otlp" / "claude_code_token_usage_delta.json").read_text()
+        request, outcome = Parse(text, ExportMetricsServiceRequest()), Outcome()
+        assert otlp.add(list(points_of(request, METRICS, outcome)), outcome)
+        usage = tracker.snapshot().lifetime.total_input_tokens - 2000
+        shown = page_and_command()
+    assert usage > 0
+    for before, after in zip(without, shown, strict=True):
+        assert "33.3 %" in before
+        assert "lowered by" not in before
+        assert f"lowered by {usage:,} tokens of input that were reported as usage" in after
+
+
+@pytest.mark.parametrize(
+    ("tokens_saved", "share"), [(20, "&lt; 0.1 %"), (60, "0.1 %"), (33_333, "25.0 %"), (50_001, "33.3 %")]
+)
+def test_share_is_that_of_the_command(store_path: Path, tokens_saved: int, share: str) -> None:
+    """In the same digits; a share that is not zero is not shown as zero."""
+    with SavingsTracker(store_path) as tracker:
+        tracker.record_request(model="m", input_tokens=100_000, tokens_saved=tokens_saved)
+        content = asyncio.run(page(Service(tracker, SavingsCollector(tracker)).app))
+    assert f"<dt>Share of the input saved</dt><dd>{share}<" in content
+    shown = run_cli("show", "--store", str(store_path)).stdout
+    assert f"Share of the input: {unescape(share)}." in shown
+
+
+def test_icon(tmp_path: Path, store_path: Path) -> None:
+    """Browsers ask for it under this name whatever they show, without a token, and that is no refused request."""
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "web.yml").write_text("authorization: {credentials_file: token}")
+    with running("serve", "--store", str(store_path), "--web.config.file", str(tmp_path / "web.yml")) as service:
+        status, icon = service.get("/favicon.ico")
+        links = re.findall(r'<link rel="icon" href="([^"]*)">', service.get("/docs/runbook")[1])
+        with_token = {"Authorization": "Bearer secret"}
+        links += re.findall(r'<link rel="icon" href="([^"]*)">', service.get("/", with_token)[1])
+        _, _, logged = service.stop()
+    assert status == 200
+    assert ElementTree.fromstring(icon).tag == "{http://www.w3.org/2000/svg}svg"
+    assert links == ["../favicon.ico", "/favicon.ico"]
+    assert "refused" not in logged

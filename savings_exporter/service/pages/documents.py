@@ -8,6 +8,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from http import HTTPStatus
+from operator import itemgetter
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -16,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from savings_exporter.service.paths import DOCUMENTS_PATH
+from savings_exporter.service.paths import DOCUMENTS_PATH, ICON_PATH
 from savings_exporter.shipped import shipped
 
 _PAGE = """<!doctype html>
@@ -25,6 +26,7 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title} - savings-exporter</title>
+<link rel="icon" href="..{icon}">
 <link rel="stylesheet" href="style.css">
 </head>
 <body>
@@ -38,8 +40,8 @@ _PAGE = """<!doctype html>
 """
 _STYLE = """:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
 body { margin: 2rem auto; max-width: 48rem; padding: 0 1rem; overflow-wrap: break-word; }
-pre, table { overflow-x: auto; }
-pre { background: #8882; padding: .5rem 1rem; }
+table { overflow-x: auto; }
+pre { background: #8882; padding: .5rem 1rem; white-space: pre-wrap; }
 table { border-collapse: collapse; display: block; }
 th, td { border: 1px solid #8886; padding: .25rem .5rem; text-align: left; vertical-align: top; }
 :is(th, td).right { text-align: right; }
@@ -91,12 +93,15 @@ class Documents:
     def _page(self, name: str) -> str:
         if name not in self._pages:
             title, content = _rendered(self._sources[name]) if name != _INDEX else ("Documents", self._index())
-            self._pages[name] = _PAGE.format(title=escape(title), content=content)
+            self._pages[name] = _PAGE.format(title=escape(title), content=content, icon=ICON_PATH)
         return self._pages[name]
 
     def _index(self) -> str:
         titles = {name: _title(_MARKDOWN.parse(text)) for name, text in self._sources.items()}
-        links = "\n".join(f'<li><a href="{name}">{escape(title)}</a></li>' for name, title in titles.items())
+        links = "\n".join(
+            f'<li><a href="{name}">{escape(title)}</a></li>'
+            for name, title in sorted(titles.items(), key=itemgetter(1))
+        )
         return f"<h1>Documents</h1>\n<ul>\n{links}\n</ul>"
 
 

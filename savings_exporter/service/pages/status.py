@@ -20,7 +20,7 @@ from savings_exporter.model.figures import ZERO, Numbers, added
 from savings_exporter.model.snapshot import Health, Snapshot
 from savings_exporter.model.totals import Totals, total_of
 from savings_exporter.service.pages import chart
-from savings_exporter.service.paths import DOCUMENTS_PATH, OPENAPI_PATH, SAVINGS_PATH
+from savings_exporter.service.paths import DOCUMENTS_PATH, ICON_PATH, OPENAPI_PATH, SAVINGS_PATH
 from savings_exporter.service.views import (
     UNKNOWN_FIGURE,
     count,
@@ -31,6 +31,7 @@ from savings_exporter.service.views import (
     percent,
     ranked,
     tokens,
+    usage_note,
     utc,
 )
 from savings_exporter.storage.operation import APPEND, FSYNC_DIR, FSYNC_FILE, FSYNC_JOURNAL, REPLACE, WRITE
@@ -42,7 +43,7 @@ from savings_exporter.watched import WatchedFile
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-store",
 }
 
@@ -70,6 +71,7 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
+<link rel="icon" href="{prefix}{icon}">
 <link rel="stylesheet" href="{prefix}{style}">
 <script src="{prefix}{script}" defer></script>
 </head>
@@ -123,10 +125,11 @@ class StatusPage:
         self._files = {
             _STYLE_PATH: ((folder / "status.css").read_bytes(), "text/css"),
             _SCRIPT_PATH: ((folder / "status.js").read_bytes(), "text/javascript"),
+            ICON_PATH: ((folder / "icon.svg").read_bytes(), "image/svg+xml"),
         }
 
     def routes(self) -> list[Route]:
-        """The routes of the page's style and script."""
+        """The routes of the page's style, script and icon."""
         return [Route(path, self._file) for path in self._files]
 
     async def _file(self, request: Request) -> Response:
@@ -229,6 +232,7 @@ class StatusPage:
         page = _PAGE.format(
             title=escape(title),
             prefix=escape(prefix),
+            icon=ICON_PATH,
             style=_STYLE_PATH,
             script=_SCRIPT_PATH,
             state=state,
@@ -250,7 +254,7 @@ def _figures(snapshot: Snapshot) -> str:
     cards = (
         ("US dollars saved", usd, price),
         ("Requests", f"{lifetime.requests:,}", f"last: {last}"),
-        ("Share of the input saved", percent(lifetime.savings_percent), ""),
+        ("Share of the input saved", percent(lifetime.savings_percent), usage_note(snapshot)),
         ("Deferred tool schemas", count(lifetime.known_tool_tokens_saved), "more tokens of input saved"),
         ("Output", f"{lifetime.output_tokens_saved:,}", "tokens of output saved"),
         (
@@ -397,7 +401,7 @@ def _bar(value: int, whole: int) -> str:
 
 
 def _percent_of(value: int, whole: int) -> str:
-    return f"{value / whole * 100:.1f} %" if whole > 0 else UNKNOWN_FIGURE
+    return percent(value / whole * 100 if whole > 0 else None)
 
 
 def _durability(shown: Shown, recent: RecentOperations | None) -> str:
