@@ -22,10 +22,11 @@ T = TypeVar("T")
 # does not see the answer. Beyond this size the connection is closed all the same.
 _MAX_DROPPED_BYTES = 256 * 1024 * 1024
 
-# A larger body is decoded in a thread, so that other requests are answered meanwhile, and one after the other, because
-# a decoded body can take twenty times the memory of its bytes. A smaller one is decoded in a millisecond, and a thread
-# would cost more than that.
+# A larger body, or one of more records, is decoded in a thread, so that other requests are answered meanwhile, and one
+# after the other, because a decoded body can take twenty times the memory of its bytes. Any other is decoded in some
+# milliseconds at most, and a thread would cost more than that.
 _LARGE_BODY_BYTES = 256 * 1024
+_MANY_RECORDS = 1000
 
 # A batch begins with this key, except if a client escapes or indents a lot.
 _BATCH_START = b'"records"'
@@ -119,11 +120,6 @@ class Reception:
         self._intake.in_flight -= 1
         self._intake.body_bytes_in_flight -= self._held
 
-    @property
-    def is_large(self) -> bool:
-        """Whether the body is so large that decoding it would keep other requests waiting."""
-        return self._held > _LARGE_BODY_BYTES
-
     async def body(self, receive: Receive, loop: asyncio.AbstractEventLoop) -> bytes:
         """The body of the request. A slow sender is cut off after some time.
 
@@ -206,9 +202,14 @@ _decode_record = msgspec.json.Decoder(DecodedRecord).decode
 _decode_batch = msgspec.json.Decoder(_Batch).decode
 
 
+def takes_long(body: bytes) -> bool:
+    """Whether decoding a body would keep other requests waiting."""
+    return len(body) > _LARGE_BODY_BYTES or body.count(b"{") > _MANY_RECORDS
+
+
 def decode_one(body: bytes) -> SavingsRecord | None:
     """The record of a body that holds one and is small; None if it is anything else, or something is wrong with it."""
-    if len(body) > _LARGE_BODY_BYTES or body.find(_BATCH_START, 0, _BATCH_START_WITHIN) >= 0:
+    if takes_long(body) or body.find(_BATCH_START, 0, _BATCH_START_WITHIN) >= 0:
         return None
     try:
         return _decode_record(body)

@@ -19,7 +19,7 @@ from savings_exporter.model.record import SavingsRecord
 from savings_exporter.service import problems
 from savings_exporter.service.browsers import Headers, WithHeaders
 from savings_exporter.service.guard import Guard
-from savings_exporter.service.intake import Intake, Reception, decode_one, decode_records
+from savings_exporter.service.intake import Intake, Reception, decode_one, decode_records, takes_long
 from savings_exporter.service.paths import SAVINGS_PATH
 from savings_exporter.service.problems import RefusedError
 from savings_exporter.service.requests import RequestLog
@@ -203,7 +203,7 @@ class Recording:
             raise RefusedError(_UNSUPPORTED_MEDIA_TYPE, "the Content-Type must be application/json")
         if encoding is not None and encoding.strip().lower() not in (b"", b"identity"):
             raise RefusedError(_UNSUPPORTED_MEDIA_TYPE, "the body must be sent without Content-Encoding")
-        if request.is_large:
+        if takes_long(body):
             records = await self._intake.decoded(lambda body: decode_records(body, self._most), body)
         else:
             records = decode_records(body, self._most)
