@@ -185,6 +185,8 @@ def _httptools_connection() -> type[Connection]:
         _received = _body = 0
         # What is parsed, and what is parsed next.
         _data = _rest = b""
+        # The headers of the current request, without its trailers.
+        _head: Headers
         # The body so far of a saving that is kept back.
         _kept: bytes | None = None
 
@@ -211,6 +213,8 @@ def _httptools_connection() -> type[Connection]:
             self.url, self.headers, self.expect_100_continue = b"", [], False
 
         def on_headers_complete(self) -> None:
+            # Trailers follow after the body. Nothing asks for them, and the request is judged without them.
+            self._head, self.headers = self.headers, []
             is_free = self.cycle is None or self.cycle.response_complete
             if self.url == _TAKEN_PATH and self._shared.take is not None and is_free and self._is_plain():
                 self._kept = b""
@@ -229,7 +233,7 @@ def _httptools_connection() -> type[Connection]:
             self._received = self._body = 0
             if self._kept is not None:
                 request = _Taken(self, keep_alive=self.parser.should_keep_alive())
-                if self._shared.take(self.headers, self._kept, request):  # type: ignore[misc]
+                if self._shared.take(self._head, self._kept, request):  # type: ignore[misc]
                     self._kept, self.cycle = None, request
                     return
                 self._pass_on()
@@ -279,15 +283,16 @@ def _httptools_connection() -> type[Connection]:
 
         def _begin(self) -> None:
             """Give uvicorn a request whose headers are complete."""
-            url, headers, expect = self.url, self.headers, self.expect_100_continue
+            url, expect = self.url, self.expect_100_continue
             super().on_message_begin()
             self.url, self.expect_100_continue = url, expect
-            self.headers += headers
+            self.headers += self._head
             super().on_headers_complete()
+            self.headers = []
 
         def _should_upgrade(self) -> bool:
             # If so, uvicorn leaves the request to the method that follows.
-            return any(name == b"upgrade" for name, _ in self.headers)
+            return any(name == b"upgrade" for name, _ in self._head)
 
         def handle_websocket_upgrade(self) -> None:
             """Parse the request again without ``Upgrade``, as a server does that speaks no other protocol."""
@@ -296,7 +301,7 @@ def _httptools_connection() -> type[Connection]:
             rest = self._data[upgrade.args[0] :]
             version = self.scope.get("http_version", "1.1").encode()
             head = [b"%b %b HTTP/%b" % (self.scope["method"].encode(), self.url, version)]
-            head += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            head += [b"%b: %b" % header for header in self._head if header[0] != b"upgrade"]
             self._rest = b"\r\n".join([*head, b"", rest])
 
         def _refuse_overhead(self) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import bcrypt
 import pytest
@@ -73,6 +77,35 @@ def test_a_token_for_reading_and_one_for_writing(tmp_path: Path, store_path: Pat
         (tmp_path / "read").write_text("new-token")
         eventually(lambda: statuses(service, bearer("new-token")) == (200, 403), "the new token")
         assert statuses(service, bearer("read-token")) == (401, 401)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 8], ids=["whole", "all but the end", "in two parts"])
+def test_credentials_after_the_body_are_no_credentials(tmp_path: Path, store_path: Path, cut: int) -> None:
+    """It does not matter whether trailers arrive with the headers or later: they are ignored."""
+    (tmp_path / "token").write_text("secret")
+    chunks = b"%x\r\n%b\r\n0\r\n" % (len(SAVING), SAVING)
+    head = b"POST /v1/savings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n%b"
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
+    token, other = b"Authorization: Bearer secret\r\n", b"Content-Encoding: gzip\r\nIdempotency-Key: k\r\n"
+
+    def status(service: Service, request: bytes) -> int:
+        port = urlsplit(service.url).port
+        assert port is not None
+        with socket.create_connection(("127.0.0.1", port), WAIT_SECONDS) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sendall(request[: len(request) - cut])
+            time.sleep(0.05 if cut else 0)  # so that the rest is read on its own
+            connection.sendall(request[len(request) - cut :])
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            return answer.status
+
+    with configured(store_path, tmp_path, "authorization: {credentials_file: token}") as service:
+        assert status(service, head % b"" + chunks + token + b"\r\n") == 401
+        for _ in range(2):
+            assert status(service, head % token + chunks + other + b"\r\n") == 200
+        _, text = service.get("/v1/savings", dict([bearer("secret")]))
+        assert json.loads(text)["lifetime"]["requests"] == 2
 
 
 def test_only_a_token_for_reading(tmp_path: Path, store_path: Path) -> None:
