@@ -9,6 +9,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
@@ -405,7 +406,8 @@ class _JoinedWrites:
             return
         self._lingers = True
         if self._transport.can_write_eof():  # not with TLS
-            self._transport.write_eof()
+            with suppress(OSError):  # the client has gone, and asyncio does not know it yet
+                self._transport.write_eof()
         self._transport.resume_reading()
 
     def end(self) -> None:

@@ -292,6 +292,25 @@ def test_client_that_goes_away_before_several_answers(caplog: pytest.LogCaptureF
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_client_that_goes_away_before_it_is_refused(
+    caplog: pytest.LogCaptureFixture, loop: Literal["asyncio", "uvloop"]
+) -> None:
+    """That is no error of the service, and what it holds is given back."""
+
+    async def run() -> None:
+        async with serving(ConnectionLimits(connections=10)) as served:
+            for _ in range(20):
+                with socket.create_connection(("127.0.0.1", served.port)) as client:
+                    client.sendall(POST + b"Connection: close\r\n\r\n")
+                await asyncio.sleep(0.01)
+            while served.state.connections:
+                await asyncio.sleep(0.01)
+
+    run_in(loop, run())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def _few_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 
