@@ -6,7 +6,9 @@ import asyncio
 import re
 import threading
 from collections.abc import Iterator
+from html import unescape
 from html.parser import HTMLParser
+from operator import itemgetter
 from pathlib import Path
 from urllib.parse import urldefrag, urljoin
 
@@ -93,7 +95,16 @@ def test_policy(service: Service, name: str) -> None:
 
 
 def test_index_links_to_each_document(service: Service) -> None:
-    assert set(NAMES) <= set(page(service, "/docs/").targets)
+    """By its title, in the order of the titles."""
+    titles = {name: (ROOT / "docs" / f"{name}.md").read_text().partition("\n")[0].removeprefix("# ") for name in NAMES}
+    listed = re.findall(r'<li><a href="([^"]*)">([^<]*)</a>', service.get("/docs/")[1])
+    assert [(name, unescape(title)) for name, title in listed] == sorted(titles.items(), key=itemgetter(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_are_named_by_what_they_lead_to(service: Service, name: str) -> None:
+    """Pages have no file names."""
+    assert re.findall(r"<a [^>]*>[^<]*\.md</a>", service.get(f"/docs/{name}")[1]) == []
 
 
 def test_each_alert_has_its_section(service: Service) -> None:
