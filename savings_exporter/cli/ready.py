@@ -17,6 +17,8 @@ from savings_exporter.cli.options import listen_address_option, web_config_file_
 from savings_exporter.service.paths import READY_PATH
 
 _PATIENCE_SECONDS = 4
+# The first byte of what a server sends that takes up a handshake.
+_TLS_HANDSHAKE = b"\x16"
 _ANY_ADDRESS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -68,6 +70,13 @@ def _asked(host: str, port: int, *, has_tls: bool) -> int:
 
 
 def _shake_hands(host: str, port: int) -> None:
-    """Begin a handshake. The service refuses it without a certificate, and so shows that it answers."""
-    with socket.create_connection((host, port), _PATIENCE_SECONDS) as plain, suppress(ssl.SSLError):
-        _context().wrap_socket(plain, server_hostname=host).close()
+    """Begin a handshake, and end it when the service has answered: it would refuse one without a certificate, and log
+    that.
+    """
+    answers, asks = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with suppress(ssl.SSLWantReadError):
+        _context().wrap_bio(answers, asks, server_hostname=host).do_handshake()
+    with socket.create_connection((host, port), _PATIENCE_SECONDS) as connection:
+        connection.sendall(asks.read())
+        if connection.recv(1) != _TLS_HANDSHAKE:
+            raise ConnectionError("not in TLS")

@@ -35,6 +35,12 @@ _LEAST_CONNECTIONS = 16
 
 _LOOK_SECONDS = 1.0
 _LOG_INTERVAL_SECONDS = 60.0
+# What the operator of the client can mend, by OpenSSL's names.
+_PROBLEMS = {
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not one of client_ca_file, or has expired",
+    "HTTP_REQUEST": "it spoke HTTP without TLS; its address must begin with https://",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "it showed no certificate, which client_auth_type demands",
+}
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -92,14 +98,14 @@ class Connections:
         while True:
             await self._wait_for_room()
             try:
-                accepted, _ = await loop.sock_accept(listener)
+                accepted, address = await loop.sock_accept(listener)
             except OSError as error:
                 if error.errno in _NO_DESCRIPTORS:
                     self._log_shortage(f"no more connections can be accepted now: {error.strerror}")
                     await self._make_room()
                 # Anything else is an error of that connection.
                 continue
-            task = loop.create_task(self._begin(accepted))
+            task = loop.create_task(self._begin(accepted, address[0]))
             self._beginning[task] = time.monotonic(), accepted
             self._keep_looking()
 
@@ -108,7 +114,7 @@ class Connections:
         # uvicorn keeps them. Each of its connections here is one of ours.
         return cast("set[Connection]", self._state.connections)
 
-    async def _begin(self, accepted: socket.socket) -> None:
+    async def _begin(self, accepted: socket.socket, peer: str) -> None:
         loop, context = asyncio.get_running_loop(), self._context()
         options = {} if context is None else {"ssl": context, "ssl_handshake_timeout": self.limits.request_seconds}
         try:
@@ -116,7 +122,11 @@ class Connections:
             await loop.connect_accepted_socket(self._made, accepted, **options)  # type: ignore[arg-type]
         except Exception as error:
             # A handshake that fails is an error of the client. It is normal on a public address.
-            logger.debug("a connection was not established: %s", error)
+            if (problem := _PROBLEMS.get(getattr(error, "reason", ""))) is not None:
+                # The client sees only that the connection ends.
+                logger.warning("a connection from %s was refused: %s", peer, problem)
+            else:
+                logger.debug("a connection was not established: %s", error)
             accepted.close()
         finally:
             task = asyncio.current_task()

@@ -96,6 +96,35 @@ def test_required(tmp_path: Path, store_path: Path, certificates: Path) -> None:
         assert not is_served(service, "/-/healthy")
 
 
+@pytest.mark.parametrize(
+    ("shows", "said"),
+    [
+        (None, "it showed no certificate, which client_auth_type demands"),
+        ("other-client", "its certificate is not one of client_ca_file, or has expired"),
+    ],
+)
+def test_log_says_why_a_client_is_refused(
+    tmp_path: Path, store_path: Path, certificates: Path, shows: str | None, said: str
+) -> None:
+    """The client may see only that the connection ends."""
+    with configured(store_path, tmp_path, certificates, REQUIRED) as service:
+        show(service, tmp_path, shows)
+        assert not is_served(service)
+        _, _, logged = service.stop()
+    assert f"a connection from 127.0.0.1 was refused: {said}" in logged
+
+
+def test_log_says_that_a_client_speaks_no_tls(tmp_path: Path, store_path: Path, certificates: Path) -> None:
+    with configured(store_path, tmp_path, certificates, TLS % "min_version: TLS12") as service:
+        host, _, port = service.url.partition("://")[2].partition(":")
+        with socket.create_connection((host, int(port)), WAIT_SECONDS) as plain:
+            plain.sendall(b"GET /-/ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            while plain.recv(1000):
+                pass
+        _, _, logged = service.stop()
+    assert "a connection from 127.0.0.1 was refused: it spoke HTTP without TLS" in logged
+
+
 def test_only_if_given(tmp_path: Path, store_path: Path, certificates: Path) -> None:
     text = TLS % "client_auth_type: VerifyClientCertIfGiven, client_ca_file: ca.crt"
     with configured(store_path, tmp_path, certificates, text) as service:

@@ -83,7 +83,9 @@ def test_tls(store_path: Path, tmp_path: Path, certificates: Path, text: str) ->
         address = service.url.rpartition("/")[2]
         assert checked(address, tmp_path / "web.yml") == WELL
         assert checked(address)[0] == 1
+        _, _, logged = service.stop()
     assert checked(address, tmp_path / "web.yml")[0] == 1
+    assert "was refused: it showed" not in logged  # a check is no client that is refused
 
 
 def test_a_broken_web_config_file(tmp_path: Path) -> None:
