@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ from savings_exporter.assets.files import asset_files, read_settings
 from savings_exporter.cli.errors import CommandError
 from savings_exporter.cli.manual import manual_files
 from savings_exporter.cli.options import option
+from savings_exporter.escaping import plain
 from savings_exporter.service import logs
 
 
@@ -59,6 +61,8 @@ def assets(
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
             print(target)
+        # Not on standard output, which is the list of files.
+        print(plain(f"{Path(output, 'docs/deploy.md')} says how to use these files"), file=sys.stderr)
     except OSError as error:
         raise CommandError(f"{error.filename}: cannot be written: {error.strerror}. Choose another --output") from None
 

@@ -27,7 +27,7 @@ pending_records: 50
 
 def written(directory: Path, *arguments: str) -> Path:
     done = run_cli("assets", "--output", str(directory), *arguments)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, f"{directory}/docs/deploy.md says how to use these files\n")
     files = {str(path) for path in directory.rglob("*") if path.is_file()}
     assert set(done.stdout.splitlines()) == files
     return directory
