@@ -147,7 +147,7 @@ def test_day_is_not_larger_than_the_lifetime(store_path: Path) -> None:
 
 
 def test_sender_that_only_reports_usage(store_path: Path) -> None:
-    """It has no row among those that saved."""
+    """It has no row among those that saved, and no table of its own."""
     with SavingsTracker(store_path) as tracker, OtlpImport(tracker) as otlp:
         tracker.record_request(model="saver", tokens_saved=1000)
         text = (DATA / "sources" / "otlp" / "claude_code_token_usage_delta.json").read_text()
@@ -156,6 +156,8 @@ def test_sender_that_only_reports_usage(store_path: Path) -> None:
         content = asyncio.run(page(Service(tracker, SavingsCollector(tracker)).app))
     assert ">saver<" in content
     assert ">claude-sonnet-5<" not in content
+    assert "By model" in content
+    assert "By source" not in content
 
 
 def test_usage_that_lowers_the_share(store_path: Path) -> None:

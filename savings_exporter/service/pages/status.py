@@ -368,13 +368,15 @@ def _shares(snapshot: Snapshot) -> str:
         providers.setdefault(provider, []).append(totals)
     groups: list[tuple[str, Mapping[str, Totals]]] = [(kind, snapshot.ledger.named(kind)) for kind in KINDS]
     groups.append(("provider", {name: total_of(parts) for name, parts in providers.items()}))
-    made = "".join(_share_table(snapshot, kind, named) for kind, named in groups if named)
+    made = "".join(_share_table(snapshot, kind, named) for kind, named in groups)
     return f'<div class="columns">{made}</div>'
 
 
 def _share_table(snapshot: Snapshot, kind: str, named: Mapping[str, Totals]) -> str:
     # Who only reports usage has saved nothing.
     rows = [row for row in ranked(named.items()) if row[1].tokens_saved or row[1].requests]
+    if not rows:
+        return ""
     whole = sum(totals.tokens_saved for totals in named.values())
     cells = "".join(
         f'<tr><th scope="row">{escape(name)}{_bar(totals.tokens_saved, whole)}</th><td>{totals.tokens_saved:,}</td>'
