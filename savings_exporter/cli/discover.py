@@ -39,9 +39,9 @@ from savings_exporter.tracker import SavingsTracker
 def discover(
     store: str | None, sync_method: SyncMethod, most_rtk_tokens: int, watch: bool, log_level: str, log_format: str
 ) -> None:
-    """Look for savings of other programs in their usual places, and say what an import would add.
+    """Look for other programs' savings in their usual places.
 
-    It looks for Headroom and RTK.
+    It looks for Headroom and RTK, and says what an import would add.
     """
     if watch:
         logs.configure(log_level, log_format)

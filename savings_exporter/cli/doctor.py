@@ -32,7 +32,10 @@ def doctor(
     store: str | None,
     as_json: bool,
 ) -> None:
-    """Measure a disk for some seconds, and check that it suits a store."""
+    """Measure a disk, and check that it suits a store.
+
+    This takes some seconds.
+    """
     logs.be_quiet()
     directory = directory_of(store)
     with Console(file=standard_streams.styled(sys.stderr)).status(f"measuring {escape(plain(directory))}"):

@@ -30,7 +30,7 @@ def drill(
     """Simulate failures in a running service, to test alerts.
 
     KIND is dir-fsync, file-fsync or journal-fsync, which fail, or save-latency: saves are slow. The store is not
-    touched.
+    touched. The service must have been started with --enable-drill.
     """
     logs.be_quiet()
     kind, path = KINDS[name], store if store is not None else default_path()

@@ -38,9 +38,10 @@ _name_argument = click.argument("name", metavar="NAME")
 @json_option
 @click.pass_context
 def names(context: click.Context, store: str | None, as_json: bool) -> None:
-    """List the names of models, projects, agents and sources, and what is known of those in other.
+    """List the names in the totals, and those in other.
 
-    Each kind has a limited number of names. Further ones count as other.
+    The names are those of models, projects, agents and sources. Each kind has a limited number of names.
+    Further ones count as other.
     """
     logs.be_quiet()
     context.obj = store
@@ -69,7 +70,10 @@ def let_in(given: str | None, kind: str, name: str, store: str | None) -> None:
 @store_option
 @click.pass_obj
 def fold(given: str | None, kind: str, name: str, store: str | None) -> None:
-    """Move the totals of a name to other, in all processes that use the store. Its counters disappear."""
+    """Move the totals of a name to other.
+
+    This holds in all processes that use the store. The counters of the name disappear.
+    """
     moved = _changed(store or given, kind, name, lambda tracker: tracker.fold(kind, name))
     assert moved is not None
     counters = " and ".join(f"{counter}{{{kind}={name!r}}}" for counter in _COUNTERS[kind])

@@ -9,12 +9,21 @@ from typing import Any, TypeVar
 import click
 
 from savings_exporter.cli.errors import WrongUsageError
-from savings_exporter.service.paths import DOCUMENTS_PATH, HEALTHY_PATH, HISTORY_PATH, READY_PATH, SAVINGS_PATH
+from savings_exporter.service.paths import (
+    DOCUMENTS_PATH,
+    HEALTHY_PATH,
+    HISTORY_PATH,
+    ICON_PATH,
+    OPENAPI_PATH,
+    OTLP_PATH,
+    READY_PATH,
+    SAVINGS_PATH,
+)
 from savings_exporter.tracker import DOCUMENT_NAME
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _LAST_PORT = 65535
-_OTHER_PATHS = ("/", SAVINGS_PATH, HISTORY_PATH, HEALTHY_PATH, READY_PATH)
+_OTHER_PATHS = ("/", SAVINGS_PATH, HISTORY_PATH, OTLP_PATH, HEALTHY_PATH, READY_PATH, OPENAPI_PATH, ICON_PATH)
 
 
 def expanded(_context: click.Context, option: click.Parameter, path: str | None) -> str | None:
@@ -76,7 +85,7 @@ listen_address_option = option(
     default="127.0.0.1:9478",
     variable="WEB_LISTEN_ADDRESS",
     callback=_address,
-    help="Where to listen; port 0 takes a free one.",
+    help="The address of the service. With port 0, serve and watch take a free one.",
 )
 telemetry_path_option = option(
     "--web.telemetry-path",

@@ -26,10 +26,10 @@ _ANY_ADDRESS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 @listen_address_option
 @web_config_file_option
 def ready(listen_address: tuple[str, int], web_config_file: str | None) -> None:
-    """Check whether a service on this host takes requests, for health checks of containers.
+    """Check whether a service on this host takes requests.
 
-    The exit status is 0 if it does. If the service asks for certificates of clients, the check ends with the TLS
-    handshake.
+    It is for health checks of containers. The exit status is 0 if the service takes requests. If the service asks for
+    certificates of clients, the check ends within the TLS handshake.
     """
     host, port = listen_address
     host = _ANY_ADDRESS.get(host, host)
@@ -40,7 +40,7 @@ def ready(listen_address: tuple[str, int], web_config_file: str | None) -> None:
             return
         status = _asked(host, port, has_tls=tls is not None)
     except (OSError, http.client.HTTPException) as error:
-        raise CommandError(f"{host}:{port}: no service answers: {error}") from None
+        raise CommandError(f"{host}:{port}: no service answers: {getattr(error, 'strerror', None) or error}") from None
     if status != HTTPStatus.OK:
         raise CommandError(f"{host}:{port}: the service answers {status} at {READY_PATH}")
 

@@ -157,7 +157,7 @@ def _following(tracker: SavingsTracker, most_rtk_tokens: int) -> Following:
 
 def _prices_line(prices: Prices | None) -> str:
     if prices is None:
-        return "prices: none; install savings-exporter[prices] or give --prices FILE, to have US dollars calculated"
+        return "prices: none; pip install genai-prices, or give --prices FILE, to have US dollars calculated"
     return f"prices: {prices.basis.prices}"
 
 

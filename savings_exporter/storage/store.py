@@ -579,9 +579,11 @@ def _opened_lock(path: str, fs: FileSystem) -> StoreLock:
             raise StoreError(f"{path}: is a directory; name a file in it, such as {path}/proxy_savings.json", path=path)
         return StoreLock(fs, path)
     except FileNotFoundError:
-        raise StoreError(
-            f"{path}: the directory does not exist; make it first: mkdir -p {shlex.quote(directory)}", path=path
-        ) from None
+        if fs.is_directory(directory):  # such as /proc
+            what = f"no file can be made in {directory}; name another store with --store PATH"
+        else:
+            what = f"the directory does not exist; make it first: mkdir -p {shlex.quote(directory)}"
+        raise StoreError(f"{path}: {what}", path=path) from None
     except OSError as error:
         raise _cannot("use", path, error) from None
 

@@ -66,6 +66,8 @@ def filled(store_path: Path) -> Path:
         (["serve", "--web.listen-address", "nowhere"], 2, "HOST:PORT"),
         (["serve", "--web.listen-address", "127.0.0.1:70000"], 2, "HOST:PORT"),
         (["serve", "--web.telemetry-path", "/v1/savings"], 2, "/v1/savings"),
+        (["serve", "--web.telemetry-path", "/openapi.json"], 2, "must not be the path of another page"),
+        (["serve", "--web.telemetry-path", "/favicon.ico"], 2, "must not be the path of another page"),
         (["serve", "--store", "."], 1, "is a directory"),
         (["serve", "--store", "missing/savings.json"], 1, "mkdir -p"),
         (["record", "--store", "missing/s.json", "--model", "m", "--tokens-saved", "1"], 1, "mkdir -p"),
@@ -715,6 +717,14 @@ def test_advice_of_a_long_error_is_whole(tmp_path: Path) -> None:
     directory = tmp_path.joinpath(*["d" * 200] * 8)
     done = run_cli("record", "--model", "m", "--tokens-saved", "1", "--store", str(directory / "p.json"))
     assert done.stderr.endswith(f"make it first: mkdir -p {directory}\n")
+
+
+@pytest.mark.needs("linux")
+def test_directory_that_takes_no_files(tmp_path: Path) -> None:
+    """It exists, so making it is no remedy."""
+    done = run_cli("record", "--model", "m", "--tokens-saved", "1", "--store", "/proc/p.json", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "/proc/p.json: no file can be made in /proc; name another store with --store PATH" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])

@@ -134,7 +134,7 @@ def test_without_the_library(store_path: Path, tmp_path: Path, no_library: dict[
 def test_service_without_prices(store_path: Path, no_library: dict[str, str]) -> None:
     """It says so once, and counts as before."""
     with running("serve", "--store", str(store_path), env=no_library) as service:
-        assert service.announcement.count("\nprices: none; install savings-exporter[prices] or give --prices FILE") == 1
+        assert service.announcement.count("\nprices: none; pip install genai-prices, or give --prices FILE") == 1
         assert service.post(PRICED)[0] == 200
         assert service.metrics()['savings_unpriced_requests_total{model="gpt-5"}'] == 1
         assert "<dt>US dollars saved</dt><dd>–<small>no request has a price</small></dd>" in service.get("/")[1]
