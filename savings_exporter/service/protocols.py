@@ -73,11 +73,11 @@ class Connection:
         self._is_stopping = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Begin."""
+        """A client has connected."""
         super().connection_made(_JoinedWrites(transport, self._linger))  # type: ignore[misc]
 
     def connection_lost(self, error: Exception | None) -> None:
-        """End."""
+        """The connection has ended."""
         super().connection_lost(error)  # type: ignore[misc]
         self._shared.ended()
 
