@@ -82,11 +82,13 @@ def _tables_of(snapshot: Snapshot) -> Iterator[tuple[str, list[tuple[str, Totals
 def _print_tables(snapshot: Snapshot, path: str) -> None:
     console = stdout_console()
     lifetime = snapshot.lifetime
+    usage = views.usage_note(snapshot)
+    note = f" ({usage})" if usage else ""
     console.print(
         Text(
             f"{views.tokens(lifetime.tokens_saved)} saved in {views.requests(lifetime)}, "
             f"{lifetime.tool_tokens_saved:,} more by deferred tool schemas. "
-            f"Share of the input: {views.percent(lifetime.savings_percent)}. "
+            f"Share of the input: {views.percent(lifetime.savings_percent)}{note}. "
             f"US dollars saved: {views.dollars_saved(lifetime.savings_usd, lifetime.unpriced_requests)}"
         ),
         soft_wrap=True,
@@ -94,8 +96,6 @@ def _print_tables(snapshot: Snapshot, path: str) -> None:
     newest = snapshot.last_record_at
     last = views.moment_and_age(newest, snapshot.read_at) if newest else views.UNKNOWN_FIGURE
     console.print(Text(f"Last saving: {last}"))
-    if note := views.usage_note(snapshot):
-        console.print(Text(f"The share of the input is {note}"))
     if lifetime.unpriced_requests:
         console.print(Text(f"Requests without a price: {lifetime.unpriced_requests:,}"))
     for kind, rows in _tables_of(snapshot):

@@ -145,12 +145,13 @@ def percent(share: float | None) -> str:
 
 
 def usage_note(snapshot: Snapshot) -> str:
-    """That usage, which comes without requests and savings, lowers the share of the input, as people read it; empty if
-    there is none.
+    """How usage, which comes without requests and savings, counts in the share of the input, as people read it; empty
+    if there is none.
     """
     sources = snapshot.sources.values()
     usage = sum(each.total_input_tokens for each in sources if not (each.requests or each.headline_tokens_saved))
-    return f"lowered by {tokens(usage)} of input that were reported as usage" if usage else ""
+    effect = "lowered by" if snapshot.lifetime.savings_percent else "of"
+    return f"{effect} {tokens(usage)} of input that were reported as usage" if usage else ""
 
 
 def tokens(number: int) -> str:

@@ -160,6 +160,16 @@ def test_sender_that_only_reports_usage(store_path: Path) -> None:
     assert "By source" not in content
 
 
+def test_usage_alone_lowers_no_share(store_path: Path) -> None:
+    with SavingsTracker(store_path) as tracker, OtlpImport(tracker) as otlp:
+        text = (DATA / "sources" / "otlp" / "claude_code_token_usage_delta.json").read_text()
+        request, outcome = Parse(text, ExportMetricsServiceRequest()), Outcome()
+        assert otlp.add(list(points_of(request, METRICS, outcome)), outcome)
+        content = asyncio.run(page(Service(tracker, SavingsCollector(tracker)).app))
+        usage = tracker.snapshot().lifetime.total_input_tokens
+    assert f"<dd>0.0 %<small>of {usage:,} tokens of input that were reported as usage<" in content
+
+
 def test_usage_that_lowers_the_share(store_path: Path) -> None:
     """The page and the command say so, with the same figure, and only then."""
 
@@ -210,3 +220,13 @@ def test_icon(tmp_path: Path, store_path: Path) -> None:
     assert ElementTree.fromstring(icon).tag == "{http://www.w3.org/2000/svg}svg"
     assert links == ["../favicon.ico", "/favicon.ico"]
     assert "refused" not in logged
+
+
+@pytest.mark.parametrize(
+    ("tokens_saved", "labels"), [(0, ["0", "1", "2"]), (1, ["0", "1", "2"]), (9, ["0", "5", "10"])]
+)
+def test_chart_has_no_half_tokens(store_path: Path, tokens_saved: int, labels: list[str]) -> None:
+    with SavingsTracker(store_path) as tracker:
+        tracker.record_request(model="m", tokens_saved=tokens_saved)
+        content = asyncio.run(page(Service(tracker, SavingsCollector(tracker)).app))
+    assert re.findall(r'text-anchor="end">([^<-]*)</text>', content) == labels

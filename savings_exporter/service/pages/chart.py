@@ -49,7 +49,7 @@ def svg(days: Sequence[str], series: Sequence[Series], title: str) -> str:
         x, y = _LEFT + place * width, float(_TOP + height)
         bars = []
         for color, each in enumerate(series):
-            size = height * each.tokens[place] / top if top else 0.0
+            size = height * each.tokens[place] / top
             y -= size
             if size:
                 bars.append(
@@ -77,7 +77,6 @@ def short(number: float) -> str:
 
 def _round_up(number: int) -> float:
     """The next number of 1, 2 or 5 and zeros."""
-    if number <= 0:
-        return 1.0
+    number = max(number, 2)  # its half is labelled, and there are no half tokens
     power = 10.0 ** (len(str(number)) - 1)
     return next(power * step for step in (1, 2, 5, 10) if power * step >= number)
