@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from savings_exporter.tracker import DOCUMENT_NAME
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _LAST_PORT = 65535
+_HOST_NAME = re.compile(r"[\w.-]+", re.ASCII)
 _OTHER_PATHS = ("/", SAVINGS_PATH, HISTORY_PATH, OTLP_PATH, HEALTHY_PATH, READY_PATH, OPENAPI_PATH, ICON_PATH)
 
 
@@ -57,6 +59,14 @@ def _address(_context: click.Context, _option: click.Parameter, text: str) -> tu
     if not colon or not port.isascii() or not port.isdigit() or int(port) > _LAST_PORT:
         raise click.BadParameter(f"{text!r} is not HOST:PORT with a port up to {_LAST_PORT}")
     return host, int(port)
+
+
+def _host_names(_context: click.Context, _option: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names, as they are in ``Host``; a URL would never be one."""
+    for name in names:
+        if not _HOST_NAME.fullmatch(name):
+            raise click.BadParameter(f"{name!r} is not a name such as savings.example.org, without https:// and port")
+    return names
 
 
 def _metrics_path(_context: click.Context, _option: click.Parameter, text: str) -> str:
@@ -117,6 +127,7 @@ allowed_hosts_option = option(
     metavar="NAME",
     multiple=True,
     variable="WEB_ALLOWED_HOST",
+    callback=_host_names,
     help="A name of the service, for browsers and proxies; can be repeated.",
 )
 sync_method_option = option(

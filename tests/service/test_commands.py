@@ -68,6 +68,8 @@ def filled(store_path: Path) -> Path:
         (["serve", "--web.telemetry-path", "/v1/savings"], 2, "/v1/savings"),
         (["serve", "--web.telemetry-path", "/openapi.json"], 2, "must not be the path of another page"),
         (["serve", "--web.telemetry-path", "/favicon.ico"], 2, "must not be the path of another page"),
+        (["serve", "--web.allowed-host", "https://savings.example"], 2, "is not a name such as savings.example.org"),
+        (["watch", "none.json", "--web.allowed-host", "savings.example:443"], 2, "without https:// and port"),
         (["serve", "--store", "."], 1, "is a directory"),
         (["serve", "--store", "missing/savings.json"], 1, "mkdir -p"),
         (["record", "--store", "missing/s.json", "--model", "m", "--tokens-saved", "1"], 1, "mkdir -p"),
