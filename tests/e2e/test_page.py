@@ -228,7 +228,9 @@ def test_banners_of_a_demo_and_of_a_watched_file(shown: Browser) -> None:
         assert "These savings are made up" in shown.text("main")
     with running("watch", str(DATA / "headroom" / "v6-latest" / "proxy_savings.json")) as service:
         shown.show(service.url, 390)
-        assert "Another program writes this store" in shown.text("main")
+        assert "Another program writes it. Whether its saves survive a power loss is not known here." in shown.text(
+            "main"
+        )
         assert not scrolls_sideways(shown)
 
 

@@ -223,7 +223,7 @@ def test_icon(tmp_path: Path, store_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens_saved", "labels"), [(0, ["0", "1", "2"]), (1, ["0", "1", "2"]), (9, ["0", "5", "10"])]
+    ("tokens_saved", "labels"), [(0, ["0", "1", "2"]), (1, ["0", "1", "2"]), (604, ["0", "400", "800"])]
 )
 def test_chart_has_no_half_tokens(store_path: Path, tokens_saved: int, labels: list[str]) -> None:
     with SavingsTracker(store_path) as tracker:

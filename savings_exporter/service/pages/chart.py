@@ -76,7 +76,7 @@ def short(number: float) -> str:
 
 
 def _round_up(number: int) -> float:
-    """The next number of 1, 2 or 5 and zeros."""
+    """The next number of one digit, 1 or an even one, and zeros. Its half is as short."""
     number = max(number, 2)  # its half is labelled, and there are no half tokens
     power = 10.0 ** (len(str(number)) - 1)
-    return next(power * step for step in (1, 2, 5, 10) if power * step >= number)
+    return next(power * step for step in (1, 2, 4, 6, 8, 10) if power * step >= number)

@@ -408,12 +408,14 @@ def _percent_of(value: int, whole: int) -> str:
 
 def _durability(shown: Shown, recent: RecentOperations | None) -> str:
     health, snapshot = shown.health, shown.snapshot
-    if health.healthy:
+    if health.healthy and recent is None:
+        sentence = '<p><span class="state good">Healthy</span>: the file can be read.</p>'
+    elif health.healthy:
         sentence = '<p><span class="state good">Healthy</span>: what was acknowledged survives a power loss.</p>'
     else:
         sentence = f'<p><span class="state bad">Degraded</span>: {escape(health.reason or "saving fails")}</p>'
     if recent is None:
-        sentence += "<p>Another program writes this store. Its own service shows the steps of its saves.</p>"
+        sentence += "<p>Another program writes it. Whether its saves survive a power loss is not known here.</p>"
         return f'<section aria-labelledby="durability"><h2 id="durability">Durability</h2>{sentence}</section>'
     pending = f"{health.pending_records:,} record{'' if health.pending_records == 1 else 's'}"
     waits = f"the oldest since {moment_and_age(health.pending_since, shown.at)}" if health.pending_since else ""
