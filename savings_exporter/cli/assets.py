@@ -10,21 +10,21 @@ import click
 from savings_exporter.assets.files import asset_files, read_settings
 from savings_exporter.cli.errors import CommandError
 from savings_exporter.cli.manual import manual_files
-from savings_exporter.cli.options import option
+from savings_exporter.cli.options import NAMED_PATH, option
 from savings_exporter.escaping import plain
 from savings_exporter.service import logs
 
 
 @click.command()
 @click.option(
-    "--output", metavar="DIR", type=click.Path(), required=True, help="Where to write; it is created if needed."
+    "--output", metavar="DIR", type=NAMED_PATH, required=True, help="Where to write; it is created if needed."
 )
 @click.option("--force", is_flag=True, help="Replace files that have other contents.")
 @click.option(
     "--settings",
     "settings_file",
     metavar="PATH",
-    type=click.Path(),
+    type=NAMED_PATH,
     help="YAML with thresholds, objectives and addresses.",
 )
 @click.option("--selector", metavar="MATCHERS", help="Label matchers of the exporters, such as 'namespace=\"llm\"'.")

@@ -12,7 +12,7 @@ import click
 
 from savings_exporter.cli import standard_streams
 from savings_exporter.cli.errors import CommandError, WrongUsageError
-from savings_exporter.cli.options import store_option
+from savings_exporter.cli.options import NAMED_PATH, store_option
 from savings_exporter.errors import StoreError
 from savings_exporter.model.days import COLUMNS
 from savings_exporter.model.record import parse_timestamp
@@ -30,7 +30,9 @@ _STANDARD_OUTPUT = "-"
 
 
 @click.command()
-@click.option("--output", metavar="FILE", required=True, help="The new file to write; - is standard output.")
+@click.option(
+    "--output", metavar="FILE", type=NAMED_PATH, required=True, help="The new file to write; - is standard output."
+)
 @store_option
 @click.option("--job", metavar="NAME", default="savings-exporter", help="The label job of the series.")
 @click.option("--instance", metavar="HOST:PORT", default="127.0.0.1:9478", help="The label instance of the series.")

@@ -10,7 +10,7 @@ import click
 
 from savings_exporter.cli import standard_streams
 from savings_exporter.cli.errors import CommandError, WrongUsageError
-from savings_exporter.cli.options import json_option, store_option
+from savings_exporter.cli.options import NAMED_PATH, json_option, store_option
 from savings_exporter.cli.tables import stdout_console, table
 from savings_exporter.errors import StoreError
 from savings_exporter.formats.headroom_export import encode_for_headroom
@@ -49,6 +49,7 @@ _FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "--headroom",
     "for_headroom",
     metavar="FILE",
+    type=NAMED_PATH,
     help="Write everything to a new file, as a proxy_savings.json for Headroom.",
 )
 def export(

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from savings_exporter.cli import standard_streams
 from savings_exporter.cli.errors import CommandError, WrongUsageError
-from savings_exporter.cli.options import prices_option, store_option, sync_method_option
+from savings_exporter.cli.options import NAMED_PATH, prices_option, store_option, sync_method_option
 from savings_exporter.cli.sources import most_rtk_tokens_option, print_summaries
 from savings_exporter.escaping import plain
 from savings_exporter.model.cursors import Cursors
@@ -33,7 +33,7 @@ from savings_exporter.watched import WatchedFile
 
 
 @click.command(name="import")
-@click.argument("paths", metavar="PATH...", type=click.Path(), nargs=-1, required=True)
+@click.argument("paths", metavar="PATH...", type=NAMED_PATH, nargs=-1, required=True)
 @store_option
 @sync_method_option
 @most_rtk_tokens_option

@@ -28,6 +28,18 @@ _HOST_NAME = re.compile(r"[\w.-]+", re.ASCII)
 _OTHER_PATHS = ("/", SAVINGS_PATH, HISTORY_PATH, OTLP_PATH, HEALTHY_PATH, READY_PATH, OPENAPI_PATH, ICON_PATH)
 
 
+class _NamedPath(click.Path):
+    """A path that is not empty: a variable of a shell that is not set must not name the working directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty; name one", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+NAMED_PATH = _NamedPath()
+
+
 def expanded(_context: click.Context, option: click.Parameter, path: str | None) -> str | None:
     """A path whose ``~`` is expanded.
 
@@ -110,7 +122,7 @@ web_config_file_option = option(
     "--web.config.file",
     "web_config_file",
     metavar="PATH",
-    type=click.Path(),
+    type=NAMED_PATH,
     variable="WEB_CONFIG_FILE",
     help="YAML with TLS, tokens, users and headers, in the terms of Prometheus's exporters.",
 )
@@ -141,7 +153,7 @@ sync_method_option = option(
 prices_option = option(
     "--prices",
     metavar="FILE",
-    type=click.Path(),
+    type=NAMED_PATH,
     variable="PRICES",
     help="YAML with your own prices, for requests without --savings-usd or savings_usd.",
 )

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from savings_exporter.cli.errors import INTERRUPTED, CommandError, WrongUsageError
 from savings_exporter.cli.options import (
+    NAMED_PATH,
     allow_insecure_option,
     allowed_hosts_option,
     listen_address_option,
@@ -70,7 +71,7 @@ from savings_exporter.tracker import DOCUMENT_NAME, SavingsTracker
     "--otlp.map",
     "otlp_map",
     metavar="FILE",
-    type=click.Path(),
+    type=NAMED_PATH,
     variable="OTLP_MAP",
     help="YAML with more OpenTelemetry metrics of token usage to take.",
 )
