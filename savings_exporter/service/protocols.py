@@ -13,7 +13,8 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
-from h11 import ERROR, SEND_BODY
+from h11 import DONE, ERROR, SEND_BODY
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from savings_exporter.service.browsers import Headers
@@ -22,6 +23,9 @@ from savings_exporter.service.recording import Take
 
 # A body in chunks takes more bytes than it has. No client sends smaller chunks than this allows.
 _MOST_BYTES_FOR_ONE = 16
+
+# A connection with fewer requests that wait is read from, which shows at once that the client has gone.
+_MANY_REQUESTS = 16
 
 _TAKEN_PATH = SAVINGS_PATH.encode()
 
@@ -61,6 +65,7 @@ class Connection:
 
     # Those of the protocol.
     cycle: Any
+    flow: FlowControl
     transport: _JoinedWrites
 
     def __init__(self, *, shared: Shared, **options: Any) -> None:
@@ -75,6 +80,7 @@ class Connection:
     def connection_made(self, transport: asyncio.Transport) -> None:
         """A client has connected."""
         super().connection_made(_JoinedWrites(transport, self._linger))  # type: ignore[misc]
+        self.flow = _Flow(self.transport, lambda: self.is_ahead)
 
     def connection_lost(self, error: Exception | None) -> None:
         """The connection has ended."""
@@ -128,6 +134,11 @@ class Connection:
         """Whether the client has more of a request to send."""
         raise NotImplementedError
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the client has sent many requests that wait for the answers to those before them."""
+        raise NotImplementedError
+
     def _linger(self) -> bool:
         """Go on reading for some time, if the client has more to send. It would not see the answer if the connection
         were closed while it sends.
@@ -160,6 +171,15 @@ class _H11Connection(Connection, H11Protocol):  # type: ignore[misc]
     def is_receiving(self) -> bool:
         return self.conn.their_state in (SEND_BODY, ERROR)
 
+    @property
+    def is_ahead(self) -> bool:
+        # They are not parsed yet.
+        return (
+            self.conn.their_state is DONE
+            and self.conn.our_state is not DONE
+            and len(self.conn.trailing_data[0]) > HIGH_WATER_LIMIT
+        )
+
 
 def _httptools_connection() -> type[Connection]:
     from httptools import HttpParserUpgrade
@@ -174,7 +194,6 @@ def _httptools_connection() -> type[Connection]:
 
         # Those of the protocol.
         expect_100_continue: bool
-        flow: Any
         headers: Headers
         parser: Any
         pipeline: Any
@@ -192,6 +211,10 @@ def _httptools_connection() -> type[Connection]:
         _kept: bytes | None = None
 
         is_receiving = False
+
+        @property
+        def is_ahead(self) -> bool:
+            return len(self.pipeline) > _MANY_REQUESTS
 
         def data_received(self, data: bytes) -> None:
             if self._lingers_since is not None:
@@ -352,6 +375,21 @@ def usual_protocol() -> type[Connection]:
         return _httptools_connection()
     except ImportError:
         return _H11Connection
+
+
+class _Flow(FlowControl):
+    """Reads no more from a client while many of its requests wait. uvicorn reads on with each request that it begins,
+    so that a client that sends requests faster than they are answered would fill the memory.
+    """
+
+    def __init__(self, transport: Any, is_ahead: Callable[[], bool]) -> None:
+        super().__init__(transport)
+        self._is_ahead = is_ahead
+
+    def resume_reading(self) -> None:
+        """Read, unless many requests wait."""
+        if not self._is_ahead():
+            super().resume_reading()
 
 
 class _JoinedWrites:

@@ -28,6 +28,7 @@ from starlette.routing import Route
 from uvicorn.server import ServerState
 
 from savings_exporter import SavingsTracker
+from savings_exporter.service import connections, protocols
 from savings_exporter.service.connections import Connections
 from savings_exporter.service.protocols import ConnectionLimits
 from tests.support.service import Service, running
@@ -47,6 +48,8 @@ async def _answer(request: Request) -> PlainTextResponse:
     body = await request.body()
     if request.url.path == "/slow":
         await GO_ON.wait()
+    if request.url.path == "/later":
+        await asyncio.sleep(0.001)
     if request.url.path == "/echo":
         return PlainTextResponse(body)
     return PlainTextResponse(HUGE if request.url.path == "/huge" else "answered")
@@ -58,6 +61,7 @@ APP = Starlette(
         Route("/huge", _answer),
         Route("/slow", _answer),
         Route("/echo", _answer, methods=["POST"]),
+        Route("/later", _answer, methods=["POST"]),
         Route("/refuse", _answer, methods=["POST"]),
     ]
 )
@@ -258,6 +262,37 @@ def test_requests_of_one_connection_are_answered_in_order() -> None:
             return re.findall(rb"HTTP/1.1 (\d+)", answers)
 
     assert asyncio.run(run()) == [b"200", b"200", b"200", b"404"]
+
+
+@pytest.mark.parametrize("protocol", ["usual_protocol", "_H11Connection"])
+def test_requests_that_wait_are_bounded(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that sends requests faster than they are answered is not read from meanwhile."""
+    if protocol != "usual_protocol":
+        monkeypatch.setattr(connections, "usual_protocol", lambda: getattr(protocols, protocol))
+    several = (b"POST /later HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n" + b"x" * 1000) * 100
+
+    async def run() -> int:
+        async with serving(ConnectionLimits(connections=10)) as served:
+            reader, writer = await served.connect()
+            sent = answered = most = 0
+
+            async def send() -> None:
+                nonlocal sent
+                while True:
+                    writer.write(several)
+                    sent += len(several)
+                    await writer.drain()
+
+            sending = asyncio.create_task(send())
+            while answered < 500 and most < 40_000_000:
+                await reader.readuntil(b"HTTP/1.1 200")
+                answered += 1
+                most = max(most, sent - answered * len(several) // 100)
+            sending.cancel()
+            return most
+
+    # The kernel holds some megabytes.
+    assert asyncio.run(asyncio.wait_for(run(), 60)) < 30_000_000
 
 
 @pytest.mark.parametrize("protocol", ["h2c", "websocket"])
