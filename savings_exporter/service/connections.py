@@ -59,8 +59,8 @@ def usual_limits() -> ConnectionLimits:
 class Connections:
     """Accepts connections on a listening socket.
 
-    At the limit, a new connection takes the place of the one that has waited longest without a request. Clients that
-    connect and say nothing therefore keep nobody out.
+    At the limit, a new connection takes the place of the one that has waited longest for its client: for a request, or
+    for the body of one. Clients that connect and say nothing therefore keep nobody out.
 
     Args:
         config: the configuration of uvicorn, loaded.
@@ -96,18 +96,18 @@ class Connections:
         loop = asyncio.get_running_loop()
         listener.setblocking(False)
         while True:
-            await self._wait_for_room()
             try:
                 accepted, address = await loop.sock_accept(listener)
             except OSError as error:
                 if error.errno in _NO_DESCRIPTORS:
                     self._log_shortage(f"no more connections can be accepted now: {error.strerror}")
-                    await self._make_room()
+                    await self._make_room(1)
                 # Anything else is an error of that connection.
                 continue
             task = loop.create_task(self._begin(accepted, address[0]))
             self._beginning[task] = time.monotonic(), accepted
             self._keep_looking()
+            await self._wait_for_room()
 
     @property
     def _open(self) -> set[Connection]:
@@ -139,16 +139,20 @@ class Connections:
         return cast(asyncio.Protocol, self._protocol(shared=self._shared, **options))
 
     async def _wait_for_room(self) -> None:
-        while len(self._open) + len(self._beginning) >= self.limits.connections:
+        """Wait until there are as many connections as there may be. One more is answered meanwhile."""
+        while len(self._open) + len(self._beginning) > self.limits.connections:
             self._log_shortage(f"{self.limits.connections} connections are open; the idle ones are closed for new ones")
-            await self._make_room()
+            # The newest one may not have had the time to say something.
+            await self._make_room(2)
 
-    async def _make_room(self) -> None:
-        """End the connection that has waited longest, and wait a moment for any connection to end."""
+    async def _make_room(self, least: int) -> None:
+        """End the connection that has waited longest, if there are at least so many that wait, and wait a moment for
+        any connection to end.
+        """
         self._room.clear()
-        waiting = [(each.waiting_since, each.end_at_once) for each in self._open if each.waiting_since is not None]
+        waiting = [(since, each.end_at_once) for each in self._open if (since := each.awaited_since) is not None]
         waiting += [(since, partial(_end_stream, beginning)) for since, beginning in self._beginning.values()]
-        if waiting:
+        if len(waiting) >= least:
             min(waiting, key=itemgetter(0))[1]()
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._room.wait(), _LOOK_SECONDS)

@@ -27,6 +27,9 @@ _MOST_BYTES_FOR_ONE = 16
 # A connection with fewer requests that wait is read from, which shows at once that the client has gone.
 _MANY_REQUESTS = 16
 
+# Requests that arrive together are parsed in pieces of this size, because each takes far more memory than its bytes.
+_PIECE_OF_MANY_BYTES = 512
+
 _TAKEN_PATH = SAVINGS_PATH.encode()
 
 
@@ -61,6 +64,7 @@ class Connection:
 
     Attributes:
         waiting_since: since when the connection waits for the headers of a request; None while one is answered.
+        asked_at: when the headers of the latest request had arrived.
     """
 
     # Those of the protocol.
@@ -73,6 +77,7 @@ class Connection:
         self._shared = shared
         self._limits = shared.limits
         self.waiting_since: float | None = time.monotonic()
+        self.asked_at = self.waiting_since
         self._unread_since: float | None = None
         self._lingers_since: float | None = None
         self._is_stopping = False
@@ -130,6 +135,11 @@ class Connection:
             self.transport.end()
 
     @property
+    def awaited_since(self) -> float | None:
+        """Since when the connection waits for its client: for a request or for its body. None if the client waits."""
+        return self.asked_at if self.waiting_since is None and self.is_receiving else self.waiting_since
+
+    @property
     def is_receiving(self) -> bool:
         """Whether the client has more of a request to send."""
         raise NotImplementedError
@@ -150,8 +160,8 @@ class Connection:
         return False
 
     def _note_request(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.waiting_since = None
+        if self.waiting_since is not None and self.cycle is not None and not self.cycle.response_complete:
+            self.waiting_since, self.asked_at = None, time.monotonic()
 
     def _patience(self) -> float:
         """How long a client may leave unread what is sent, in seconds."""
@@ -219,10 +229,16 @@ def _httptools_connection() -> type[Connection]:
         def data_received(self, data: bytes) -> None:
             if self._lingers_since is not None:
                 return
-            self._received += len(data)
-            self._rest = data
-            while self._rest:
-                self._data, self._rest = self._rest, b""
+            self._rest += data
+            self._parse()
+
+        def _parse(self) -> None:
+            """Parse what has arrived, until many requests wait."""
+            while self._rest and not self.is_ahead and not self.transport.is_closing():
+                is_many = self._rest.count(b"\r\n\r\n") > _MANY_REQUESTS
+                size = _PIECE_OF_MANY_BYTES if is_many else len(self._rest)
+                self._data, self._rest = self._rest[:size], self._rest[size:]
+                self._received += len(self._data)
                 super().data_received(self._data)
             if self._kept is not None:
                 # The rest of its body is on the way.
@@ -271,6 +287,8 @@ def _httptools_connection() -> type[Connection]:
                 self.transport.flush()
                 self.flow.resume_reading()
                 self.waiting_since = time.monotonic()
+            if self._rest:
+                self._parse()
 
         def answer(self, request: _Taken, status: int, headers: bytes, body: bytes) -> None:
             """Answer a request that was taken."""
@@ -326,7 +344,7 @@ def _httptools_connection() -> type[Connection]:
             version = self.scope.get("http_version", "1.1").encode()
             head = [b"%b %b HTTP/%b" % (self.scope["method"].encode(), self.url, version)]
             head += [b"%b: %b" % header for header in self._head if header[0] != b"upgrade"]
-            self._rest = b"\r\n".join([*head, b"", rest])
+            self._rest = b"\r\n".join([*head, b"", rest]) + self._rest
 
         def _refuse_overhead(self) -> None:
             if self.waiting_since is None or self.transport.is_closing():

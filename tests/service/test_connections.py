@@ -25,6 +25,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from savings_exporter import SavingsTracker
@@ -61,7 +62,7 @@ APP = Starlette(
         Route("/huge", _answer),
         Route("/slow", _answer),
         Route("/echo", _answer, methods=["POST"]),
-        Route("/later", _answer, methods=["POST"]),
+        Route("/later", _answer, methods=["GET", "POST"]),
         Route("/refuse", _answer, methods=["POST"]),
     ]
 )
@@ -212,6 +213,28 @@ def test_refused_client_that_does_not_end_is_cut_off() -> None:
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
+def test_slow_bodies_make_room_for_a_new_connection() -> None:
+    """Clients that send no bodies keep nobody out."""
+
+    async def run() -> None:
+        async with serving(ConnectionLimits(connections=3, request_seconds=60, unread_seconds=60)) as served:
+            slow = [await served.connect() for _ in range(3)]
+            for _, writer in slow:
+                writer.write(b"POST /echo HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nsav")
+            while len(served.state.tasks) < 3:
+                await asyncio.sleep(0.01)
+            reader, writer = await served.connect()
+            writer.write(GET)
+            await reader.readuntil(b"answered")
+            # The one that has waited longest had to go.
+            assert await slow[0][0].read() == b""
+            for reader, writer in slow[1:]:
+                writer.write(b"ed")
+                await reader.readuntil(b"saved")
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
 def test_long_headers_are_refused() -> None:
     async def run() -> tuple[bytes, list[int]]:
         async with serving(ConnectionLimits(connections=10, header_bytes=1000)) as served:
@@ -293,6 +316,26 @@ def test_requests_that_wait_are_bounded(protocol: str, monkeypatch: pytest.Monke
 
     # The kernel holds some megabytes.
     assert asyncio.run(asyncio.wait_for(run(), 60)) < 30_000_000
+
+
+def test_requests_that_arrive_together_are_bounded() -> None:
+    """Each takes far more memory than its bytes."""
+    number = 1000
+
+    async def run() -> int:
+        async with serving(ConnectionLimits(connections=10)) as served:
+            reader, writer = await served.connect()
+            writer.write(GET.replace(b"/ ", b"/later ") * (number - 1) + GET.replace(b"/ ", b"/nowhere "))
+            most = 0
+            for _ in range(number - 1):
+                await reader.readuntil(b"answered")
+                (connection,) = served.state.connections
+                assert isinstance(connection, HttpToolsProtocol)
+                most = max(most, len(connection.pipeline))
+            await reader.readuntil(b"Not Found")
+            return most
+
+    assert asyncio.run(asyncio.wait_for(run(), 60)) < 100
 
 
 @pytest.mark.parametrize("protocol", ["h2c", "websocket"])
