@@ -76,12 +76,15 @@ class Totals(msgspec.Struct, frozen=True):
         return self.plus(numbers_of(other), other.last_activity_at)
 
     def plus(self, numbers: Numbers, last_activity_at: str | None) -> Totals:
-        """Add the numbers of records and the time of the newest of these records."""
+        """Add the numbers of records and the time of the newest of these records. Usage alone, without a record that
+        saved anything, is no activity.
+        """
         old = msgspec.structs.astuple(self)
         values: list[Any] = list(map(operator.add, old, numbers[:_COUNTS]))
         for usd, units in zip(old[_COUNTS:], numbers[_COUNTS:], strict=False):
             values.append(usd_of(units_of(usd) + units) if units else usd)
-        values.append(_later(self.last_activity_at, last_activity_at))
+        requests, tokens_saved = numbers[:2]
+        values.append(_later(self.last_activity_at, last_activity_at if requests or tokens_saved else None))
         return Totals(*values)
 
     def beyond(self, part: Totals) -> Totals:

@@ -429,10 +429,16 @@ def _nothing_left(reader: Reader, damage: str) -> CorruptStoreError:
             "It is left as it is. Correct it or restore it from a backup, or choose another path for the store",
             path=path,
         )
+    if not _is_store(reader):
+        return CorruptStoreError(
+            f"{path}: {damage}. No other file of a store is beside it",
+            "It is left as it is. If it is no store, correct the path; if it was one, restore it from a backup",
+            path=path,
+        )
     return CorruptStoreError(
         f"{path}: {damage}",
-        "There is no whole previous document, so its totals are lost. If this is not the store, correct the path. "
-        f"Otherwise restore it from a backup, or move all files {path}* away to start from zero",
+        "There is no whole previous document, so its totals are lost. "
+        f"Restore it from a backup, or move all files {path}* away to start from zero",
         path=path,
     )
 

@@ -187,6 +187,19 @@ def test_store_that_another_process_imports_into(store_path: Path) -> None:
         assert written(second) == 426
 
 
+def test_usage_alone_is_no_saving(store_path: Path) -> None:
+    """Otherwise the alert on savings that stopped would stay silent as long as usage arrives."""
+    newest = "savings_last_record_timestamp_seconds"
+    with running("serve", "--store", str(store_path)) as service:
+        assert service.metrics()[newest] == 0
+        assert service.post({"model": "m", "tokens_saved": 1, "timestamp": "2025-01-01T00:00:00Z"})[0] == 200
+        saved_at = service.metrics()[newest]
+        assert saved_at > 0
+        assert sent(service, MESSAGE.SerializeToString(), PROTOBUF)[0] == 200
+        assert written(service) == 426
+        assert service.metrics()[newest] == saved_at
+
+
 def test_own_metrics(store_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "map.yml"
     path.write_text("metrics: {claude_code.token.usage: {by: type, values: {output: [tokens_saved]}}}")

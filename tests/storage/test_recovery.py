@@ -347,6 +347,18 @@ def test_headroom_document_cut(tmp_path: Path, share: float) -> None:
     assert not Path(f"{path}.previous").exists()
 
 
+def test_file_that_never_was_a_store(tmp_path: Path) -> None:
+    """Nobody is told to move it away."""
+    path = tmp_path / "passwd"
+    path.write_text("root:x:0:0:root:/root:/bin/bash\n")
+    for _ in range(2):
+        with pytest.raises(CorruptStoreError) as refused:
+            SavingsTracker(path)
+        assert "If it is no store, correct the path" in str(refused.value)
+        assert "away" not in str(refused.value)
+    assert path.read_text().startswith("root:")
+
+
 def test_history_of_others_is_bounded(tmp_path: Path) -> None:
     """Of another program's points no more are taken over than a history keeps: the last of each day."""
     path = tmp_path / DOCUMENT
