@@ -108,7 +108,7 @@ class Service:
             ),
         )
         guard = Guard(web_config)
-        intake = Intake(limits)
+        intake = self._intake = Intake(limits)
         otlp_routes = []
         if otlp is not None:
             self.registry.register(otlp)
@@ -150,6 +150,10 @@ class Service:
             self.take = recording.take if tracer_provider is None else None
         self.app = _traced(app, tracer_provider, telemetry_path)
         """The ASGI application."""
+
+    def cut_off_bodies(self) -> None:
+        """Refuse the requests whose bodies have not arrived."""
+        self._intake.cut_off_all()
 
     async def _metrics(self, request: Request) -> Response:
         try:

@@ -78,6 +78,11 @@ class Intake:
             self._watched = loop
             self._timer = loop.call_later(self.limits.body_seconds, self._cut_off_late, loop)
 
+    def cut_off_all(self) -> None:
+        """Cut off the requests whose bodies have not arrived."""
+        for request in tuple(self.requests):
+            request.cut_off()
+
     def _cut_off_late(self, loop: asyncio.AbstractEventLoop) -> None:
         now, self._timer = time.perf_counter(), None
         for request in self.requests:
@@ -143,7 +148,7 @@ class Reception:
             assert self._task is not None
             if hasattr(self._task, "uncancel"):  # since Python 3.11
                 self._task.uncancel()
-            detail = f"the body did not arrive within {intake.limits.body_seconds:g} seconds; nothing was recorded"
+            detail = "the body did not arrive in time; nothing was recorded"
             raise RefusedError(HTTPStatus.REQUEST_TIMEOUT, detail, close=True) from None
         finally:
             self._is_read = True

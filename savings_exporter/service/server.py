@@ -27,7 +27,9 @@ from savings_exporter.service.paths import SAVINGS_PATH
 from savings_exporter.service.systemd import Systemd
 from savings_exporter.service.webconfig import WebConfig
 
+# How long a stop waits for answers, and for the bodies of requests.
 _GRACE_SECONDS = 10
+_BODY_GRACE_SECONDS = 5
 _BACKLOG = 2048
 _LAST_PORT = 65535
 _ANSWER_SECONDS = 2
@@ -187,7 +189,9 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for accepting in self._accepting:
             accepting.cancel()
+        late = asyncio.get_running_loop().call_later(_BODY_GRACE_SECONDS, self._service.cut_off_bodies)
         await super().shutdown(sockets)
+        late.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.stopping = True

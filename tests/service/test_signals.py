@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -66,6 +68,23 @@ def _record_while_it_fails(service: Service) -> None:
     service.tell("fail fsync_journal")
     assert service.post({"model": "m", "tokens_saved": 5})[0] == 202
     service.tell("mend")
+
+
+def test_half_a_body_does_not_hold_up_the_stop(store_path: Path) -> None:
+    """It is refused, and that is no error of the service."""
+    with running("serve", "--store", str(store_path)) as service:
+        address = urlsplit(service.url)
+        assert address.port is not None
+        with socket.create_connection(("127.0.0.1", address.port), WAIT_SECONDS) as client:
+            head = b"POST /v1/savings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            client.sendall(head + b"Content-Length: 100\r\n\r\n{")
+            assert service.get("/-/ready")[0] == 200
+            status, _, logged = service.stop()
+            answer = client.makefile("rb").read()
+    assert status == 0
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert "Traceback" not in logged
+    assert "Cancel" not in logged
 
 
 def test_nohup(tmp_path: Path, store_path: Path) -> None:
