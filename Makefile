@@ -17,9 +17,9 @@ run: .venv/.package ## serve the default store on http://127.0.0.1:9478 (ARGS="-
 	@exec .venv/bin/savings-exporter serve $(ARGS)
 
 # Runs "make headroom" when a selected test needs it. Headroom cannot be installed on every Python; the run then
-# reports the skipped tests at its end.
+# reports the skipped tests at its end. ARGS is not for the make that tests run themselves.
 test: .venv/.dev ## run every test that this machine can run (ARGS="-k name" and others go to pytest)
-	@INSTALL_PEERS=1 .venv/bin/python -m pytest $(ARGS)
+	@env -u ARGS -u MAKEFLAGS -u MAKEOVERRIDES INSTALL_PEERS=1 .venv/bin/python -m pytest $(ARGS)
 
 test-fast: .venv/.dev ## run the unit and storage tests in under a minute, without those marked slow
 	@.venv/bin/python -m pytest --fast tests/unit tests/storage $(ARGS)
