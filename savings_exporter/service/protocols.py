@@ -220,21 +220,25 @@ def _httptools_connection() -> type[Connection]:
         # The body so far of a saving that is kept back.
         _kept: bytes | None = None
 
+        # Of the current request: whether more of it is to come, and whether its headers are.
         is_receiving = False
+        _is_in_head = False
+        # Whether the client has sent what is no request.
+        _is_broken = False
 
         @property
         def is_ahead(self) -> bool:
             return len(self.pipeline) > _MANY_REQUESTS
 
         def data_received(self, data: bytes) -> None:
-            if self._lingers_since is not None:
+            if self._lingers_since is not None or self._is_broken:
                 return
             self._rest += data
             self._parse()
 
         def _parse(self) -> None:
             """Parse what has arrived, until many requests wait."""
-            while self._rest and not self.is_ahead and not self.transport.is_closing():
+            while self._rest and not (self.is_ahead or self._is_broken or self.transport.is_closing()):
                 is_many = self._rest.count(b"\r\n\r\n") > _MANY_REQUESTS
                 size = _PIECE_OF_MANY_BYTES if is_many else len(self._rest)
                 self._data, self._rest = self._rest[:size], self._rest[size:]
@@ -248,13 +252,13 @@ def _httptools_connection() -> type[Connection]:
                 self._refuse_overhead()
 
         def on_message_begin(self) -> None:
-            self.is_receiving = True
+            self.is_receiving = self._is_in_head = True
             # What uvicorn prepares here is prepared when it gets the request.
             self.url, self.headers, self.expect_100_continue = b"", [], False
 
         def on_headers_complete(self) -> None:
             # Trailers follow after the body. Nothing asks for them, and the request is judged without them.
-            self._head, self.headers = self.headers, []
+            self._head, self.headers, self._is_in_head = self.headers, [], False
             is_free = self.cycle is None or self.cycle.response_complete
             if self.url == _TAKEN_PATH and self._shared.take is not None and is_free and self._is_plain():
                 self._kept = b""
@@ -302,8 +306,13 @@ def _httptools_connection() -> type[Connection]:
             self.on_response_complete()
 
         def send_400_response(self, msg: str) -> None:
-            self.is_receiving = True
-            super().send_400_response(msg)
+            is_next = self._is_in_head or not self.is_receiving
+            self.is_receiving = self._is_broken = True
+            if is_next and self.cycle is not None and not self.cycle.response_complete:
+                # The requests before it are answered, and their last answer ends the connection.
+                self.cycle.keep_alive = False
+            else:
+                super().send_400_response(msg)
 
         def _is_plain(self) -> bool:
             """Whether nothing but the answer has to be sent to the client, which reads what is sent."""

@@ -181,6 +181,22 @@ def test_requests_of_one_write_are_answered_in_order(service: Service) -> None:
     assert tokens_saved(service) == 6 * 7
 
 
+@pytest.mark.parametrize("rest", [b"\0\0\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/1.1\r\nHost: \0\r\n\r\n"])
+def test_savings_are_answered_before_what_is_no_request(service: Service, rest: bytes) -> None:
+    """A saving that is recorded is not answered with the error of what follows it."""
+    with connected(service) as client:
+        client.send(post() + post(headers="Idempotency-Key: k\r\n") + rest + post())
+        answers = [client.answer() for _ in range(2)]
+        assert client.ends()
+    assert [status for status, _, _ in answers] == [200, 200]
+    assert answers[1][1]["connection"] == "close"
+    assert tokens_saved(service) == 2 * 7
+    with connected(service) as client:
+        client.send(rest)
+        assert client.answer()[0] == 400
+        assert client.ends()
+
+
 def test_each_request_counts_once(service: Service) -> None:
     with connected(service) as client:
         for _ in range(20):
