@@ -44,11 +44,8 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPTS_TO_OPEN = 10
 
-_ATTEMPTS = 5
 
-# A process that records faster than its journal is read has to wait for the reader, or no save and no scrape would ever
-# end. Reading so many records takes some seconds.
-_MOST_UNREAD = 1_000_000
+_ATTEMPTS = 5
 
 
 class Committed(NamedTuple):
@@ -148,7 +145,6 @@ class Store:
 
     def commit(self, frame: Frame, parent: Any = None, links: Sequence[Any] = ()) -> Committed | Failed:
         """Make a frame durable. After a failure the same frame has to be committed again."""
-        self._keep_up()
         operation = Operation(COMMIT, self._observer, parent, links)
         operation.records, operation.sequence = frame.records, frame.last
         try:
@@ -343,14 +339,6 @@ class Store:
         finally:
             if is_free:
                 self._publishing.release()
-
-    def _keep_up(self) -> None:
-        """Read the own journal if it is far ahead of the view."""
-        journal = self.journal
-        if journal is not None:
-            read = self.view.position_of(journal.writer.id).sequence
-            if journal.sequence - read > _MOST_UNREAD:
-                self.refresh()
 
     def _holds_all(self, found: View) -> bool:
         """Whether a document's view without the journals holds all records that this process knows of."""

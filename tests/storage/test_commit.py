@@ -19,8 +19,7 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.trace import StatusCode
 
 from savings_exporter import KeyConflictError, SavingsRecord, SavingsTracker, StoreError
-from savings_exporter.storage import store
-from savings_exporter.storage.filesystem import LOCAL, FileSystem
+from savings_exporter.storage.filesystem import LOCAL
 from savings_exporter.telemetry.metrics import SavingsCollector
 from savings_exporter.tracking.receipt import Receipt
 from tests.support.faults import ERRNOS, FaultyFileSystem
@@ -926,26 +925,3 @@ def test_segments_are_tried_with_a_back_off(tracker: SavingsTracker, faults: Fau
     assert 1 <= failed < 40
     faults.mend()
     assert tracker.flush(WAIT_SECONDS)
-
-
-@pytest.mark.parametrize(("most", "reads"), [(250, True), (1_000_000, False)])
-def test_journal_is_not_far_ahead_of_what_is_counted(
-    store_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, reads: bool
-) -> None:
-    """Otherwise a program that records without a pause puts off saves and scrapes for ever."""
-    read = []
-
-    class Noting(FileSystem):
-        def read_at(self, descriptor: int, size: int, offset: int) -> bytes:
-            data = super().read_at(descriptor, size, offset)
-            read.append(len(data))
-            return data
-
-    monkeypatch.setattr(store, "_MOST_UNREAD", most)
-    with SavingsTracker(store_path, save_interval=3600, filesystem=Noting()) as tracker:
-        tracker.record_request(model="m", tokens_saved=1)
-        read.clear()
-        for _ in range(10):
-            assert tracker.record_many([SavingsRecord(model="m", tokens_saved=1)] * 100)
-        assert (sum(read) > 500 * len('{"model":"m","tokens_saved":1}')) == reads
-        assert tracker.snapshot().lifetime.requests == 1001
