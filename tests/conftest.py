@@ -39,6 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # A shell starts background jobs with this signal ignored, and child processes of the tests would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # nohup does the same to SIGHUP. A handler is not inherited.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
     config.addinivalue_line("markers", "needs(*names): leave the test out where one of these is missing")
     config.addinivalue_line("markers", "slow: its cases take longer than half a second; --fast leaves it out")
     config.addinivalue_line("markers", "image: it builds the image; only BUILD_IMAGE=1 selects it")
