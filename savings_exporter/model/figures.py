@@ -73,18 +73,21 @@ class Totals(msgspec.Struct, frozen=True):
         return self == Totals(last_activity_at=self.last_activity_at)
 
     def __add__(self, other: Totals) -> Totals:
-        return self.plus(numbers_of(other), other.last_activity_at)
+        return self._plus(numbers_of(other), other.last_activity_at)
 
     def plus(self, numbers: Numbers, last_activity_at: str | None) -> Totals:
         """Add the numbers of records and the time of the newest of these records. Usage alone, without a record that
         saved anything, is no activity.
         """
+        requests, tokens_saved = numbers[:2]
+        return self._plus(numbers, last_activity_at if requests or tokens_saved else None)
+
+    def _plus(self, numbers: Numbers, last_activity_at: str | None) -> Totals:
         old = msgspec.structs.astuple(self)
         values: list[Any] = list(map(operator.add, old, numbers[:_COUNTS]))
         for usd, units in zip(old[_COUNTS:], numbers[_COUNTS:], strict=False):
             values.append(usd_of(units_of(usd) + units) if units else usd)
-        requests, tokens_saved = numbers[:2]
-        values.append(_later(self.last_activity_at, last_activity_at if requests or tokens_saved else None))
+        values.append(_later(self.last_activity_at, last_activity_at))
         return Totals(*values)
 
     def beyond(self, part: Totals) -> Totals:
