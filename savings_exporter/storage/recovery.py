@@ -437,8 +437,8 @@ def _nothing_left(reader: Reader, damage: str) -> CorruptStoreError:
         )
     return CorruptStoreError(
         f"{path}: {damage}",
-        "There is no whole previous document, so its totals are lost. "
-        f"Restore it from a backup, or move all files {path}* away to start from zero",
+        "There is no whole previous document, so its totals are lost. If this is not the store, correct the path. "
+        f"Otherwise restore it from a backup, or move all files {path}* away to start from zero",
         path=path,
     )
 

@@ -47,7 +47,9 @@ LONGEST_STAY = 8
 """The maximum number of records that a visitor or a forked child sends before it ends."""
 
 PAUSE_SECONDS = 0.02
-"""How long a visitor that could not open the store waits before it tries again."""
+"""How long a visitor that could not open the store waits before it tries again, and a writer of batches after each of
+them. Without a pause, these writers are faster than all readers together, and the others do not go on.
+"""
 
 RAISED, REFUSED = ".raised", ".refused"
 """What is left beside a writer's ledger: the traceback of what it raised, and why it could not open the store."""
@@ -128,6 +130,7 @@ def batches(store: Store, streams: list[Stream]) -> None:
             batch = records[: size_of(number, BATCHES)]
             ledger.attempt(number)
             ledger.answer(number, tracker.record_many(batch, **key(streams[0].name, number)))
+            time.sleep(PAUSE_SECONDS)
 
 
 def visitors(store: Store, streams: list[Stream]) -> None:
